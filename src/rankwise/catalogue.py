@@ -1,0 +1,154 @@
+"""The registry every method enters by decorator, and other packages by the entry-point group ``rankwise.methods``.
+
+A kind (form, init, …) is a folder; a method is a file in it.  Folders are read when a kind is first asked
+for, so ``import rankwise`` stays light and a new file needs no edit anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from rankwise.errors import OptionError, RankwiseError, nearest, unknown
+
+#: kind → the folder whose files hold its methods
+FOLDERS = {
+    "form": "rankwise.forms",
+    "init": "rankwise.inits",
+    "router": "rankwise.routers",
+    "optimizer": "rankwise.optim",
+    "budget": "rankwise.budgets",
+    "loss": "rankwise.losses",
+    "merge": "rankwise.merge",
+    "codec": "rankwise.codecs",
+    "preset": "rankwise.presets",
+}
+
+T = TypeVar("T", bound=type)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """What the catalogue knows of one method.
+
+    ``reference`` is the three-digit number of its card, or None.  ``needs`` are words that the form's
+    ``gives`` must hold (see :mod:`rankwise.recipe`).  ``options`` maps each option to its default.
+    """
+
+    name: str
+    kind: str
+    title: str
+    paper: str | None = None
+    reference: str | None = None
+    needs: tuple[str, ...] = ()
+    mergeable: bool = True
+    exports_to_peft: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    doc: str = ""
+    cls: type = dataclasses.field(default=object, repr=False)
+
+
+_methods: dict[tuple[str, str], MethodInfo] = {}
+_read: set[str] = set()
+_lock = threading.RLock()
+
+
+def register(
+    kind: str,
+    name: str,
+    *,
+    title: str,
+    paper: str | None = None,
+    reference: str | None = None,
+    needs: Iterable[str] = (),
+    mergeable: bool = True,
+    exports_to_peft: bool = False,
+) -> Callable[[T], T]:
+    """Enter a class as method ``name`` of ``kind``; its dataclass fields are the method's options.
+
+    Raises:
+        RankwiseError: the name is taken by another class, or the class is not a dataclass.
+    """
+
+    def enter(cls: T) -> T:
+        if not dataclasses.is_dataclass(cls):
+            raise RankwiseError(f"{cls.__qualname__} must be a dataclass: its fields are the options of {name!r}.")
+        old = _methods.get((kind, name))
+        if old is not None and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RankwiseError(f"The {kind} {name!r} is already registered by {old.cls.__module__}; choose another name.")
+        info = MethodInfo(
+            name, kind, title, paper, reference, tuple(needs), mergeable, exports_to_peft,
+            _options(cls), (cls.__doc__ or "").strip(), cls,
+        )  # fmt: skip
+        _methods[kind, name] = info
+        cls.info = info  # type: ignore[attr-defined]
+        return cls
+
+    return enter
+
+
+def _options(cls: type) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        if field.default_factory is not dataclasses.MISSING:
+            out[field.name] = field.default_factory()
+        else:
+            out[field.name] = field.default
+    return out
+
+
+def _read_kind(kind: str) -> None:
+    if kind not in FOLDERS:
+        raise unknown("kind of method", kind, FOLDERS)
+    with _lock:
+        if kind in _read:
+            return
+        try:
+            package = importlib.import_module(FOLDERS[kind])
+        except ModuleNotFoundError as error:
+            if error.name != FOLDERS[kind]:
+                raise
+            _read.add(kind)
+            return
+        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+            importlib.import_module(f"{FOLDERS[kind]}.{module}")
+        _read.add(kind)
+        if "entry points" not in _read:
+            _read.add("entry points")
+            for point in importlib.metadata.entry_points(group="rankwise.methods"):
+                point.load()
+
+
+def methods(kind: str | None = None) -> list[MethodInfo]:
+    """All registered methods, by kind and name; ``kind`` keeps one sort."""
+    for k in FOLDERS if kind is None else [kind]:
+        _read_kind(k)
+    return [info for (k, _), info in sorted(_methods.items()) if kind is None or k == kind]
+
+
+def find(kind: str, name: str) -> MethodInfo:
+    """The entry of method ``name``; UnknownName with the nearest names if there is none."""
+    _read_kind(kind)
+    info = _methods.get((kind, name))
+    if info is None:
+        raise unknown(kind, name, [n for k, n in _methods if k == kind])
+    return info
+
+
+def make(kind: str, name: str, **options: Any) -> Any:
+    """An instance of method ``name`` with ``options``; an unknown option is refused with its nearest names."""
+    info = find(kind, name)
+    for option in options:
+        if option not in info.options:
+            raise OptionError(f"The {kind} {name!r} has no option {option!r}; {nearest(option, info.options)}")
+    missing = [o for o, v in info.options.items() if v is dataclasses.MISSING and o not in options]
+    if missing:
+        raise OptionError(f"The {kind} {name!r} needs a value for {', '.join(missing)}.")
+    return info.cls(**options)
