@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-Kind = Literal["linear", "conv", "embedding", "experts", "plain"]
-Mode = Literal["called", "read", "plain"]
+import torch
+
+Kind = Literal["linear", "conv", "embedding", "experts", "plain", "block"]
+Mode = Literal["called", "read", "plain", "block"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,13 +21,17 @@ class SiteSpec:
     Attributes:
         module: path of the module that holds the weight (``""`` is the model itself).
         param: name of the weight in that module (``weight``, ``gate_up_proj``, ``in_proj_weight`` …).
-        kind: linear, conv, embedding, experts (a stack, leading axis E) or plain (any parameter, for `full`).
+        kind: linear, conv, embedding, experts (a stack, leading axis E), plain (any parameter, for `full`)
+            or block (a whole module that is wrapped, not a weight).
         mode: *called* (the change is added to the module's output), *read* (another forward uses the weight:
             it reads W + ΔW) or *plain*.
         role: q, k, v, o, gate, up, down, qkv parts, fc, embed, head, router, conv … or "other".
         out, inp: the 2-D view out×in of the weight (a conv's ``inp`` is in/groups·k·k).
         stack: number of experts E, or 0.
-        rows: (start, stop) rows of the stored out×in weight that belong to this site, for fused projections.
+        rows: (start, stop) rows of the stored out×in weight that belong to this site, for a part of a fused
+            projection; None is the whole weight.
+        repeat: (count, period): the rows come again ``count`` times, ``period`` rows apart (GPT-NeoX keeps
+            q, k and v of each head together).
         transposed: stored in×out (GPT-2's Conv1D, some expert stacks).
         kernel: a conv's kernel size, else ().
         groups: a conv's groups.
@@ -49,6 +55,7 @@ class SiteSpec:
     inp: int
     stack: int = 0
     rows: tuple[int, int] | None = None
+    repeat: tuple[int, int] = (1, 0)
     transposed: bool = False
     kernel: tuple[int, ...] = ()
     groups: int = 1
@@ -71,6 +78,14 @@ class SiteSpec:
         """The largest rank a change of this weight can have (per expert)."""
         return min(self.out, self.inp)
 
+    def row_index(self) -> torch.Tensor | None:
+        """int64 rows of the stored out×in weight that are this site's, in order; None for the whole weight."""
+        if self.rows is None:
+            return None
+        count, period = self.repeat
+        starts = torch.arange(count)[:, None] * period
+        return (starts + torch.arange(*self.rows)[None]).reshape(-1)
+
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults, JSON-able."""
         out: dict[str, Any] = {}
@@ -86,6 +101,7 @@ class SiteSpec:
         kwargs = dict(data)
         if kwargs.get("rows") is not None:
             kwargs["rows"] = tuple(kwargs["rows"])
-        if "kernel" in kwargs:
-            kwargs["kernel"] = tuple(kwargs["kernel"])
+        for key in ("kernel", "repeat"):
+            if key in kwargs:
+                kwargs[key] = tuple(kwargs[key])
         return cls(**kwargs)

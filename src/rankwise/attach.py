@@ -1,0 +1,528 @@
+"""Put an adapter into a model and take it out again, bit-exactly.
+
+Attaching swaps the class of each adapted module for a subclass made on the fly; names, types, the base's state
+dict and ``deepcopy`` stay as they were.  All adapter tensors live on the model's one added child, ``rankwise``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import AttachError, ViewError, unknown
+from rankwise.forms.base import Form, Plan, SiteDelta
+from rankwise.inits.base import Fill, Init
+from rankwise.place import Place, Tap, adapted_class
+from rankwise.recipe import Part, Recipe, build
+from rankwise.seeds import generator
+from rankwise.sites import Site, block_site, find_sites, resolve
+from rankwise.store.names import check_name
+from rankwise.view import HERE, View, current, keep_view
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+
+
+class Shelf(nn.Module):
+    """Modules by free name: a dot, a slash or a method's name in a key is no harm."""
+
+    def put(self, name: str, module: nn.Module) -> None:
+        self._modules[name.replace(".", "/")] = module
+
+    def get(self, name: str) -> nn.Module:
+        found = self._modules[name.replace(".", "/")]
+        assert found is not None
+        return found
+
+    def take(self, name: str) -> None:
+        del self._modules[name.replace(".", "/")]
+
+
+class AdapterModule(nn.Module):
+    """One adapter's tensors: a SiteDelta each site, banks, and copies of modules it trains whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites = Shelf()
+        self.banks = Shelf()
+
+
+@dataclasses.dataclass
+class Installed:
+    """One part as it stands in the model."""
+
+    part: Part
+    form: Form
+    plan: Plan
+    sites: dict[str, Site]
+
+
+@dataclasses.dataclass
+class Record:
+    """What the roster knows of one adapter."""
+
+    name: str
+    slot: str
+    recipe: Recipe
+    parts: list[Installed]
+    deltas: dict[str, SiteDelta]
+    followers: dict[str, list[str]]  # site → names of the sites at the other ends of its tie
+    merged: bool = False
+    checked: bool = False
+
+    def site_of(self) -> dict[str, Site]:
+        return {n: s for p in self.parts for n, s in p.sites.items()}
+
+
+class Roster(nn.Module):
+    """The model's one added child: its adapters, the default view, and the journal of what was done to base weights."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.records: dict[str, Record] = {}
+        self.known: dict[str, Site] = find_sites(model)
+        self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → the original's snapshot
+        self.moved: dict[tuple[str, str], str] = {}  # (module, parameter) → the adapter that owns the mutation
+        self.merged: list[str] = []
+        self.frozen: list[str] = []
+        self._model = (model,)  # a tuple, so that it is not a child
+        self._count = 0
+        self._hooks: list[Any] = []
+        self.default = View(self, {})
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model[0]
+
+    # --- views --------------------------------------------------------------------------------------------
+    def check_view(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for n in names:
+            if n not in self.records:
+                raise unknown("adapter attached to this model", n, self.records)
+        for n in self.merged:
+            if n not in names:
+                raise ViewError(
+                    f"Adapter {n!r} is merged into the weights and acts in every view; include it, or unmerge() it first."
+                )
+
+    def unmaskable(self, names: Iterable[str]) -> str | None:
+        """The first site of these adapters that no row mask can reach."""
+        for n in names:
+            for name, site in self.records[n].site_of().items():
+                if site.spec.mode in ("read", "plain"):
+                    return name
+        return None
+
+    def prepare(self) -> None:
+        """Make the model's checkpointing functions carry the view in force into the recompute."""
+        for module in self._checkpointed():
+            fn = module._gradient_checkpointing_func
+            if not getattr(fn, "keeps_view", False):
+                module._gradient_checkpointing_func = _carrying(self, fn)
+
+    def _checkpointed(self) -> list[Any]:
+        return [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
+
+    # --- hooks on the root: the batch a forward sees --------------------------------------------------------
+    def watch(self) -> None:
+        if not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            ]
+
+    def unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() and module.training:
+            self.prepare()
+        first = next((t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
+        if first is not None:
+            HERE.batch = (first.shape[0], first.shape[1] if first.dim() > 1 else 1)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            HERE.batch = None
+
+    def check_acted(self, names: Iterable[str]) -> None:
+        """Refuse to go on when a site of these adapters took no part in a forward that has run."""
+        for n in names:
+            record = self.records[n]
+            idle = [t.site.name for t in self._taps(n) if not t.acted]
+            if idle and not record.checked:
+                raise AttachError(
+                    f"Adapter {n!r}: {len(idle)} of its places took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
+                    "their module was not called. Leave them out with exclude=[…], or feed the inputs that reach them."
+                )
+            record.checked = True
+
+    def _taps(self, name: str) -> list[Tap]:
+        places = {id(m._rankwise): m._rankwise for m in self._places(name)}
+        return [t for p in places.values() for t in p.taps.get(name, ())]
+
+    def _places(self, name: str) -> list[Any]:
+        record = self.records[name]
+        out = [s.module for s in record.site_of().values()]
+        out += [self.known[f].module for fs in record.followers.values() for f in fs]
+        return [m for m in out if "_rankwise" in m.__dict__]
+
+    def module_of(self, name: str) -> AdapterModule:
+        return self._modules[self.records[name].slot]  # type: ignore[return-value]
+
+
+def roster_of(model: nn.Module, *, create: bool = False) -> Roster:
+    """The model's roster; an AttachError where nothing is attached and none is to be made."""
+    found = model._modules.get("rankwise")
+    if isinstance(found, Roster):
+        return found
+    inner = getattr(model, "module", None)  # DDP and the like
+    if isinstance(inner, nn.Module) and isinstance(inner._modules.get("rankwise"), Roster):
+        return inner._modules["rankwise"]  # type: ignore[return-value]
+    if not create:
+        raise AttachError("No adapter is attached to this model; call rw.attach(model, recipe) first.")
+    if found is not None or hasattr(model, "rankwise"):
+        raise AttachError("The model already has a child or attribute called 'rankwise'; rename it before attaching.")
+    _refuse_sharded(model)
+    roster = Roster(model)
+    model.add_module("rankwise", roster)
+    return roster
+
+
+def attach(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str = "lora",
+    *,
+    calibration: Iterable[Any] | None = None,
+    name: str = "default",
+    activate: bool = True,
+) -> Adapter:
+    """Put an adapter into ``model`` (changed in place) and return its handle.
+
+    Args:
+        recipe: a Recipe, its fields, a file, or the name of a form or preset.
+        calibration: batches (dicts of the model's keyword inputs) for inits that read statistics.
+        name: free text; one adapter a name.
+        activate: make it the one that acts by default.
+
+    Raises:
+        AttachError: the name is taken, the model is sharded, no calibration where the init needs it.
+        TargetError, RecipeError, OptionError: see the recipe.
+    """
+    from rankwise.adapter import Adapter
+
+    recipe = Recipe.of(recipe)
+    check_name(name)
+    had = isinstance(model._modules.get("rankwise"), Roster)
+    roster = roster_of(model, create=True)
+    try:
+        if name in roster.records:
+            raise AttachError(
+                f"An adapter called {name!r} is already attached; choose another name, or detach() it first."
+            )
+        installed, deltas, followers = _build(roster, recipe, calibration)
+        _install(roster, name, recipe, installed, deltas, followers)
+    except BaseException:
+        if not had and not roster.records:
+            model._modules.pop("rankwise", None)
+        raise
+    if activate:
+        activate_adapters(model, name)
+    return Adapter(roster, name)
+
+
+def activate_adapters(model: nn.Module, names: str | Iterable[str] | None) -> None:
+    """Set the default view: which attached adapters act, each at strength 1 (several sum; None is the base)."""
+    roster = roster_of(model)
+    wanted = [names] if isinstance(names, str) else list(names or ())
+    wanted = [*wanted, *(m for m in roster.merged if m not in wanted)]
+    roster.default = View(roster, dict.fromkeys(wanted, 1.0))
+
+
+# --- building -----------------------------------------------------------------------------------------------
+def choose_sites(roster: Roster, part: Part, form: Form) -> tuple[list[Site], dict[str, list[str]]]:
+    """The sites of a part, one for each tie group, and the sites at the other ends of ties."""
+    if form.reads == ("block",):
+        return _choose_blocks(roster.model, part, form), {}
+    sites = resolve(
+        roster.known,
+        part.targets,
+        exclude=part.exclude,
+        layers=part.layers,
+        kinds=form.kinds,
+        part=f"the form {form.info.name!r}",
+    )
+    refused = [s for s in sites if s.spec.mode not in form.reads]
+    if refused:
+        s = refused[0]
+        raise AttachError(
+            f"The form {form.info.name!r} cannot be at {s.name!r}: another forward reads that weight, and the form needs to be called with x. "
+            "Choose a form with a weight delta there, or exclude it."
+        )
+    leaders: dict[str, str] = {}
+    out: list[Site] = []
+    followers: dict[str, list[str]] = {}
+    for s in sites:
+        group = s.spec.tie_group
+        if group and not part.untie:
+            if group in leaders:
+                continue
+            leaders[group] = s.name
+            others = [
+                o.name
+                for o in roster.known.values()
+                if o.spec.tie_group == group and o.name != s.name and o.spec.mode != "plain"
+            ]
+            followers[s.name] = others
+        out.append(s)
+    return out, followers
+
+
+def _choose_blocks(model: nn.Module, part: Part, form: Form) -> list[Site]:
+    from rankwise.errors import TargetError, nearest
+
+    words = [part.targets] if isinstance(part.targets, str) else part.targets
+    paths = [p for p, _ in model.named_modules() if p and not p.startswith("rankwise")]
+    out: dict[str, Site] = {}
+    for word in words:
+        word = form.default_block if word == "all-linear" else word  # type: ignore[attr-defined]
+        hits = [p for p in paths if p == word or p.endswith(f".{word}")]
+        if not hits:
+            raise TargetError(
+                f"The target {word!r} matches no module to wrap; {nearest(word, {p.rpartition('.')[2] for p in paths})}"
+            )
+        out.update((p, block_site(model, p)) for p in hits)
+    layers = part.layers
+    return [s for n, s in out.items() if n not in part.exclude and (layers is None or s.spec.layer in layers)]
+
+
+def _build(
+    roster: Roster, recipe: Recipe, calibration: Iterable[Any] | None
+) -> tuple[list[Installed], dict[str, SiteDelta], dict[str, list[str]]]:
+    installed: list[Installed] = []
+    deltas: dict[str, SiteDelta] = {}
+    followers: dict[str, list[str]] = {}
+    for part in recipe.all_parts():
+        form: Form = build("form", part.form)
+        sites, ties = choose_sites(roster, part, form)
+        for s in sites:
+            if s.name in deltas:
+                raise AttachError(
+                    f"Two parts of the recipe are at {s.name!r}; give each place to one part (targets, exclude)."
+                )
+        init: Init | None = build("init", part.init) if part.init else None
+        ranks = {s.name: part.rank_of(s.spec.module, s.spec.role) for s in sites}
+        scales = {n: _scale(part, s, ranks[n]) for n, s in ((s.name, s) for s in sites)}
+        stats = _calibrate(roster, init, sites, ranks, calibration)
+        if init is not None:
+            ranks = init.allocate(sites, stats, ranks)
+            sites = [s for s in sites if ranks[s.name] > 0]
+            ties = {k: v for k, v in ties.items() if ranks[k] > 0}
+        made, plan = make_deltas(form, part, sites, ranks, scales, recipe.seed, roster.model)
+        if init is not None:
+            _fill(roster, init, made, sites, stats, plan, recipe.seed)
+        _refuse_dead(made)
+        deltas.update(made)
+        followers.update(ties)
+        installed.append(Installed(part, form, plan, {s.name: s for s in sites}))
+    return installed, deltas, followers
+
+
+def make_deltas(
+    form: Form,
+    part: Part,
+    sites: list[Site],
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    seed: int,
+    model: nn.Module,
+) -> tuple[dict[str, SiteDelta], Plan]:
+    """Plan all sites, then build each; with a router, the router's modules take the place of the form's."""
+    router = build("router", part.router) if part.router else None
+    ranks = dict(ranks)
+    if router is not None:
+        ranks = router.ranks(sites, ranks)
+    if form.ranked:
+        form.check_ranks(
+            sites,
+            ranks
+            if router is None
+            else {n: min(r, s.spec.max_rank) for s in sites for n, r in [(s.name, ranks[s.name])]},
+        )
+    plan = Plan(ranks=ranks, scales=dict(scales), seed=seed, dropout=part.dropout)
+    plan = form.plan(sorted(sites, key=lambda s: s.name), plan)
+    made = {s.name: form.build(s, plan) for s in sites}
+    if router is not None:
+        made = router.install(model, sites, made, plan)
+    return made, plan
+
+
+def _scale(part: Part, site: Site, r: int) -> float:
+    from rankwise.forms.base import SCALES
+
+    alpha = part.alpha_of(site.spec.module, site.spec.role)
+    if part.alpha is None and not part.alpha_pattern and part.scale == "alpha/r":
+        alpha = float(r)
+    return SCALES[part.scale](alpha, r)
+
+
+def _calibrate(
+    roster: Roster, init: Init | None, sites: list[Site], ranks: Mapping[str, int], batches: Iterable[Any] | None
+) -> Any:
+    from rankwise.calibration.base import Stats, calibrate
+
+    requests = init.requests(sites, ranks) if init is not None else {}
+    if not requests:
+        return Stats({})
+    if batches is None:
+        assert init is not None
+        raise AttachError(
+            f"The init {init.info.name!r} reads statistics of your data; give attach(…, calibration=batches)."
+        )
+    return calibrate(roster.model, sites, requests, batches)
+
+
+def _fill(
+    roster: Roster, init: Init, made: Mapping[str, SiteDelta], sites: list[Site], stats: Any, plan: Plan, seed: int
+) -> None:
+    for site in sites:
+        delta = made[site.name]
+        if site.spec.kind not in init.kinds:
+            raise AttachError(
+                f"The init {init.info.name!r} cannot fill {site.name!r}, a {site.spec.kind}; it fills {', '.join(init.kinds)}."
+            )
+        got: Fill = init.fill(
+            site, stats, plan.ranks[site.name], plan.scales[site.name], generator(seed, init.info.name, site.name)
+        )
+        delta.fill(got.tensors)
+        if got.rule == "subtract":
+            delta.hold_start()
+        elif got.rule == "replace":
+            assert got.weight is not None
+            delta.base_weight = got.weight
+
+
+def _refuse_dead(made: Mapping[str, SiteDelta]) -> None:
+    """A pair whose factors are both zero can never move."""
+    for name, delta in made.items():
+        A, B = getattr(delta, "A", None), getattr(delta, "B", None)
+        if isinstance(A, Tensor) and isinstance(B, Tensor) and not A.any() and not B.any():
+            raise AttachError(
+                f"Both factors at {name!r} start at zero, so neither ever gets a gradient; use an init that fills one of them."
+            )
+
+
+# --- installing ---------------------------------------------------------------------------------------------
+def _install(
+    roster: Roster,
+    name: str,
+    recipe: Recipe,
+    installed: list[Installed],
+    deltas: dict[str, SiteDelta],
+    followers: dict[str, list[str]],
+) -> None:
+    slot = f"a{roster._count}"
+    roster._count += 1
+    record = Record(name, slot, recipe, installed, deltas, followers)
+    home = AdapterModule()
+    for site_name, delta in deltas.items():
+        home.sites.put(site_name, delta)
+    for part in installed:
+        for key, bank in part.plan.banks.items():
+            home.banks.put(key, bank)
+    home.train(roster.model.training)
+    if not roster.records:
+        _freeze(roster)
+        roster.watch()
+    roster.add_module(slot, home)
+    roster.records[name] = record
+    for site_name, delta in deltas.items():
+        _tap(roster, Tap(name, delta.site, delta))
+        for other in followers.get(site_name, ()):
+            far = roster.known[other]
+            flipped = (far.spec.kind == "embedding") != (delta.site.spec.kind == "embedding")
+            _tap(roster, Tap(name, far, delta, transposed=flipped))
+        delta.on_attach(roster, record)
+
+
+def _tap(roster: Roster, tap: Tap) -> None:
+    module: Any = tap.site.module
+    place = module.__dict__.get("_rankwise")
+    if place is None:
+        place = Place(roster, type(module))
+        module.__dict__["_rankwise"] = place
+    place.taps.setdefault(tap.name, []).append(tap)
+    set_class(module)
+
+
+def set_class(module: Any) -> None:
+    """The class that fits what is at this module now: adapted while anything is, else its own."""
+    place: Place = module._rankwise
+    taps = [t for ts in place.taps.values() for t in ts]
+    if not taps and not place.originals:
+        module.__class__ = place.base
+        del module.__dict__["_rankwise"]
+        return
+    modes = {t.site.spec.mode for t in taps}
+    if "block" in modes and len(modes) > 1:
+        raise AttachError(
+            f"{type(module).__name__} cannot be wrapped as a block and adapted in its weight at once; choose one."
+        )
+    reads = tuple(sorted({t.site.spec.param for t in taps if t.site.spec.mode == "read"}))
+    mode = "block" if "block" in modes else "called" if "called" in modes else "read"
+    module.__class__ = adapted_class(place.base, mode, reads)
+
+
+def uninstall(roster: Roster, name: str) -> None:
+    """Take an adapter out: its taps, its class swaps, its tensors; the last one takes the roster along."""
+    record = roster.records[name]
+    for delta in record.deltas.values():
+        delta.on_detach(roster, record)
+    for module in dict.fromkeys(roster._places(name)):
+        module._rankwise.taps.pop(name, None)
+        module._rankwise.originals.pop(name, None)
+        set_class(module)
+    del roster._modules[record.slot]
+    del roster.records[name]
+    left = {n: s for n, s in roster.default.strengths.items() if n != name}
+    roster.default = View(roster, left)
+    if not roster.records:
+        roster.unwatch()
+        params = dict(roster.model.named_parameters())
+        for path in roster.frozen:
+            params[path].requires_grad_(True)
+        del roster.model._modules["rankwise"]
+
+
+def _freeze(roster: Roster) -> None:
+    """Freeze the base; remember what was trainable, so that detaching gives it back."""
+    for path, p in roster.model.named_parameters():
+        if not path.startswith("rankwise.") and p.requires_grad:
+            roster.frozen.append(path)
+            p.requires_grad_(False)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "FSDP"):
+        if wrapper in kinds:
+            raise AttachError(
+                f"The model is already wrapped by {wrapper}, so an adapter's gradients would never be reduced; attach first, then wrap."
+            )
+
+
+def _carrying(roster: Roster, fn: Any) -> Any:
+    def checkpointed(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        return fn(keep_view(inner, current(roster)), *args, **kwargs)
+
+    checkpointed.keeps_view = True  # type: ignore[attr-defined]
+    return checkpointed

@@ -1,0 +1,63 @@
+"""The seam of budgets: a loop observe → score → budget(step) → allocate → actuate → resync.
+
+An :class:`~rankwise.allocation.Allocation` is plain data, saved with the run, so a checkpoint can be read without
+the scorer.  The Session calls the hooks in the one documented order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rankwise.catalogue import MethodInfo
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+    from rankwise.optim.optimizer import TransformOptimizer
+
+
+@dataclasses.dataclass
+class Run:
+    """What a budget or loss sees of the run: the adapter, its optimiser, the length of the run, and a place for logs.
+
+    ``step`` counts optimiser steps taken (the first is 1 while it is being taken); ``ddp`` is True where
+    ``requires_grad`` must not be touched and masks are used instead.
+    """
+
+    adapter: Adapter
+    optimizer: TransformOptimizer
+    total_steps: int
+    seed: int = 0
+    step: int = 0
+    ddp: bool = False
+    logs: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Budget:
+    """Base of all budgets; dataclass fields are options, state lives in ``state_dict``."""
+
+    info: ClassVar[MethodInfo]
+
+    def check(self, forms: Sequence[Any], recipe: Any) -> None:
+        """Refuse what this budget cannot live with beyond its declared needs."""
+
+    def start(self, run: Run) -> None:
+        """Once, before the first step."""
+
+    def step_begin(self, run: Run) -> None:
+        """Before the step's first forward: allocate, sample, probe (restoring everything it touched)."""
+
+    def observe(self, run: Run) -> None:
+        """After the gradients are final (unscaled, reduced, clipped), before the update: sees p and its gradient."""
+
+    def after_update(self, run: Run) -> None:
+        """After the update: actuate (masks, ranks) and resync the optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs, as tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""

@@ -1,0 +1,231 @@
+"""Adapters to files and back: the native format, and other libraries' formats through the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import rankwise
+from rankwise.attach import Installed, _install, activate_adapters, choose_sites, make_deltas, roster_of
+from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
+from rankwise.forms.base import Form
+from rankwise.recipe import Part, Recipe, build
+from rankwise.sites import Site
+from rankwise.store.fingerprint import compare, fingerprint
+from rankwise.store.names import check_name
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+
+FORMATS = ("peft", "native")
+
+
+def base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The base's own parameters by name, as they were before any adapter moved them."""
+    roster = model._modules.get("rankwise")
+    out = [(n, p) for n, p in model.named_parameters() if not n.startswith("rankwise.")]
+    if roster is None:
+        return out
+    journal = roster.journal  # type: ignore[union-attr]
+    kept = {f"{m}.{p}".lstrip("."): t for (m, p), t in journal.items() if isinstance(t, Tensor)}  # type: ignore[union-attr]
+    return [(n, kept.get(n, p)) for n, p in out]
+
+
+def save(adapter: Adapter, path: Path) -> Path:
+    """Write the native format: every tensor of the adapter, its recipe, ranks, scales and the base's fingerprint."""
+    from rankwise.store.native import save_native
+
+    return save_native(path, dict(adapter.tensors()), header(adapter))
+
+
+def header(adapter: Adapter) -> dict[str, Any]:
+    """The native file's description of an adapter: enough to rebuild it on a base of the same shapes."""
+    record = adapter._record
+    return {
+        "name": adapter.name,
+        "recipe": record.recipe.to_json(),
+        "parts": [
+            {
+                "part": p.part.model_dump(mode="json", exclude_defaults=True),
+                "ranks": {n: p.plan.ranks[n] for n in p.sites},
+                "scales": {n: p.plan.scales[n] for n in p.sites},
+                "specs": {n: s.spec.to_json() for n, s in p.sites.items()},
+            }
+            for p in record.parts
+        ],
+        "states": {n: d.file_state() for n, d in record.deltas.items()},
+        "fingerprint": fingerprint(adapter.model, base_tensors(adapter.model)),
+        "provenance": {"rankwise": rankwise.__version__, "torch": torch.__version__},
+    }
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True
+) -> Adapter:
+    """Attach the adapter in ``path`` (native folder, PEFT folder, or hub id) and return its handle.
+
+    Args:
+        name: what to call it here; default its own name, or "default".
+        check_base: refuse an adapter whose base differs in its weights, not only one that differs in shape.
+
+    Raises:
+        ArtefactError: damaged, hostile or foreign file; the message names what differs.
+    """
+    folder = Path(path)
+    if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
+        return _load_native(model, folder, name, activate, check_base)
+    if folder.exists() and not (folder / "adapter_config.json").exists():
+        found = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else [folder.name]
+        raise ArtefactError(
+            f"{folder} holds no adapter: expected rankwise.safetensors or adapter_config.json, found {', '.join(found) or 'nothing'}."
+        )
+    return _load_peft(model, str(path), name, activate)
+
+
+def _load_native(model: nn.Module, path: Path, name: str | None, activate: bool, check_base: bool) -> Adapter:
+    from rankwise.store.native import load_native
+
+    tensors, head = load_native(path)
+    differences = compare(head["fingerprint"], fingerprint(model, base_tensors(model)))
+    shapes = [d for d in differences if not d.startswith("content")]
+    if shapes or (differences and check_base):
+        raise ArtefactError(
+            f"The adapter in {path} was made for another base: {'; '.join(differences[:4])}. "
+            + ("" if shapes else "Load it on its own base, or give check_base=False to use it here all the same.")
+        )
+    recipe = Recipe(**head["recipe"])
+    return rebuild(model, recipe, head, tensors, name or head["name"], activate)
+
+
+def rebuild(
+    model: nn.Module, recipe: Recipe, head: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, activate: bool
+) -> Adapter:
+    """Attach from a description and its tensors: no init is run again, no number is drawn that the file does not replace."""
+    from rankwise.adapter import Adapter
+
+    check_name(name)
+    had = "rankwise" in model._modules
+    roster = roster_of(model, create=True)
+    try:
+        if name in roster.records:
+            raise ArtefactError(f"An adapter called {name!r} is already attached; give load(…, name=…) another name.")
+        installed, deltas, followers = [], {}, {}
+        for entry in head["parts"]:
+            part = Part(**entry["part"])
+            form: Form = build("form", part.form)
+            sites, ties = _sites_for(roster, part, form, entry["ranks"])
+            made, plan = make_deltas(
+                form, part, sites, _own_ranks(part, entry["ranks"]), entry["scales"], recipe.seed, model
+            )
+            plan.ranks.update(entry["ranks"])
+            deltas.update(made)
+            followers.update(ties)
+            installed.append(Installed(part, form, plan, {s.name: s for s in sites}))
+        for site, state in head["states"].items():
+            deltas[site].restore_state(state, tensors, site)
+        _install(roster, name, recipe, installed, deltas, followers)
+    except BaseException:
+        if not had and not roster.records:
+            model._modules.pop("rankwise", None)
+        raise
+    adapter = Adapter(roster, name)
+    _copy_in(adapter, tensors)
+    if activate:
+        activate_adapters(model, name)
+    return adapter
+
+
+def _own_ranks(part: Part, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks before a router multiplied them, as ``make_deltas`` expects."""
+    if not part.router:
+        return dict(ranks)
+    router = build("router", part.router)
+    return router.unranks(dict(ranks))
+
+
+def _sites_for(
+    roster: Any, part: Part, form: Form, ranks: Mapping[str, int]
+) -> tuple[list[Site], dict[str, list[str]]]:
+    """The sites a file names, in model order; each must exist here."""
+    sites, ties = choose_sites(roster, part, form)
+    known = {s.name: s for s in sites}
+    missing = [n for n in ranks if n not in known]
+    if missing:
+        raise ArtefactError(f"The file adapts {missing[0]!r}, which this model lacks; {nearest(missing[0], known)}")
+    return [s for s in sites if s.name in ranks], {k: v for k, v in ties.items() if k in ranks}
+
+
+@torch.no_grad()
+def _copy_in(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    mine = adapter.tensors()
+    lacking, foreign = sorted(set(mine) - set(tensors)), sorted(set(tensors) - set(mine))
+    if lacking or foreign:
+        what = f"lacks {lacking[0]!r}" if lacking else f"has {foreign[0]!r}, which nothing here takes"
+        adapter.detach()
+        raise ArtefactError(f"The file {what} ({len(lacking)} missing, {len(foreign)} superfluous).")
+    for key, t in mine.items():
+        value = tensors[key]
+        if value.shape != t.shape or value.dtype.is_floating_point != t.dtype.is_floating_point:
+            adapter.detach()
+            raise ArtefactError(
+                f"{key!r} is {tuple(value.shape)} {value.dtype} in the file, but {tuple(t.shape)} {t.dtype} here."
+            )
+        t.data.copy_(value)
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------------
+def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -> Path:
+    """Write in another format; the value leaves against the untouched base, residual starts included."""
+    if format == "native":
+        return save(adapter, path)
+    if format != "peft":
+        raise OptionError(f"There is no format {format!r}; {nearest(format, FORMATS)}")
+    from rankwise.delta import AdapterState
+    from rankwise.store.peft import export_peft
+
+    record = adapter._record
+    sites, magnitude = {}, {}
+    for name, delta in record.deltas.items():
+        if delta.site.spec.mode == "block":
+            raise MergeError(
+                f"{name!r} is a wrapped block, which PEFT's format cannot hold; save it in the native format."
+            )
+        value, m = delta.for_peft()
+        sites[name] = value.detach()
+        if m is not None:
+            magnitude[name] = m.detach()
+    specs = {n: s.spec for n, s in record.site_of().items()}
+    config = getattr(adapter.model, "config", None)
+    options.setdefault("base_model", getattr(config, "_name_or_path", None) or None)
+    return export_peft(path, AdapterState(sites), specs, magnitude=magnitude, **options)
+
+
+def _load_peft(model: nn.Module, path: str, name: str | None, activate: bool) -> Adapter:
+    """A PEFT folder or hub id as a `lora` or `dora` adapter of ours."""
+    from rankwise.store.peft import read_peft
+
+    check_name(name or "default")
+    had = "rankwise" in model._modules
+    roster = roster_of(model, create=True)
+    try:
+        state, info = read_peft(path, roster.known)
+    finally:
+        if not had and not roster.records:
+            model._modules.pop("rankwise", None)
+    magnitude: Mapping[str, Tensor] = info.get("magnitude") or {}
+    form = "dora" if magnitude else "lora"
+    ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
+    part = Part(form=form, targets=list(state.sites), r=max(ranks.values()))
+    recipe = Recipe(form=form, targets=list(state.sites), r=max(ranks.values()))
+    entry = {"part": part.model_dump(mode="json"), "ranks": ranks, "scales": dict.fromkeys(ranks, 1.0)}
+    tensors: dict[str, Tensor] = {}
+    for n, d in state.sites.items():
+        A, B = d.factors()  # type: ignore[attr-defined]
+        tensors |= {f"{n}::A": A, f"{n}::B": B}
+        if n in magnitude:
+            tensors[f"{n}::m"] = magnitude[n]
+    return rebuild(model, recipe, {"parts": [entry], "states": {}}, tensors, name or "default", activate)

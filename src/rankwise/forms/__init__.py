@@ -1,0 +1,1 @@
+"""How the change of a weight is parametrised: one file a form."""

@@ -1,0 +1,241 @@
+"""The seam of forms: how a change of weight is parametrised.
+
+A form works in two phases.  ``plan`` sees all its sites at once (shared banks, global shapes) and refuses
+what cannot be met; ``build`` gives each site a :class:`SiteDelta`, a module with ``delta()`` and, only where
+that is faster or where x decides, a ``forward`` of its own.  A form never asks what layer class it is on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.catalogue import MethodInfo
+from rankwise.delta import Delta, LowRank
+from rankwise.errors import OptionError, RecipeError
+from rankwise.seeds import generator
+from rankwise.sites.site import Site
+
+#: scale policies: a named choice, never implicit
+SCALES = {
+    "alpha/r": lambda alpha, r: alpha / r,
+    "alpha/sqrt_r": lambda alpha, r: alpha / math.sqrt(r),
+    "constant": lambda alpha, r: alpha,
+}
+
+
+@dataclasses.dataclass
+class Plan:
+    """What ``build`` needs of the whole: rank and scale of every site, the seed, shared banks, and a form's own notes."""
+
+    ranks: dict[str, int]
+    scales: dict[str, float]
+    seed: int = 0
+    dropout: float = 0.0
+    banks: dict[str, Bank] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def generator(self, purpose: str, name: str) -> torch.Generator:
+        """The generator of one draw, by purpose and site name, so order never matters."""
+        return generator(self.seed, purpose, name)
+
+
+class Bank(nn.Module):
+    """Tensors shared by many sites: registered, counted, optimised and saved once, read through the module each call."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = True):
+        super().__init__()
+        for name, t in tensors.items():
+            if trainable:
+                self.register_parameter(name, nn.Parameter(t))
+            else:
+                self.register_buffer(name, t)
+
+
+def index_buffer(module: nn.Module, name: str, values: Tensor) -> None:
+    """Register integers that no ``.half()`` casts and no optimiser sees (int64, persistent)."""
+    module.register_buffer(name, values.to(torch.int64))
+
+
+class SiteDelta(nn.Module):
+    """The change of one site's weight, as a module that holds its tensors.
+
+    Class attributes a form declares:
+        components: the axis, counted from the end, along which a tensor is indexed by rank-one component.
+        fills: tensors an init may fill.
+        roles: what an optimiser should take each tensor for (A, B, core, magnitude, bank, other).
+    """
+
+    components: ClassVar[Mapping[str, int]] = {}
+    fills: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, site: Site, *, scale: float = 1.0, dropout: float = 0.0):
+        super().__init__()
+        self.site = site
+        self.scale = scale
+        self.dropout = dropout
+        self.base_weight: Tensor | None = None  # what an init wants W replaced by (base rule *replace*)
+        self.residual = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
+
+    # --- what every form fills in -------------------------------------------------------------------------
+    def delta(self) -> Delta:
+        """The change of weight now, differentiable in the trainable tensors; never another adapter's."""
+        raise NotImplementedError(f"{type(self).__name__} must give its delta().")
+
+    def complete(self, filled: Mapping[str, Tensor]) -> None:
+        """Fill the tensors an init left out, given those it filled (default: nothing to do)."""
+
+    def on_attach(self, roster: Any, record: Any) -> None:
+        """Called once the adapter stands in the model."""
+
+    def on_detach(self, roster: Any, record: Any) -> None:
+        """Called before the adapter is taken out."""
+
+    def before_merge(self, roster: Any) -> None:
+        """Called before the change is folded into W."""
+
+    def for_peft(self) -> tuple[Delta, Tensor | None]:
+        """What leaves in PEFT's format: a low-rank delta against the untouched W, and a magnitude where the form has one."""
+        return self.effective(), None
+
+    # --- what the core does for all -----------------------------------------------------------------------
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
+        """Δy for the module's input ``x`` and base output ``y`` (with bias), in ``y``'s dtype."""
+        d = self.effective()
+        if strength is not None:
+            d = d.scaled(strength)
+        return apply_delta(d, self.site, self.drop(x), y)
+
+    def effective(self) -> Delta:
+        """``delta()`` less the start an init subtracted: what acts on the untouched W."""
+        d = self.delta()
+        return d + self.start() if self.residual else d
+
+    def start(self) -> LowRank:
+        """The frozen −s₀·B₀A₀, of the factors as cast to storage."""
+        return LowRank(self.A0, -self.B0, self.start_scale)
+
+    def hold_start(self) -> None:
+        """Freeze today's delta as the part of W that the factors stand for (base rule *subtract*)."""
+        d = self.delta()
+        if not isinstance(d, LowRank):
+            raise RecipeError(
+                f"An init that subtracts its start needs a low-rank form, but {type(self).__name__} gives a {d.kind} delta."
+            )
+        A, B = d.factors()
+        self.register_buffer("A0", A.detach().clone())
+        self.register_buffer("B0", B.detach().clone())
+        self.start_scale = 1.0
+        self.residual = True
+
+    def file_state(self) -> dict[str, Any]:
+        """What a file must say beside the tensors to rebuild this module."""
+        return {"start_scale": self.start_scale} if self.residual else {}
+
+    def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+        """Make room for what :meth:`file_state` told of."""
+        if "start_scale" in state:
+            self.register_buffer("A0", torch.zeros_like(tensors[f"{name}::A0"]))
+            self.register_buffer("B0", torch.zeros_like(tensors[f"{name}::B0"]))
+            self.start_scale, self.residual = float(state["start_scale"]), True
+
+    def drop(self, x: Tensor) -> Tensor:
+        if self.dropout and self.training and x.is_floating_point():
+            return nn.functional.dropout(x, self.dropout)
+        return x
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy an init's values in, in the dtype of storage; the form completes what is left."""
+        for name, value in tensors.items():
+            target = getattr(self, name, None)
+            if name not in self.fills or target is None:
+                raise RecipeError(
+                    f"{type(self).__name__} at {self.site.name!r} has no tensor {name!r} to fill; it takes {', '.join(self.fills) or 'none'}."
+                )
+            if target.shape != value.shape:
+                raise RecipeError(
+                    f"The init gave {name} of shape {tuple(value.shape)} for {self.site.name!r}, which needs {tuple(target.shape)}."
+                )
+            with torch.no_grad():
+                target.copy_(value)
+        self.complete(tensors)
+
+    def component_count(self) -> int:
+        """Number of rank-one components of this site (per expert), 0 where the form has none."""
+        for name, axis in self.components.items():
+            return getattr(self, name).shape[axis]
+        return 0
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}, {'×'.join(map(str, self.site.spec.shape))}, scale={self.scale:.4g}"
+
+
+def apply_delta(d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
+    """Δy of a delta at a site, in ``y``'s dtype; hands over the base output and weight only where they are needed."""
+    if d.dtype != y.dtype:
+        d = d.to(dtype=y.dtype)
+    if x.is_floating_point() and x.dtype != y.dtype:
+        x = x.to(y.dtype)
+    base = site.op.strip_bias(y, site.bias) if d.needs_output else None
+    return d.apply(x, base, op=site.op, weight=site.weight().to(y.dtype) if d.needs_weight else None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """Base of all forms; a subclass's dataclass fields are its options (rank, scale and dropout are the recipe's).
+
+    Class attributes a form declares:
+        kinds: the kinds of site it can adapt.
+        gives: words that inits, routers, budgets, optimisers and losses may need: ``fill:A``, ``fill:B`` …,
+            ``pair`` (Δ = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
+            z = A·x), ``core:diag``, ``constant`` (Δ does not depend on x), ``weight`` (trains W itself), ``block``.
+        linear_in_params: averaging parameters averages deltas.
+        reads: the modes of site it can be at ("called", "read", "plain", "block").
+        ranked: whether r means anything to it.
+        bounded: whether a rank above min(out, in) is refused.
+    """
+
+    info: ClassVar[MethodInfo]
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts")
+    gives: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[tuple[str, ...]] = ("called", "read")
+    linear_in_params: ClassVar[bool] = False
+    ranked: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
+
+    def plan(self, sites: Sequence[Site], plan: Plan) -> Plan:
+        """See all sites at once; add banks and notes to ``plan``; refuse what cannot be met."""
+        return plan
+
+    def build(self, site: Site, plan: Plan) -> SiteDelta:
+        """The module for one site, with the form's own first values."""
+        raise NotImplementedError(f"The form {type(self).__name__} must build its sites.")
+
+    def check_ranks(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> None:
+        """Refuse a rank below 1 or above the matrix, naming the site."""
+        for site in sites:
+            r = ranks[site.name]
+            if r < 1:
+                raise OptionError(f"r = {r} at {site.name!r}; a rank is at least 1 (leave the site out instead).")
+            if self.bounded and r > site.spec.max_rank:
+                raise OptionError(
+                    f"r = {r} at {site.name!r} is above its largest possible rank {site.spec.max_rank} "
+                    f"({site.spec.out}×{site.spec.inp}); lower r, or set rank_pattern={{{site.spec.role!r}: {site.spec.max_rank}}}."
+                )
+
+
+def factor(shape: Sequence[int], g: torch.Generator, *, fan_in: int, device: torch.device) -> Tensor:
+    """Kaiming-uniform with a = √5, i.e. U(−1/√fan_in, 1/√fan_in), drawn on the CPU in fp32, then moved."""
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(*shape).uniform_(-bound, bound, generator=g).to(device)
+
+
+def lead(site: Site) -> tuple[int, ...]:
+    """The leading axes of a site's tensors: (E,) for a stack, else ()."""
+    return (site.spec.stack,) if site.spec.stack else ()

@@ -1,0 +1,1 @@
+"""Who decides which components act on which row: one file a router; decisions and executors beside them."""

@@ -1,0 +1,186 @@
+"""Find the places in a model that can be adapted: one walk, linear in the number of modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from rankwise.codecs.library import find_bridge
+from rankwise.sites.roles import input_key, layer_of, parts_of, role_of
+from rankwise.sites.site import Site
+from rankwise.sites.spec import SiteSpec
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every adaptable place of ``model`` by name, in module order: whole weights, parts of fused ones, stacks.
+
+    Plain parameters (norms, biases, …) are listed too, with mode *plain*; blocks are not (see :func:`block_site`).
+    Sites that share one storage carry the same ``tie_group``.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in _walk(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                owners[id(p)].append(f"{path}.{name}" if path else name)
+    sites: dict[str, Site] = {}
+    readers = _read_by_parent(model)
+    for path, module in _walk(model):
+        for spec in _specs(model, path, module, path in readers):
+            shared = owners[id(module._parameters[spec.param])]
+            if len(shared) > 1:
+                spec = dataclasses.replace(spec, tie_group=shared[0])
+            sites[spec.name] = Site(spec, module)
+    return sites
+
+
+def block_site(model: nn.Module, path: str) -> Site:
+    """The site of a whole module, for forms that wrap one (bottleneck adapters, expert blocks)."""
+    module = model.get_submodule(path)
+    inner = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    inp = inner[0].in_features if inner else 0
+    out = inner[-1].out_features if inner else 0
+    first = next(module.parameters(), torch.empty(0))
+    spec = SiteSpec(
+        name=path, module=path, param="", kind="block", mode="block", role=path.rpartition(".")[2], out=out, inp=inp,
+        layer=layer_of(path), dtype=str(first.dtype).removeprefix("torch."), parent=type(module).__name__,
+    )  # fmt: skip
+    return Site(spec, module)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without the adapters' own modules."""
+    for path, module in model.named_modules():
+        if path == "rankwise" or path.startswith("rankwise."):
+            continue
+        yield path, module
+
+
+def _read_by_parent(model: nn.Module) -> set[str]:
+    """Paths of linears whose weight another module's forward reads instead of calling them."""
+    out = set()
+    for path, module in _walk(model):
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            out |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_modules() if name}
+        elif type(module).__name__ == "MambaMixer":  # multiplies by dt_proj.weight itself
+            out.add(f"{path}.dt_proj".lstrip("."))
+    return out
+
+
+def _specs(model: nn.Module, path: str, module: nn.Module, read: bool) -> Iterator[SiteSpec]:
+    """The specs of one module's own parameters."""
+    done: set[str] = set()
+    own = _weight_spec(model, path, module, read)
+    if own is not None:
+        yield own
+        done.add(own.param)
+        yield from _parts(model, module, own)
+    for name, p in module._parameters.items():
+        if p is None or name in done:
+            continue
+        if _is_stack(module, name, p):
+            spec = _stack_spec(path, module, name, p)
+            yield spec
+            if not _interleaved(module):
+                yield from _parts(model, module, spec)
+        else:
+            yield _plain_spec(path, module, name, p)
+
+
+def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> SiteSpec | None:
+    """The spec of a module that is linear in its weight, or None."""
+    bridge = find_bridge(module)
+    weight = module._parameters.get("weight")
+    known = {
+        "module": path,
+        "layer": layer_of(path),
+        "parent": type(module).__name__,
+        "quantised": bridge.name if bridge else "",
+    }
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        out, inp = module.in_proj_weight.shape
+        return SiteSpec(name=f"{path}.in_proj_weight".lstrip("."), param="in_proj_weight", mode="read", role="qkv", out=out, inp=inp,
+                        dtype=_dtype(module.in_proj_weight), bias=module.in_proj_bias is not None, **known)  # fmt: skip
+    if weight is None:
+        return None
+    known |= {"dtype": bridge.name if bridge else _dtype(weight), "bias": module._parameters.get("bias") is not None}
+    cls = type(module)
+    name = path or "weight"
+    if isinstance(module, nn.Linear) or bridge is not None:
+        called = not read and (bridge is not None or cls.forward is nn.Linear.forward)
+        out, inp = module.out_features, module.in_features
+        role = role_of(path, "linear")
+        head = role == "head" or _is_head(model, module)
+        return SiteSpec(name=name, kind="linear", mode="called" if called else "read", role="head" if head else role, out=out, inp=inp,
+                        input_group=input_key(path, role, inp) if called else "", routed=".experts." in f".{path}.", **known)  # fmt: skip
+    if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
+        inp, out = weight.shape
+        return SiteSpec(
+            name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known
+        )
+    if isinstance(module, _CONVS):
+        plain = cls.forward in {c.forward for c in _CONVS}
+        return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
+                        inp=weight[0].numel(), kernel=tuple(module.kernel_size), groups=module.groups, **known)  # fmt: skip
+    if isinstance(module, nn.Embedding):
+        plain = cls.forward is nn.Embedding.forward and module.max_norm is None
+        return SiteSpec(name=name, kind="embedding", mode="called" if plain else "read", role=role_of(path, "embedding"),
+                        out=weight.shape[1], inp=weight.shape[0], **known)  # fmt: skip
+    if "Router" in cls.__name__ and weight.dim() == 2:
+        return SiteSpec(
+            name=name, kind="linear", mode="read", role="router", out=weight.shape[0], inp=weight.shape[1], **known
+        )
+    return None
+
+
+def _is_head(model: nn.Module, module: nn.Module) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    return callable(get) and get() is module
+
+
+def _is_stack(module: nn.Module, name: str, p: torch.Tensor) -> bool:
+    return (
+        p.dim() == 3
+        and p.is_floating_point()
+        and ("Experts" in type(module).__name__ or hasattr(module, "num_experts"))
+    )
+
+
+def _interleaved(module: nn.Module) -> bool:
+    return getattr(module, "is_concatenated", True) is False
+
+
+def _stack_spec(path: str, module: nn.Module, name: str, p: torch.Tensor) -> SiteSpec:
+    transposed = bool(getattr(module, "is_transposed", False))
+    stack, a, b = p.shape
+    out, inp = (b, a) if transposed else (a, b)
+    full = f"{path}.{name}".lstrip(".")
+    return SiteSpec(name=full, module=path, param=name, kind="experts", mode="read", role=role_of(full, "experts"), out=out, inp=inp,
+                    stack=stack, transposed=transposed, layer=layer_of(path), dtype=_dtype(p), parent=type(module).__name__)  # fmt: skip
+
+
+def _parts(model: nn.Module, module: nn.Module, whole: SiteSpec) -> Iterator[SiteSpec]:
+    """The parts of a fused projection, as sites with rows of the same module."""
+    parts = list(parts_of(model, module, whole.role, whole.out))
+    for role, rows, repeat in parts:
+        size = (rows[1] - rows[0]) * repeat[0]
+        key = f"{whole.module}#{whole.param}" if whole.mode == "called" else ""
+        yield dataclasses.replace(
+            whole, name=f"{whole.name}[{role}]", role=role, rows=rows, repeat=repeat, out=size, input_group=key
+        )
+
+
+def _plain_spec(path: str, module: nn.Module, name: str, p: torch.Tensor) -> SiteSpec:
+    out = p.shape[0] if p.dim() else 1
+    inp = p[0].numel() if p.dim() > 1 else 1
+    return SiteSpec(name=f"{path}.{name}".lstrip("."), module=path, param=name, kind="plain", mode="plain", role=name, out=out, inp=inp,
+                    layer=layer_of(path), dtype=_dtype(p), parent=type(module).__name__)  # fmt: skip
+
+
+def _dtype(p: torch.Tensor) -> str:
+    return str(p.dtype).removeprefix("torch.")

@@ -1,0 +1,196 @@
+"""What acts in a call: an immutable value {adapter: strength} with optional row and token masks.
+
+``with rw.view(model, {"a": 1.0, "b": 0.3}):`` sets it for this thread; ``rw.activate`` sets a model's default.
+There is no other "active adapter" state.  The empty view is the base, so teacher, reference and student share
+one copy of the weights.  Strengths are tensors: a new value does not recompile a compiled graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ViewError, unknown
+
+if TYPE_CHECKING:
+    from rankwise.attach import Roster
+
+Rows = Sequence[str | None] | Mapping[str, Any]
+
+
+class _Here(threading.local):
+    """This thread's view, the batch the running forward sees, and the decisions of the blocks it is in."""
+
+    view: View | None = None
+    batch: tuple[int, int] | None = None  # rows and tokens of the running root forward
+    decisions: dict[str, Any] | None = None  # adapter → Decision for the rows of the enclosing block
+
+
+HERE = _Here()
+
+
+class View:
+    """Strength of each acting adapter (0-d fp32 tensors), and the batch rows and tokens each one acts on.
+
+    Attributes:
+        strengths: adapter → 0-d tensor.
+        rows: adapter → float mask (B,), or empty.
+        tokens: adapter → float mask (B, T), or empty.
+    """
+
+    __slots__ = ("parent", "roster", "rows", "strengths", "tokens")
+
+    def __init__(
+        self,
+        roster: Roster,
+        strengths: Mapping[str, float | Tensor],
+        rows: Rows | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+    ):
+        self.roster = roster
+        self.parent: View | None = None
+        roster.check_view(strengths)
+        self.strengths = {n: s if isinstance(s, Tensor) else torch.tensor(float(s)) for n, s in strengths.items()}
+        self.rows = _masks(rows, self.strengths) if rows is not None else {}
+        self.tokens = {n: t.float() for n, t in (tokens or {}).items()}
+        for n in self.tokens:
+            if n not in self.strengths:
+                raise unknown("adapter in this view", n, self.strengths)
+        if (self.rows or self.tokens) and (bad := roster.unmaskable(self.strengths)):
+            raise ViewError(
+                f"Row and token masks cannot reach {bad!r}: another forward reads that weight for all rows at once; "
+                "leave that site out of the adapter, or split the batch."
+            )
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{n!r}: {float(s):.3g}" for n, s in self.strengths.items())
+        return f"View({{{inside}}}{', rows' if self.rows else ''}{', tokens' if self.tokens else ''})"
+
+    def mask(self, name: str, y: Tensor, routed: bool) -> Tensor | None:
+        """The mask of adapter ``name`` for a site's output ``y``, broadcastable to it, or None where all rows act."""
+        rows, tokens = self.rows.get(name), self.tokens.get(name)
+        if rows is None and tokens is None:
+            return None
+        if routed:
+            raise ViewError(
+                "A row mask cannot follow rows that the model routes to experts; leave the experts out of the adapter."
+            )
+        n = y.shape[0]
+        if tokens is not None:
+            return _fit_tokens(tokens, rows, y)
+        assert rows is not None
+        B = rows.shape[0]
+        batch = HERE.batch[0] if HERE.batch else B
+        if batch % B or not (n == batch or (y.dim() == 2 and n % batch == 0)):
+            raise ViewError(
+                f"The view has {B} rows, but a site sees {n} in a forward of {batch}; give one entry for each row of the batch."
+            )
+        m = rows.to(y.device, y.dtype).repeat_interleave(n // B)
+        return m.view(n, *([1] * (y.dim() - 1)))
+
+
+def _fit_tokens(tokens: Tensor, rows: Tensor | None, y: Tensor) -> Tensor:
+    m = tokens if rows is None else tokens * rows[:, None]
+    m = m.to(y.device, y.dtype)
+    if y.dim() >= 3 and y.shape[:2] == m.shape:
+        return m.view(*m.shape, *([1] * (y.dim() - 2)))
+    if y.dim() == 2 and y.shape[0] == m.numel():
+        return m.reshape(-1, 1)
+    raise ViewError(
+        f"The token mask is {tuple(m.shape)}, but a site's output is {tuple(y.shape)}; give one entry for each token of this call."
+    )
+
+
+def _masks(rows: Rows, strengths: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(rows, Mapping):
+        out = {n: torch.as_tensor(m) for n, m in rows.items()}
+        sizes = {m.shape for m in out.values()}
+        if len(sizes) > 1 or any(m.dim() != 1 for m in out.values()):
+            raise ViewError(
+                f"Row masks must all be of one length, one entry a row; they are {sorted(tuple(s) for s in sizes)}."
+            )
+    else:
+        names = {n for n in rows if n is not None}
+        out = {n: torch.tensor([r == n for r in rows]) for n in sorted(names)}
+        length = len(rows)
+        for n in strengths:
+            out.setdefault(n, torch.zeros(length))
+    for n in out:
+        if n not in strengths:
+            raise unknown("adapter in this view", n, strengths)
+    return {n: m.float() for n, m in out.items()}
+
+
+def current(roster: Roster) -> View:
+    """The view in force for ``roster`` in this thread: the innermost entered one, else its default."""
+    view = HERE.view
+    while view is not None:
+        if view.roster is roster:
+            return view
+        view = view.parent
+    return roster.default
+
+
+@contextlib.contextmanager
+def entered(view: View) -> Iterator[View]:
+    """Make ``view`` the current one in this thread."""
+    before = HERE.view
+    view.parent = before
+    HERE.view = view
+    try:
+        yield view
+    finally:
+        HERE.view = before
+
+
+@contextlib.contextmanager
+def view(
+    model: nn.Module,
+    strengths: Mapping[str, float | Tensor] | str | Sequence[str] = (),
+    *,
+    rows: Rows | None = None,
+    tokens: Mapping[str, Tensor] | None = None,
+) -> Iterator[View]:
+    """This block's calls of ``model`` run with these adapters; ``{}`` is the base.
+
+    Args:
+        strengths: {name: strength}, or a name or names at strength 1.
+        rows: one adapter name (or None for the base) for each batch row, or {name: mask (B,)}.
+        tokens: {name: mask (B, T)}.
+
+    Raises:
+        ViewError: unknown adapter, a merged adapter left out, masks that cannot reach a site.
+    """
+    from rankwise.attach import roster_of
+
+    roster = roster_of(model)
+    if isinstance(strengths, str):
+        strengths = [strengths]
+    if not isinstance(strengths, Mapping):
+        strengths = dict.fromkeys(strengths, 1.0)
+    roster.prepare()
+    with entered(View(roster, strengths, rows, tokens)) as v:
+        yield v
+
+
+def keep_view(fn: Callable[..., Any], chosen: View | None = None) -> Callable[..., Any]:
+    """``fn`` that always runs under today's view, batch and decisions: for another thread or a checkpoint of your own."""
+    kept = chosen if chosen is not None else HERE.view
+    batch, decisions = HERE.batch, HERE.decisions
+
+    @functools.wraps(fn, assigned=("__doc__",))
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = HERE.view, HERE.batch, HERE.decisions
+        HERE.view, HERE.batch, HERE.decisions = kept, batch, decisions
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            HERE.view, HERE.batch, HERE.decisions = before
+
+    return run
