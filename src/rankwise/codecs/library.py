@@ -1,0 +1,87 @@
+"""Which bridge a module's quantised weight needs, told by the names of classes, so no library is imported to look.
+
+A module whose format is not known is refused by name: taken for a float weight it would be adapted wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.codecs.bridge import Bridge
+from rankwise.codecs.bridge_bnb import Bits4, Bits8
+from rankwise.codecs.bridge_torchao import subclass_bridge
+from rankwise.errors import TargetError
+
+__all__ = ["Bridge", "find_bridge", "is_quantised"]
+
+_BNB: dict[str, Bridge] = {
+    "Linear4bit": Bits4(), "Embedding4bit": Bits4(), "Linear8bitLt": Bits8(), "Embedding8bit": Bits8(),
+}  # fmt: skip
+#: where the quantised linears of other libraries are defined
+_QUANTISERS = (
+    "bitsandbytes", "torchao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq", "aqlm", "eetq", "vptq",
+    "spqr_quant", "fp_quant", "compressed_tensors", "quark", "torch.ao.nn", "diffusers.quantizers",
+    "transformers.integrations",
+)  # fmt: skip
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def find_bridge(module: nn.Module) -> Bridge | None:
+    """The bridge for ``module``'s weight; None where the module itself is not quantised (containers included).
+
+    Subclasses made on the fly are seen through, so an adapted module has the bridge of its base.
+
+    Raises TargetError, with the class's name, where the weight is quantised in a way that is not known.
+    """
+    weight = module._parameters.get("weight")
+    for path, name in _classes(module):
+        if weight is not None and _within(path, "bitsandbytes") and name in _BNB:
+            return _BNB[name]
+    if weight is not None:
+        bridge = subclass_bridge(weight)
+        if bridge is not None:
+            return bridge
+    foreign = _foreign(module, weight)
+    if foreign:
+        raise TargetError(
+            f"{foreign} is quantised in a way that rankwise cannot read; known are bitsandbytes' 4-bit and 8-bit "
+            "layers and torchao's tensors. Leave it out of the targets, or load the base in one of these or as floats."
+        )
+    return None
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether ``module``'s own weight is quantised, in a known way or not; never raises."""
+    try:
+        return find_bridge(module) is not None
+    except TargetError:
+        return True
+
+
+def _foreign(module: nn.Module, weight: Tensor | None) -> str:
+    """The name of a quantised module without a bridge, else ""."""
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
+    if not own and "_packed_params" not in module._modules:  # torch's own keeps the weight in a child
+        return ""
+    for path, name in _classes(module):
+        if any(_within(path, package) for package in _QUANTISERS):
+            return f"{path}.{name}"
+    cls = type(module)
+    if weight is not None and (weight.is_quantized or not (weight.dtype in _FLOATS or weight.is_complex())):
+        return f"{cls.__module__}.{cls.__name__} with its {weight.dtype} weight"
+    if "qweight" in module._parameters or "qweight" in module._buffers:
+        return f"{cls.__module__}.{cls.__name__} with its 'qweight'"
+    return ""
+
+
+def _classes(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(module path, name) of each class that ``module`` is."""
+    for cls in type(module).__mro__:
+        yield cls.__module__, cls.__name__
+
+
+def _within(path: str, package: str) -> bool:
+    return path == package or path.startswith(package + ".")
