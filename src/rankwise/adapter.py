@@ -159,9 +159,7 @@ class Adapter:
         return AdapterState(sites, meta={"errors": errors, "name": self.name})
 
     # --- merge and detach ---------------------------------------------------------------------------------
-    def merge(
-        self, *, probe: Mapping[str, Any] | None = None, force: bool = False, tolerance: float = 0.5
-    ) -> MergeReport:
+    def merge(self, *, probe: Mapping[str, Any] | None = None, force: bool = False, tolerance: float = 0.5) -> MergeReport:
         """Fold the adapter into the base weights, and check it: W against W + ΔW a site, logits before and after.
 
         Args:
@@ -192,9 +190,7 @@ class Adapter:
         trouble = _trouble(report, tolerance, before, self.model)
         if trouble and not force:
             self.unmerge()
-            raise MergeError(
-                f"The merge of {self.name!r} was undone: {trouble} Use force=True to keep it all the same."
-            )
+            raise MergeError(f"The merge of {self.name!r} was undone: {trouble} Use force=True to keep it all the same.")
         return dataclasses.replace(report, forced=bool(trouble))
 
     def unmerge(self) -> None:
@@ -261,6 +257,8 @@ def _now(roster: Roster) -> dict[str, Tensor]:
 
 def _refuse_unmergeable(record: Record) -> None:
     for part in record.parts:
+        if "weight" in part.form.gives:
+            raise MergeError(f"The form {part.form.info.name!r} trains the base weights themselves; they hold the change already.")
         if not part.form.info.mergeable:
             raise MergeError(
                 f"The form {part.form.info.name!r} is not a change of weight, so it cannot be merged; keep the adapter attached."
@@ -273,9 +271,7 @@ def _refuse_unmergeable(record: Record) -> None:
             )
     moving = [n for n, d in record.deltas.items() if float(_norm(d)) > 0]
     if not moving:
-        raise MergeError(
-            "Every change of this adapter is zero; merging would leave a copy of the base. Train it first."
-        )
+        raise MergeError("Every change of this adapter is zero; merging would leave a copy of the base. Train it first.")
 
 
 @torch.no_grad()

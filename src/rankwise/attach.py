@@ -85,8 +85,8 @@ class Roster(nn.Module):
         super().__init__()
         self.records: dict[str, Record] = {}
         self.known: dict[str, Site] = find_sites(model)
-        self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → the original's snapshot
-        self.moved: dict[tuple[str, str], str] = {}  # (module, parameter) → the adapter that owns the mutation
+        self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → its snapshot from before the first merge
+        self.moved: dict[tuple[str, str], tuple[str, Tensor | None]] = {}  # … → the adapter that moved it, and the original
         self.merged: list[str] = []
         self.frozen: list[str] = []
         self._model = (model,)  # a tuple, so that it is not a child
@@ -99,11 +99,23 @@ class Roster(nn.Module):
         return self._model[0]
 
     # --- views --------------------------------------------------------------------------------------------
-    def check_view(self, names: Iterable[str]) -> None:
-        names = list(names)
+    def check_view(self, strengths: Mapping[str, Any]) -> None:
+        names = list(strengths)
         for n in names:
             if n not in self.records:
                 raise unknown("adapter attached to this model", n, self.records)
+        for n, record in self.records.items():
+            moving = [d for d in record.deltas.values() if d.in_place]
+            if not moving:
+                continue
+            if n in strengths and float(strengths[n]) != 1.0:
+                raise ViewError(
+                    f"Adapter {n!r} trains the base weights themselves, so its strength is 1 or it is left out; it got {float(strengths[n])}."
+                )
+            if n not in strengths and any(d.original is None for d in moving):
+                raise ViewError(
+                    f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out."
+                )
         for n in self.merged:
             if n not in names:
                 raise ViewError(
@@ -127,6 +139,26 @@ class Roster(nn.Module):
 
     def _checkpointed(self) -> list[Any]:
         return [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
+
+    # --- the journal of moved weights -----------------------------------------------------------------------
+    @torch.no_grad()
+    def replace(self, site: Site, record: Record, weight: Tensor) -> None:
+        """Write ``weight`` over a site's W for one adapter; the original acts wherever that adapter does not."""
+        key = (site.spec.module, site.spec.param)
+        if key in self.moved:
+            raise AttachError(f"{site.name!r} was already replaced by adapter {self.moved[key][0]!r}; detach() that one first.")
+        original = nn.Parameter(site.param.detach().clone(), requires_grad=False)
+        self.moved[key] = (record.name, original.detach())
+        for end in [site, *(self.known[f] for f in record.followers.get(site.name, ()))]:
+            end.module.__dict__["_rankwise"].originals.setdefault(record.name, {})[end.spec.param] = original
+        site.write(weight)
+
+    @torch.no_grad()
+    def put_back(self, site: Site, record: Record) -> None:
+        """Undo :meth:`replace`, to the bit."""
+        key = (site.spec.module, site.spec.param)
+        if key in self.moved and self.moved[key][0] == record.name:
+            site.param.data.copy_(self.moved.pop(key)[1])
 
     # --- hooks on the root: the batch a forward sees --------------------------------------------------------
     def watch(self) -> None:
@@ -226,9 +258,7 @@ def attach(
     roster = roster_of(model, create=True)
     try:
         if name in roster.records:
-            raise AttachError(
-                f"An adapter called {name!r} is already attached; choose another name, or detach() it first."
-            )
+            raise AttachError(f"An adapter called {name!r} is already attached; choose another name, or detach() it first.")
         installed, deltas, followers = _build(roster, recipe, calibration)
         _install(roster, name, recipe, installed, deltas, followers)
     except BaseException:
@@ -278,9 +308,7 @@ def choose_sites(roster: Roster, part: Part, form: Form) -> tuple[list[Site], di
                 continue
             leaders[group] = s.name
             others = [
-                o.name
-                for o in roster.known.values()
-                if o.spec.tie_group == group and o.name != s.name and o.spec.mode != "plain"
+                o.name for o in roster.known.values() if o.spec.tie_group == group and o.name != s.name and o.spec.mode != "plain"
             ]
             followers[s.name] = others
         out.append(s)
@@ -316,9 +344,7 @@ def _build(
         sites, ties = choose_sites(roster, part, form)
         for s in sites:
             if s.name in deltas:
-                raise AttachError(
-                    f"Two parts of the recipe are at {s.name!r}; give each place to one part (targets, exclude)."
-                )
+                raise AttachError(f"Two parts of the recipe are at {s.name!r}; give each place to one part (targets, exclude).")
         init: Init | None = build("init", part.init) if part.init else None
         ranks = {s.name: part.rank_of(s.spec.module, s.spec.role) for s in sites}
         scales = {n: _scale(part, s, ranks[n]) for n, s in ((s.name, s) for s in sites)}
@@ -354,9 +380,7 @@ def make_deltas(
     if form.ranked:
         form.check_ranks(
             sites,
-            ranks
-            if router is None
-            else {n: min(r, s.spec.max_rank) for s in sites for n, r in [(s.name, ranks[s.name])]},
+            ranks if router is None else {n: min(r, s.spec.max_rank) for s in sites for n, r in [(s.name, ranks[s.name])]},
         )
     plan = Plan(ranks=ranks, scales=dict(scales), seed=seed, dropout=part.dropout)
     plan = form.plan(sorted(sites, key=lambda s: s.name), plan)
@@ -385,15 +409,11 @@ def _calibrate(
         return Stats({})
     if batches is None:
         assert init is not None
-        raise AttachError(
-            f"The init {init.info.name!r} reads statistics of your data; give attach(…, calibration=batches)."
-        )
+        raise AttachError(f"The init {init.info.name!r} reads statistics of your data; give attach(…, calibration=batches).")
     return calibrate(roster.model, sites, requests, batches)
 
 
-def _fill(
-    roster: Roster, init: Init, made: Mapping[str, SiteDelta], sites: list[Site], stats: Any, plan: Plan, seed: int
-) -> None:
+def _fill(roster: Roster, init: Init, made: Mapping[str, SiteDelta], sites: list[Site], stats: Any, plan: Plan, seed: int) -> None:
     for site in sites:
         delta = made[site.name]
         if site.spec.kind not in init.kinds:
@@ -474,10 +494,8 @@ def set_class(module: Any) -> None:
         return
     modes = {t.site.spec.mode for t in taps}
     if "block" in modes and len(modes) > 1:
-        raise AttachError(
-            f"{type(module).__name__} cannot be wrapped as a block and adapted in its weight at once; choose one."
-        )
-    reads = tuple(sorted({t.site.spec.param for t in taps if t.site.spec.mode == "read"}))
+        raise AttachError(f"{type(module).__name__} cannot be wrapped as a block and adapted in its weight at once; choose one.")
+    reads = tuple(sorted({t.site.spec.param for t in taps if t.site.spec.mode in ("read", "plain") and not t.form.in_place}))
     mode = "block" if "block" in modes else "called" if "called" in modes else "read"
     module.__class__ = adapted_class(place.base, mode, reads)
 

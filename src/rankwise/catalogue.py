@@ -80,9 +80,7 @@ def register(
             raise RankwiseError(f"{cls.__qualname__} must be a dataclass: its fields are the options of {name!r}.")
         old = _methods.get((kind, name))
         if old is not None and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise RankwiseError(
-                f"The {kind} {name!r} is already registered by {old.cls.__module__}; choose another name."
-            )
+            raise RankwiseError(f"The {kind} {name!r} is already registered by {old.cls.__module__}; choose another name.")
         info = MethodInfo(
             name, kind, title, paper, reference, tuple(needs), mergeable, exports_to_peft,
             _options(cls), (cls.__doc__ or "").strip(), cls,

@@ -30,8 +30,8 @@ def base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     out = [(n, p) for n, p in model.named_parameters() if not n.startswith("rankwise.")]
     if roster is None:
         return out
-    journal = roster.journal  # type: ignore[union-attr]
-    kept = {f"{m}.{p}".lstrip("."): t for (m, p), t in journal.items() if isinstance(t, Tensor)}  # type: ignore[union-attr]
+    journal = {**roster.journal, **{k: t for k, (_, t) in roster.moved.items() if t is not None}}  # type: ignore[union-attr,dict-item,operator]
+    kept = {f"{m}.{p}".lstrip("."): t for (m, p), t in journal.items() if isinstance(t, Tensor)}  # type: ignore[misc]
     return [(n, kept.get(n, p)) for n, p in out]
 
 
@@ -63,9 +63,7 @@ def header(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True
-) -> Adapter:
+def load(model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True) -> Adapter:
     """Attach the adapter in ``path`` (native folder, PEFT folder, or hub id) and return its handle.
 
     Args:
@@ -118,9 +116,7 @@ def rebuild(
             part = Part(**entry["part"])
             form: Form = build("form", part.form)
             sites, ties = _sites_for(roster, part, form, entry["ranks"])
-            made, plan = make_deltas(
-                form, part, sites, _own_ranks(part, entry["ranks"]), entry["scales"], recipe.seed, model
-            )
+            made, plan = make_deltas(form, part, sites, _own_ranks(part, entry["ranks"]), entry["scales"], recipe.seed, model)
             plan.ranks.update(entry["ranks"])
             deltas.update(made)
             followers.update(ties)
@@ -147,9 +143,7 @@ def _own_ranks(part: Part, ranks: Mapping[str, int]) -> dict[str, int]:
     return router.unranks(dict(ranks))
 
 
-def _sites_for(
-    roster: Any, part: Part, form: Form, ranks: Mapping[str, int]
-) -> tuple[list[Site], dict[str, list[str]]]:
+def _sites_for(roster: Any, part: Part, form: Form, ranks: Mapping[str, int]) -> tuple[list[Site], dict[str, list[str]]]:
     """The sites a file names, in model order; each must exist here."""
     sites, ties = choose_sites(roster, part, form)
     known = {s.name: s for s in sites}
@@ -171,9 +165,7 @@ def _copy_in(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         value = tensors[key]
         if value.shape != t.shape or value.dtype.is_floating_point != t.dtype.is_floating_point:
             adapter.detach()
-            raise ArtefactError(
-                f"{key!r} is {tuple(value.shape)} {value.dtype} in the file, but {tuple(t.shape)} {t.dtype} here."
-            )
+            raise ArtefactError(f"{key!r} is {tuple(value.shape)} {value.dtype} in the file, but {tuple(t.shape)} {t.dtype} here.")
         t.data.copy_(value)
 
 
@@ -191,9 +183,7 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
     sites, magnitude = {}, {}
     for name, delta in record.deltas.items():
         if delta.site.spec.mode == "block":
-            raise MergeError(
-                f"{name!r} is a wrapped block, which PEFT's format cannot hold; save it in the native format."
-            )
+            raise MergeError(f"{name!r} is a wrapped block, which PEFT's format cannot hold; save it in the native format.")
         value, m = delta.for_peft()
         sites[name] = value.detach()
         if m is not None:

@@ -34,7 +34,7 @@ class Tap:
         self.site = site
         self.form = form
         self.transposed = transposed
-        self.acted = False
+        self.acted = form.in_place
 
     def change(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
         """Δy in this site's rows of the module's output."""
@@ -61,7 +61,7 @@ class Place:
     def acting(self) -> tuple[View, list[tuple[Tap, Tensor]]]:
         """The view in force, and the taps that act in it."""
         view = current(self.roster)
-        found = [(tap, s) for name, s in view.strengths.items() for tap in self.taps.get(name, ())]
+        found = [(tap, s) for name, s in view.strengths.items() for tap in self.taps.get(name, ()) if not tap.form.in_place]
         return view, found
 
     @contextlib.contextmanager

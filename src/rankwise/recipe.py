@@ -109,7 +109,10 @@ class Recipe(Part):
 
     def all_parts(self) -> list[Part]:
         """The parts that put something into the model: ``parts``, or this recipe itself."""
-        return self.parts or [self]
+        parts: list[Part] = list(self.parts or [self])
+        if self.modules_to_save:
+            parts.append(Part(form="dense", targets=self.modules_to_save))
+        return parts
 
     # --- files --------------------------------------------------------------------------------------------
     @classmethod
@@ -224,9 +227,7 @@ def _rename(fields: dict[str, Any]) -> dict[str, Any]:
         if name in out:
             raise RecipeError(f"{key!r} is another spelling of {name!r}; give one of them.")
         if key == "init_lora_weights":
-            value = {True: None, "true": None, False: None, "gaussian": "gaussian", "lora_ga": "lora_ga"}.get(
-                value, value
-            )
+            value = {True: None, "true": None, False: None, "gaussian": "gaussian", "lora_ga": "lora_ga"}.get(value, value)
         out[name] = value
     return out
 
@@ -240,9 +241,7 @@ def _lift(fields: dict[str, Any]) -> dict[str, Any]:
             if key in form:
                 name = ALIASES.get(key, key)
                 if name in fields and fields[name] != form[key]:
-                    raise RecipeError(
-                        f"{name} is {fields[name]!r} in the recipe and {form[key]!r} inside form; give it once."
-                    )
+                    raise RecipeError(f"{name} is {fields[name]!r} in the recipe and {form[key]!r} inside form; give it once.")
                 fields = {**fields, name: form.pop(key)}
         fields = {**fields, "form": form}
     return fields

@@ -78,9 +78,7 @@ class View:
         if rows is None and tokens is None:
             return None
         if routed:
-            raise ViewError(
-                "A row mask cannot follow rows that the model routes to experts; leave the experts out of the adapter."
-            )
+            raise ViewError("A row mask cannot follow rows that the model routes to experts; leave the experts out of the adapter.")
         n = y.shape[0]
         if tokens is not None:
             return _fit_tokens(tokens, rows, y)
@@ -112,9 +110,7 @@ def _masks(rows: Rows, strengths: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = {n: torch.as_tensor(m) for n, m in rows.items()}
         sizes = {m.shape for m in out.values()}
         if len(sizes) > 1 or any(m.dim() != 1 for m in out.values()):
-            raise ViewError(
-                f"Row masks must all be of one length, one entry a row; they are {sorted(tuple(s) for s in sizes)}."
-            )
+            raise ViewError(f"Row masks must all be of one length, one entry a row; they are {sorted(tuple(s) for s in sizes)}.")
     else:
         names = {n for n in rows if n is not None}
         out = {n: torch.tensor([r == n for r in rows]) for n in sorted(names)}

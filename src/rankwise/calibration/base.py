@@ -128,9 +128,7 @@ def _run(
                 if grads:
                     value = loss(out, batch) if loss else getattr(out, "loss", None)
                     if value is None:
-                        raise DataError(
-                            "This init needs gradients, but the calibration batch has no labels; add 'labels' to it."
-                        )
+                        raise DataError("This init needs gradients, but the calibration batch has no labels; add 'labels' to it.")
                     value.backward()
             if all(a.done() for a in accs.values()):
                 break
@@ -139,9 +137,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def _watched(
-    model: nn.Module, sites: Mapping[str, Site], accs: Mapping[str, Accumulator]
-) -> Iterator[list[Tensor | None]]:
+def _watched(model: nn.Module, sites: Mapping[str, Site], accs: Mapping[str, Accumulator]) -> Iterator[list[Tensor | None]]:
     """Hooks in place, eval mode, base frozen; all put back afterwards."""
     box: list[Tensor | None] = [None]
     handles: list[Any] = []

@@ -72,6 +72,7 @@ class SiteDelta(nn.Module):
     """
 
     components: ClassVar[Mapping[str, int]] = {}
+    in_place: ClassVar[bool] = False  # the base's own weight moves, so nothing is added to the output
     fills: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[Mapping[str, str]] = {}
 
@@ -92,10 +93,14 @@ class SiteDelta(nn.Module):
         """Fill the tensors an init left out, given those it filled (default: nothing to do)."""
 
     def on_attach(self, roster: Any, record: Any) -> None:
-        """Called once the adapter stands in the model."""
+        """Called once the adapter stands in the model: writes the weight an init wants in W's place."""
+        if self.base_weight is not None:
+            roster.replace(self.site, record, self.base_weight)
+            self.base_weight = None
 
     def on_detach(self, roster: Any, record: Any) -> None:
-        """Called before the adapter is taken out."""
+        """Called before the adapter is taken out: gives a replaced weight its bits back."""
+        roster.put_back(self.site, record)
 
     def before_merge(self, roster: Any) -> None:
         """Called before the change is folded into W."""

@@ -45,9 +45,7 @@ class Pair(SiteDelta):
         return [*own, (self.A0, self.B0, -self.start_scale)] if self.residual else own
 
 
-@register(
-    "form", "lora", title="LoRA: a trained product of two thin matrices", paper="arXiv 2106.09685", exports_to_peft=True
-)
+@register("form", "lora", title="LoRA: a trained product of two thin matrices", paper="arXiv 2106.09685", exports_to_peft=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Form):
     """y += s·(drop(x)·Aᵀ)·Bᵀ with A: r×in, B: out×r; s = α/r, or α/√r with ``scale="alpha/sqrt_r"`` (rsLoRA).
@@ -58,9 +56,7 @@ class LoRA(Form):
     Source: microsoft/LoRA, loralib/layers.py; rsLoRA: arXiv 2312.03732.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset(
-        {"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"}
-    )
+    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
     linear_in_params: ClassVar[bool] = False
 
     def build(self, site: Site, plan: Plan) -> Pair:

@@ -120,9 +120,7 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
                         input_group=input_key(path, role, inp) if called else "", routed=".experts." in f".{path}.", **known)  # fmt: skip
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
         inp, out = weight.shape
-        return SiteSpec(
-            name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known
-        )
+        return SiteSpec(name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known)
     if isinstance(module, _CONVS):
         plain = cls.forward in {c.forward for c in _CONVS}
         return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
@@ -132,9 +130,7 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
         return SiteSpec(name=name, kind="embedding", mode="called" if plain else "read", role=role_of(path, "embedding"),
                         out=weight.shape[1], inp=weight.shape[0], **known)  # fmt: skip
     if "Router" in cls.__name__ and weight.dim() == 2:
-        return SiteSpec(
-            name=name, kind="linear", mode="read", role="router", out=weight.shape[0], inp=weight.shape[1], **known
-        )
+        return SiteSpec(name=name, kind="linear", mode="read", role="router", out=weight.shape[0], inp=weight.shape[1], **known)
     return None
 
 
@@ -144,11 +140,7 @@ def _is_head(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _is_stack(module: nn.Module, name: str, p: torch.Tensor) -> bool:
-    return (
-        p.dim() == 3
-        and p.is_floating_point()
-        and ("Experts" in type(module).__name__ or hasattr(module, "num_experts"))
-    )
+    return p.dim() == 3 and p.is_floating_point() and ("Experts" in type(module).__name__ or hasattr(module, "num_experts"))
 
 
 def _interleaved(module: nn.Module) -> bool:

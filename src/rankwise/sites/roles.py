@@ -60,9 +60,7 @@ def role_of(path: str, kind: str) -> str:
     return role
 
 
-def parts_of(
-    model: nn.Module, module: nn.Module, role: str, out: int
-) -> Iterator[tuple[str, tuple[int, int], tuple[int, int]]]:
+def parts_of(model: nn.Module, module: nn.Module, role: str, out: int) -> Iterator[tuple[str, tuple[int, int], tuple[int, int]]]:
     """(role, rows, repeat) of each part of a fused projection with ``out`` rows, or nothing.
 
     The split is read from the model's config and checked against ``out``: a layout that does not add up

@@ -36,6 +36,8 @@ class Site:
 
     @property
     def device(self) -> torch.device:
+        if self.spec.kind == "block":
+            return next((p.device for p in self.module.parameters()), torch.device("cpu"))
         return self.param.device
 
     @property
@@ -75,6 +77,8 @@ class Site:
         """The out×in (or E×out×in) view of a tensor stored as this site's module stores it."""
         if self.spec.kind == "conv":
             weight = weight.reshape(weight.shape[0], -1)
+        elif self.spec.kind == "plain":
+            weight = weight.reshape(self.spec.shape)
         elif self.spec.transposed or self.spec.kind == "embedding":
             weight = weight.transpose(-1, -2)
         rows = self.spec.row_index()
@@ -87,7 +91,7 @@ class Site:
             full = into.transpose(-1, -2) if self.spec.transposed else into
             full = full.to(W.dtype).index_copy(-2, rows.to(W.device), W)
             return full.transpose(-1, -2) if self.spec.transposed else full
-        if self.spec.kind == "conv":
+        if self.spec.kind in ("conv", "plain"):
             return W.reshape(into.shape)
         return W.transpose(-1, -2) if self.spec.transposed or self.spec.kind == "embedding" else W
 

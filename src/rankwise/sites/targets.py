@@ -25,7 +25,7 @@ def resolve(
 ) -> list[Site]:
     """The sites that ``targets`` name, in model order.
 
-    A target is ``"all-linear"`` (linears and expert stacks, not the head, routers or embeddings), the end of a
+    For forms on any parameter, ``"all"`` and whole modules are targets too.  A target is ``"all-linear"`` (linears and expert stacks, not the head, routers or embeddings), the end of a
     module path (``q_proj``, ``mlp.down_proj``), a role (``q``, ``gate``), a whole site name, a shell pattern
     (``model.layers.[0-3].*``), or, given as one string, a regular expression for the whole path, as PEFT has it.
 
@@ -38,7 +38,7 @@ def resolve(
         raise TargetError("targets is empty; name modules, roles or 'all-linear'.")
     chosen: dict[str, Site] = {}
     for word in words:
-        hits = _match(sites, word, single=isinstance(targets, str))
+        hits = _match(sites, word, single=isinstance(targets, str), plain="plain" in kinds)
         if not hits:
             raise TargetError(f"The target {word!r} matches no place in this model; {nearest(word, _names(sites))}")
         usable = [s for s in hits if s.spec.kind in kinds]
@@ -50,7 +50,7 @@ def resolve(
             )
         chosen.update((s.name, s) for s in usable)
     for word in exclude:
-        hits = _match(sites, word, single=False)
+        hits = _match(sites, word, single=False, plain="plain" in kinds)
         if not hits:
             raise TargetError(f"The exclusion {word!r} matches no place in this model; {nearest(word, _names(sites))}")
         for s in hits:
@@ -70,7 +70,12 @@ def resolve(
     return out
 
 
-def _match(sites: Mapping[str, Site], word: str, *, single: bool) -> list[Site]:
+def _match(sites: Mapping[str, Site], word: str, *, single: bool, plain: bool) -> list[Site]:
+    if plain:  # forms on any parameter: a word may be a whole module, or "all"
+        wholes = [s for s in sites.values() if s.spec.rows is None]
+        hits = wholes if word == "all" else [s for s in wholes if _inside(s, word)]
+        if hits:
+            return hits
     if word == "all-linear":
         return [
             s
@@ -97,6 +102,12 @@ def _match(sites: Mapping[str, Site], word: str, *, single: bool) -> list[Site]:
             raise TargetError(f"The target {word!r} is neither a name nor a valid pattern: {error}.") from error
         return [s for s in wholes if pattern.fullmatch(s.spec.module) or pattern.fullmatch(s.name)]
     return []
+
+
+def _inside(site: Site, word: str) -> bool:
+    """Whether the site is a parameter of (or below) the module ``word``, or the parameter so called."""
+    path = f".{site.spec.module}.{site.spec.param}."
+    return f".{word}." in path
 
 
 def _ends(site: Site, word: str) -> bool:

@@ -1,0 +1,108 @@
+"""DoRA: learn the magnitude of each row of the adapted weight apart from its direction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.catalogue import make, register
+from rankwise.delta import Delta, LowRank, Scale, Sum
+from rankwise.errors import RecipeError
+from rankwise.forms.base import Form, Plan, SiteDelta, lead
+from rankwise.sites.site import Site
+
+
+class Magnitude(SiteDelta):
+    """W + Δ = diag(m/n)·(W + inner), n = row norms of W + inner; inner is any low-rank form's delta."""
+
+    roles: ClassVar[Mapping[str, str]] = {"m": "magnitude"}
+
+    def __init__(self, site: Site, inner: SiteDelta):
+        super().__init__(site, scale=inner.scale)
+        self.inner = inner
+        self.components = {f"inner.{k}": v for k, v in inner.components.items()}  # type: ignore[misc]
+        self.roles = {"m": "magnitude", **{f"inner.{k}": v for k, v in inner.roles.items()}}  # type: ignore[misc]
+        self.fills = inner.fills  # type: ignore[misc]
+        self.m = nn.Parameter(torch.ones(*lead(site), site.spec.out, device=site.device))
+        self._norms: Tensor | None = None
+        self.complete({})
+
+    @torch.no_grad()
+    def complete(self, filled: Mapping[str, Tensor]) -> None:
+        self._norms = None
+        self.m.copy_(self.row_norms(self.inner.effective()))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.fill(tensors)
+        self.complete(tensors)
+
+    def hold_start(self) -> None:
+        self.inner.hold_start()
+        self.complete({})
+
+    @torch.no_grad()
+    def row_norms(self, d: Delta) -> Tensor:
+        """‖W_j + Δ_j‖ without forming W + Δ: ‖W_j‖² + 2⟨W_j, Δ_j⟩ + ‖Δ_j‖², the last two from r-wide products."""
+        W = self.site.read()
+        if not isinstance(d, LowRank):
+            return (W + d.dense()).norm(dim=-1)
+        if self._norms is None or self._norms.device != W.device:
+            self._norms = W.square().sum(-1)
+        A, B = (t.to(W.dtype) for t in d.factors())
+        cross = ((W @ A.mT) * B).sum(-1)
+        own = ((B @ (A @ A.mT)) * B).sum(-1)
+        return (self._norms + 2 * cross + own).clamp_min(1e-24).sqrt()
+
+    def delta(self) -> Delta:
+        d = self.inner.effective()
+        gain = self.m / self.row_norms(d)  # n is a constant in backward
+        A, B = d.factors()  # type: ignore[attr-defined]
+        return Sum((Scale(gain), LowRank(A, gain[..., None] * B)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return self.inner.drop(x)
+
+    def for_peft(self) -> tuple[Delta, Tensor | None]:
+        return self.inner.effective(), self.m
+
+    def file_state(self) -> dict[str, Any]:
+        return self.inner.file_state()
+
+    def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+        renamed = {k.replace("::inner.", "::"): v for k, v in tensors.items()}
+        self.inner.restore_state(state, renamed, name)
+
+
+@register("form", "dora", title="DoRA: magnitude and direction apart", paper="arXiv 2402.09353", exports_to_peft=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRA(Form):
+    """V = W + s·B·A, n_j = ‖V_j‖₂, W_eff = diag(m/n)·V with m: out, A: r×in, B: out×r trained; n has no gradient.
+
+    As an addition: Δy = (m/n − 1)⊙(x·Wᵀ) + (m/n)⊙s·(x·Aᵀ)·Bᵀ; the bias is never rescaled.  m starts at ‖W_j + s·B₀A₀‖,
+    so the first output is the base's.  Stores r·(in + out) + out numbers a site.
+
+    ``inner`` may be any form with a low-rank delta (DVoRA and the like).  n comes from r-wide products and the cached
+    ‖W_j‖² instead of a materialised W + BA, as published code does.  Dropout acts on the low-rank term's input only;
+    published code drops the base term's input too, which would make the base itself noisy.
+
+    Source: NVlabs/DoRA.  Errors: embeddings and convolutions are refused (their rows are not outputs of a product).
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "constant"})
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
+    inner: str = "lora"
+
+    def build(self, site: Site, plan: Plan) -> Magnitude:
+        form = make("form", self.inner)
+        if "lowrank" not in form.gives:
+            raise RecipeError(
+                f"The form 'dora' needs an inner form with a low-rank delta, but {self.inner!r} has none; use lora, lora_xs or mos."
+            )
+        return Magnitude(site, form.build(site, plan))
+
+    def plan(self, sites: Any, plan: Plan) -> Plan:
+        return make("form", self.inner).plan(sites, plan)

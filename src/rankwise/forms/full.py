@@ -1,0 +1,91 @@
+"""full: train base weights themselves, as an adapter whose delta is dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from rankwise.catalogue import register
+from rankwise.delta import Delta, Dense
+from rankwise.errors import AttachError, OptionError
+from rankwise.forms.base import Form, Plan, SiteDelta
+from rankwise.sites.site import Site
+
+
+class Trained(SiteDelta):
+    """Δ = W_now − W_before; W_before is a copy (``original``), acting in views that leave this adapter out."""
+
+    in_place: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, str]] = {"weight": "weight"}
+
+    def __init__(self, site: Site, keep: bool):
+        super().__init__(site)
+        if site.spec.quantised or not site.param.dtype.is_floating_point:
+            raise AttachError(f"{site.name!r} is quantised, so its weight has no gradient; train a low-rank form there instead.")
+        self.keep = keep
+        self.__dict__["original"] = None
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base's own parameter, which this adapter trains."""
+        return {"weight": self.site.param}  # type: ignore[dict-item]
+
+    def on_attach(self, roster: Any, record: Any) -> None:
+        key = (self.site.spec.module, self.site.spec.param)
+        if key in roster.moved:
+            raise AttachError(f"{self.site.name!r} is already moved by adapter {roster.moved[key][0]!r}; one adapter a weight.")
+        if self.keep:
+            self.__dict__["original"] = nn.Parameter(self.site.param.detach().clone(), requires_grad=False)
+            ends = [self.site, *(roster.known[f] for f in record.followers.get(self.site.name, ()))]
+            for end in ends:
+                place = end.module.__dict__["_rankwise"]
+                place.originals.setdefault(record.name, {})[end.spec.param] = self.original
+        roster.moved[key] = (record.name, self.original)
+        self.site.param.requires_grad_(True)
+
+    def on_detach(self, roster: Any, record: Any) -> None:
+        key = (self.site.spec.module, self.site.spec.param)
+        if self.original is None:
+            raise AttachError(
+                f"{self.site.name!r} was trained in place without a copy (keep='none'), so the base cannot be restored; reload it from its files."
+            )
+        with torch.no_grad():
+            self.site.param.copy_(self.original)
+        self.site.param.requires_grad_(False)
+        roster.moved.pop(key, None)
+
+    def delta(self) -> Delta:
+        now = self.site.view(self.site.param)
+        if self.original is None:
+            raise AttachError(
+                f"{self.site.name!r} was trained without a copy of the base (keep='none'), so its change is not known."
+            )
+        return Dense(now.float() - self.site.view(self.original).float())
+
+
+@register("form", "full", title="full: the base weights themselves, or some of them", mergeable=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Form):
+    """Train W itself at the targets (any parameter: linears, norms, embeddings); Δ = W_now − W_before is dense.
+
+    The degenerate form for optimisers and budgets over whole weights (GaLore, LISA).  ``keep="copy"`` holds the base's
+    bits beside (as many numbers again), so views, detach and files work; ``keep="none"`` holds nothing: views that leave
+    the adapter out, detach and save are refused.  One such adapter a weight.  Targets may be ``"all"``.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"weight", "constant"})
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
+    reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
+    ranked: ClassVar[bool] = False
+    linear_in_params: ClassVar[bool] = True
+    keep: Literal["copy", "none"] = "copy"
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("copy", "none"):
+            raise OptionError(f"The form 'full' keeps 'copy' or 'none' of the base; it got {self.keep!r}.")
+
+    def build(self, site: Site, plan: Plan) -> Trained:
+        return Trained(site, self.keep == "copy")
