@@ -359,7 +359,7 @@ def _build(
         _refuse_dead(made)
         deltas.update(made)
         followers.update(ties)
-        installed.append(Installed(part, form, plan, {s.name: s for s in sites}))
+        installed.append(Installed(part, form, plan, {n: d.site for n, d in made.items()}))
     return installed, deltas, followers
 
 
@@ -371,18 +371,19 @@ def make_deltas(
     scales: Mapping[str, float],
     seed: int,
     model: nn.Module,
+    restoring: bool = False,
 ) -> tuple[dict[str, SiteDelta], Plan]:
     """Plan all sites, then build each; with a router, the router's modules take the place of the form's."""
     router = build("router", part.router) if part.router else None
     ranks = dict(ranks)
     if router is not None:
-        ranks = router.ranks(sites, ranks)
+        ranks = router.ranks(model, sites, ranks) if not restoring else ranks
     if form.ranked:
         form.check_ranks(
             sites,
             ranks if router is None else {n: min(r, s.spec.max_rank) for s in sites for n, r in [(s.name, ranks[s.name])]},
         )
-    plan = Plan(ranks=ranks, scales=dict(scales), seed=seed, dropout=part.dropout)
+    plan = Plan(ranks=ranks, scales=dict(scales), seed=seed, dropout=part.dropout, notes={"restoring": True} if restoring else {})
     plan = form.plan(sorted(sites, key=lambda s: s.name), plan)
     made = {s.name: form.build(s, plan) for s in sites}
     if router is not None:

@@ -26,7 +26,6 @@ FOLDERS = {
     "loss": "rankwise.losses",
     "merge": "rankwise.merge",
     "codec": "rankwise.codecs",
-    "preset": "rankwise.presets",
 }
 
 T = TypeVar("T", bound=type)

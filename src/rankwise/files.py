@@ -51,8 +51,8 @@ def header(adapter: Adapter) -> dict[str, Any]:
         "parts": [
             {
                 "part": p.part.model_dump(mode="json", exclude_defaults=True),
-                "ranks": {n: p.plan.ranks[n] for n in p.sites},
-                "scales": {n: p.plan.scales[n] for n in p.sites},
+                "ranks": {n: p.plan.ranks[n] for n in p.sites if n in p.plan.ranks},
+                "scales": {n: p.plan.scales[n] for n in p.sites if n in p.plan.scales},
                 "specs": {n: s.spec.to_json() for n, s in p.sites.items()},
             }
             for p in record.parts
@@ -116,11 +116,10 @@ def rebuild(
             part = Part(**entry["part"])
             form: Form = build("form", part.form)
             sites, ties = _sites_for(roster, part, form, entry["ranks"])
-            made, plan = make_deltas(form, part, sites, _own_ranks(part, entry["ranks"]), entry["scales"], recipe.seed, model)
-            plan.ranks.update(entry["ranks"])
+            made, plan = make_deltas(form, part, sites, entry["ranks"], entry["scales"], recipe.seed, model, restoring=True)
             deltas.update(made)
             followers.update(ties)
-            installed.append(Installed(part, form, plan, {s.name: s for s in sites}))
+            installed.append(Installed(part, form, plan, {n: d.site for n, d in made.items()}))
         for site, state in head["states"].items():
             deltas[site].restore_state(state, tensors, site)
         _install(roster, name, recipe, installed, deltas, followers)
@@ -133,14 +132,6 @@ def rebuild(
     if activate:
         activate_adapters(model, name)
     return adapter
-
-
-def _own_ranks(part: Part, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Ranks before a router multiplied them, as ``make_deltas`` expects."""
-    if not part.router:
-        return dict(ranks)
-    router = build("router", part.router)
-    return router.unranks(dict(ranks))
 
 
 def _sites_for(roster: Any, part: Part, form: Form, ranks: Mapping[str, int]) -> tuple[list[Site], dict[str, list[str]]]:

@@ -29,7 +29,9 @@ class _Here(threading.local):
 
     view: View | None = None
     batch: tuple[int, int] | None = None  # rows and tokens of the running root forward
-    decisions: dict[str, Any] | None = None  # adapter → Decision for the rows of the enclosing block
+    rows: Tensor | None = None  # the batch row of each row of x, inside a block that expanded its rows
+    decisions: dict[str, Any] | None = None  # block → what its linears need to know of the rows they see
+    padding: Tensor | None = None  # (B, T): which tokens are real, for routers' records
 
 
 HERE = _Here()
@@ -84,6 +86,8 @@ class View:
             return _fit_tokens(tokens, rows, y)
         assert rows is not None
         B = rows.shape[0]
+        if HERE.rows is not None:
+            return rows.to(y.device, y.dtype)[HERE.rows].view(n, *([1] * (y.dim() - 1)))
         batch = HERE.batch[0] if HERE.batch else B
         if batch % B or not (n == batch or (y.dim() == 2 and n % batch == 0)):
             raise ViewError(
@@ -178,15 +182,15 @@ def view(
 def keep_view(fn: Callable[..., Any], chosen: View | None = None) -> Callable[..., Any]:
     """``fn`` that always runs under today's view, batch and decisions: for another thread or a checkpoint of your own."""
     kept = chosen if chosen is not None else HERE.view
-    batch, decisions = HERE.batch, HERE.decisions
+    kept_here = HERE.batch, HERE.decisions, HERE.rows
 
     @functools.wraps(fn, assigned=("__doc__",))
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = HERE.view, HERE.batch, HERE.decisions
-        HERE.view, HERE.batch, HERE.decisions = kept, batch, decisions
+        before = HERE.view, HERE.batch, HERE.decisions, HERE.rows
+        HERE.view, (HERE.batch, HERE.decisions, HERE.rows) = kept, kept_here
         try:
             return fn(*args, **kwargs)
         finally:
-            HERE.view, HERE.batch, HERE.decisions = before
+            HERE.view, HERE.batch, HERE.decisions, HERE.rows = before
 
     return run

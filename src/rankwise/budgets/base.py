@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Run:
     """What a budget or loss sees of the run: the adapter, its optimiser, the length of the run, and a place for logs.
 
-    ``step`` counts optimiser steps taken (the first is 1 while it is being taken); ``ddp`` is True where
+    ``step`` is the number of the optimiser step being taken (the first is 1, from its ``step_begin`` on); ``ddp`` is True where
     ``requires_grad`` must not be touched and masks are used instead.
     """
 
@@ -54,6 +54,9 @@ class Budget:
 
     def after_update(self, run: Run) -> None:
         """After the update: actuate (masks, ranks) and resync the optimiser."""
+
+    def finish(self, run: Run) -> None:
+        """Once, after the last step: leave nothing switched."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as tensors and plain data."""

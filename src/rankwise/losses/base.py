@@ -28,8 +28,6 @@ class LossTerm:
     def check(self, forms: Sequence[Any], recipe: Any) -> None:
         """Refuse what this term cannot live with beyond its declared needs."""
 
-    def term(
-        self, outputs: Any, reference: Any | None, batch: Mapping[str, Any], adapter: Adapter, step: int
-    ) -> dict[str, Tensor]:
+    def term(self, outputs: Any, reference: Any | None, batch: Mapping[str, Any], adapter: Adapter, step: int) -> dict[str, Tensor]:
         """Named scalars whose sum is added to the task's loss; each is reported apart."""
         raise NotImplementedError(f"The loss {type(self).__name__} must give its terms.")

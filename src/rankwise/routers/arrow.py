@@ -1,0 +1,128 @@
+"""Arrow: route each token to the adapters whose dominant input direction it meets; nothing is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.catalogue import register
+from rankwise.errors import OptionError, TargetError
+from rankwise.forms.base import Plan, SiteDelta
+from rankwise.routers.base import Routed, Router, RouterModule
+from rankwise.routers.decision import Decision
+from rankwise.sites.site import Site
+
+
+class Prototypes(RouterModule):
+    """V: E×in, unit rows; weights are softmax over the top-k of |x·v_e| / T."""
+
+    def __init__(self, V: Tensor, sizes: list[int], k: int, temperature: float):
+        super().__init__()
+        self.register_buffer("V", V)
+        self.sizes, self.k, self.temperature = sizes, min(k, len(sizes)), temperature
+
+    def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
+        top = (x.float() @ self.V.mT).abs().topk(self.k, dim=-1)
+        return Decision((top.values / self.temperature).softmax(-1), len(self.sizes), index=top.indices, sizes=self.sizes)
+
+
+class Library(Routed):
+    """Frozen experts of ragged ranks, gated by their prototypes."""
+
+    def __init__(self, inner: SiteDelta, router: Prototypes):
+        super().__init__(inner, router, 1.0)
+        for p in inner.parameters():
+            p.requires_grad_(False)
+
+    def file_state(self) -> dict[str, Any]:
+        return {"sizes": self.router.sizes}
+
+    def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+        sizes = list(state["sizes"])
+        router: Any = self.router
+        router.sizes, router.V, router.k = sizes, torch.zeros(len(sizes), self.site.spec.inp), min(router.k, len(sizes))
+
+
+@register(
+    "router",
+    "arrow",
+    title="Arrow: training-free routing over a library of adapters",
+    paper="arXiv 2405.11157",
+    needs=("gate",),
+    mergeable=False,
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrow(Router):
+    """v_e = top right singular vector of B_e·A_e; score |x·v_e|; top-k; softmax over the chosen / T; Δy = Σ w_e·s_e·B_e·A_e·x.
+
+    ``adapters`` are PEFT folders (or native ones that lower); ranks and scales may differ, each site may have its own
+    subset.  v_e is exact: QR of B and Aᵀ, SVD of the r×r core, where HF PEFT runs 15 power iterations from a random
+    start, which have not converged where σ₁ ≈ σ₂.  x is not normalised (as there), so the temperature acts on its norm.
+    N·R memory; PEFT's layer keeps N·E·out.
+
+    Errors: fewer than one adapter; targets that no adapter has.
+    """
+
+    adapters: tuple[str, ...] = ()
+    top_k: int = 3
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if self.top_k < 1 or not self.temperature > 0:
+            raise OptionError(f"The router 'arrow' needs top_k ≥ 1 and temperature > 0; it got {self.top_k}, {self.temperature}.")
+
+    def check(self, form: Any, part: Any) -> None:
+        if not self.adapters:
+            raise OptionError("The router 'arrow' routes over adapters you have: give adapters=[folder, folder, …].")
+
+    def _library(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        from rankwise.attach import roster_of
+        from rankwise.store.peft import read_peft
+
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
+        for folder in self.adapters:
+            state, _ = read_peft(folder, roster_of(model).known)
+            for name, d in state.sites.items():
+                if name in found:
+                    found[name].append(d.factors())  # type: ignore[attr-defined]
+        for name, experts in found.items():
+            if not experts:
+                have = sorted({n.rpartition(".")[2] for n in state.sites})
+                raise TargetError(
+                    f"The router 'arrow': no adapter has a change at {name!r}; set targets to what they adapt ({', '.join(have[:6])})."
+                )
+        return found
+
+    def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
+        return {n: sum(A.shape[0] for A, _ in experts) for n, experts in self._library(model, sites).items()}
+
+    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
+        restoring = plan.notes.get("restoring", False)
+        library = {} if restoring else self._library(model, sites)
+        out: dict[str, SiteDelta] = {}
+        for s in sites:
+            experts = library.get(s.name, [])
+            inner = made[s.name]
+            inner.scale = 1.0
+            if experts:
+                with torch.no_grad():
+                    inner.A.copy_(torch.cat([A for A, _ in experts]))
+                    inner.B.copy_(torch.cat([B for _, B in experts], dim=1))
+            V = torch.stack([dominant(A, B) for A, B in experts]) if experts else torch.zeros(1, s.spec.inp)
+            out[s.name] = Library(
+                inner, Prototypes(V.to(s.device), [A.shape[0] for A, _ in experts] or [1], self.top_k, self.temperature)
+            )
+        return out
+
+
+def dominant(A: Tensor, B: Tensor) -> Tensor:
+    """The top right singular vector (in,) of B·A, unit length, fp32; its sign is of no matter."""
+    _, Rb = torch.linalg.qr(B.double())
+    Qa, Ra = torch.linalg.qr(A.double().mT)
+    _, _, Vh = torch.linalg.svd(Rb @ Ra.mT)
+    return (Qa @ Vh[0]).float()

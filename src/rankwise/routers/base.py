@@ -1,0 +1,153 @@
+"""The seam of routers: ``route`` is pure; losses and non-gradient updates read records kept aside while a Session records."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.catalogue import MethodInfo
+from rankwise.delta import Delta, Gated, LowRank
+from rankwise.errors import RecipeError
+from rankwise.forms.base import Form, Plan, SiteDelta
+from rankwise.routers.decision import Decision, execute
+from rankwise.sites.site import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one forward of one router left for its losses: the decision, and which rows count."""
+
+    decision: Decision
+    mask: Tensor | None = None
+
+
+class RouterModule(nn.Module):
+    """A router's tensors at one site (or block).  ``route`` writes nothing; ``records`` fill only while ``recording``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = False
+        self.records: list[Record] = []
+
+    def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
+        """The decision for rows x (N, in); z = x·Aᵀ (N, R) where the executor has it."""
+        raise NotImplementedError(f"{type(self).__name__} must decide.")
+
+    def losses(self, records: Sequence[Record]) -> dict[str, Tensor]:
+        """Named scalars of the records of one micro-batch."""
+        return {}
+
+    def after_step(self, records: Sequence[Record]) -> None:
+        """Updates without gradient, once an optimiser step, over all its micro-batches."""
+
+    def note(self, decision: Decision) -> None:
+        """Keep a record, in the forward proper of training only."""
+        if self.recording and self.training and torch.is_grad_enabled():
+            self.records.append(Record(decision, row_mask(decision)))
+
+
+def row_mask(decision: Decision) -> Tensor | None:
+    """Which rows are real tokens, from the token mask that the recorder was told; None: all."""
+    from rankwise.view import HERE
+
+    mask = getattr(HERE, "padding", None)
+    if mask is None or mask.numel() != decision.weight.shape[0]:
+        return None
+    return mask.reshape(-1).bool().to(decision.weight.device)
+
+
+class Routed(SiteDelta):
+    """A low-rank pair whose components a router gates for each row."""
+
+    def __init__(self, inner: SiteDelta, router: RouterModule, scale: float):
+        super().__init__(inner.site, scale=scale, dropout=inner.dropout)
+        self.inner, self.router = inner, router
+        self.components = {f"inner.{k}": v for k, v in inner.components.items()}  # type: ignore[misc]
+        self.roles = {f"inner.{k}": v for k, v in inner.roles.items()}  # type: ignore[misc]
+        self.fills = inner.fills  # type: ignore[misc]
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.fill(tensors)
+
+    def hold_start(self) -> None:
+        raise RecipeError(
+            "An init that subtracts its start stands for a fixed part of W, which a router would gate; use an init with B = 0, or no router."
+        )
+
+    def low_rank(self) -> LowRank:
+        d = self.inner.delta()
+        assert isinstance(d, LowRank)
+        return LowRank(d.A, d.B, self.scale, d.core)
+
+    def delta(self) -> Delta:
+        return Gated(self.low_rank(), None)
+
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
+        d = self.low_rank()
+        A, B = (t.to(y.dtype) for t in d.factors())
+        rows = self.inner.drop(x).reshape(-1, x.shape[-1]).to(y.dtype)
+        decision = self.router.route(rows)
+        self.router.note(decision)
+        change = execute(rows, A, B, 1.0 if strength is None else strength, decision)
+        return change.reshape(*x.shape[:-1], change.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """Base of all routers; dataclass fields are options."""
+
+    info: ClassVar[MethodInfo]
+
+    def check(self, form: Form, part: Any) -> None:
+        """Refuse what this router cannot live with beyond its declared needs."""
+
+    def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
+        """Components to build at each site (experts times r, where a site holds experts)."""
+        return dict(ranks)
+
+    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
+        """The modules that stand at the sites (and blocks) instead of the form's own."""
+        raise NotImplementedError(f"The router {type(self).__name__} must install itself.")
+
+
+def routers_in(module: nn.Module) -> list[RouterModule]:
+    """Every router below ``module``, in order."""
+    return [m for m in module.modules() if isinstance(m, RouterModule)]
+
+
+@contextlib.contextmanager
+def recording(module: nn.Module) -> Iterator[None]:
+    """While open, routers below ``module`` keep records of their training forwards."""
+    found = routers_in(module)
+    for r in found:
+        r.recording = True
+    try:
+        yield
+    finally:
+        for r in found:
+            r.recording = False
+
+
+def collect_losses(module: nn.Module) -> dict[str, Tensor]:
+    """The routers' losses over the records of the micro-batch, summed by name; records stay for ``after_step``."""
+    total: dict[str, Tensor] = {}
+    for r in routers_in(module):
+        fresh = r.records[getattr(r, "_read", 0) :]
+        r._read = len(r.records)
+        for name, value in (r.losses(fresh) if fresh else {}).items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+@torch.no_grad()
+def finish_step(module: nn.Module) -> None:
+    """Let every router do its updates without gradient, then forget the step's records."""
+    for r in routers_in(module):
+        if r.records:
+            r.after_step(r.records)
+        r.records, r._read = [], 0  # type: ignore[assignment]
