@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.attach import Installed, _install, activate_adapters, choose_sites, make_deltas, roster_of
+from rankwise.delta import LowRank
 from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
 from rankwise.forms.base import Form
 from rankwise.recipe import Part, Recipe, build
@@ -202,11 +203,15 @@ def _load_peft(model: nn.Module, path: str, name: str | None, activate: bool) ->
     ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
     part = Part(form=form, targets=list(state.sites), r=max(ranks.values()))
     recipe = Recipe(form=form, targets=list(state.sites), r=max(ranks.values()))
-    entry = {"part": part.model_dump(mode="json"), "ranks": ranks, "scales": dict.fromkeys(ranks, 1.0)}
+    scales: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
+    inner = "inner." if magnitude else ""
     for n, d in state.sites.items():
-        A, B = d.factors()  # type: ignore[attr-defined]
-        tensors |= {f"{n}::A": A, f"{n}::B": B}
+        assert isinstance(d, LowRank)
+        A, B = (d.A, d.B) if d.core is None else d.factors()
+        scales[n] = float(d.scale) if d.core is None else 1.0
+        tensors |= {f"{n}::{inner}A": A, f"{n}::{inner}B": B}
         if n in magnitude:
             tensors[f"{n}::m"] = magnitude[n]
+    entry = {"part": part.model_dump(mode="json"), "ranks": ranks, "scales": scales}
     return rebuild(model, recipe, {"parts": [entry], "states": {}}, tensors, name or "default", activate)

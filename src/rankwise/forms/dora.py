@@ -61,7 +61,7 @@ class Magnitude(SiteDelta):
         d = self.inner.effective()
         gain = self.m / self.row_norms(d)  # n is a constant in backward
         A, B = d.factors()  # type: ignore[attr-defined]
-        return Sum((Scale(gain), LowRank(A, gain[..., None] * B)))
+        return Sum((Scale(gain, other=A.shape[-1]), LowRank(A, gain[..., None] * B)))
 
     def drop(self, x: Tensor) -> Tensor:
         return self.inner.drop(x)

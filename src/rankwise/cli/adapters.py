@@ -1,0 +1,183 @@
+"""``rankwise merge``, ``convert`` and ``inspect``: adapters as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.common import emit_json, load_model, out, size, table
+from rankwise.cli.plan import Model
+from rankwise.errors import OptionError
+
+
+def add(app: typer.Typer) -> None:
+    app.command("merge")(merge)
+    app.command("convert")(convert)
+    app.command("inspect")(inspect)
+
+
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="Adapter folders (native or PEFT).")],
+    model: Model,
+    to: Annotated[str, typer.Option("--out", "-o", help="Folder for the result.")],
+    method: Annotated[str, typer.Option(help="How several become one: linear, cat, svd, ties, lego …")] = "cat",
+    weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one an adapter.")] = None,
+    into_base: Annotated[bool, typer.Option("--into-base", help="Write a whole model with the adapter folded in.")] = False,
+    force: Annotated[bool, typer.Option(help="Keep a merge that fails its check.")] = False,
+    set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the merge method.")] = None,
+) -> None:
+    """Merge adapters into one, or fold one into the base; the result is checked against its parts.
+
+    Example: rankwise merge run/adapter --model base --into-base --out merged
+    """
+    import rankwise as rw
+
+    net, tokenizer = load_model(model)
+    if len(adapters) > 1:
+        adapter = _combined(net, adapters, method, weights, set or ())
+    else:
+        adapter = rw.load(net, adapters[0], name="merged")
+    if not into_base:
+        adapter.save(to)
+        out.print(f"wrote {to}: {adapter}", highlight=False)
+        return
+    report = adapter.merge(force=force)
+    write_merged(net, tokenizer, to)
+    worst = report.worst
+    gap = "not probed" if report.logit_gap is None else f"{report.logit_gap:.1e} of the largest"
+    out.print(
+        f"wrote {to}; logits before and after differ by {gap}; largest rounding {worst.error:.1e} of the change at {worst.site}",
+        highlight=False,
+    )
+
+
+def write_merged(model: Any, tokenizer: Any, to: str) -> None:
+    """Save a model with its merged adapters as an ordinary model folder: the roster taken off, the bits kept."""
+    roster = model._modules.pop("rankwise")
+    try:
+        model.save_pretrained(to)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(to)
+    finally:
+        model._modules["rankwise"] = roster
+
+
+def _combined(net: Any, folders: list[str], method: str, weights: str | None, settings: Any) -> Any:
+    from rankwise.cli.common import _value
+    from rankwise.merge import attach_merged
+
+    given = [float(w) for w in weights.split(",")] if weights else None
+    if given is not None and len(given) != len(folders):
+        raise OptionError(f"--weights has {len(given)} numbers for {len(folders)} adapters; give one each.")
+    options = {k: _value(v) for k, _, v in (s.partition("=") for s in settings)}
+    return attach_merged(net, folders, method, given, **options)
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    model: Model,
+    to: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="peft or native.")] = "peft",
+    rank: Annotated[int | None, typer.Option(help="Cut every place to this rank first.")] = None,
+) -> None:
+    """Turn an adapter into another library's format, or into ours.
+
+    Example: rankwise convert run/adapter --model base --format peft --out run/peft
+    """
+    import rankwise as rw
+
+    net, _ = load_model(model)
+    loaded = rw.load(net, adapter)
+    if rank is not None:
+        from rankwise.merge import attach_state
+
+        state = loaded.lower(rank=rank)
+        worst = max(state.meta["errors"].values(), default=0.0)
+        loaded.detach()
+        loaded = attach_state(net, state, name="cut")
+        out.print(f"cut to rank {rank}: largest relative error {worst:.3g}", highlight=False)
+    path = loaded.export(to, format=format)
+    out.print(f"wrote {path} ({size(sum(p.stat().st_size for p in Path(path).rglob('*') if p.is_file()))})", highlight=False)
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base, for norms beside W's.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Write the spectra and norms as a PNG or SVG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show an adapter: places, ranks, spectra, norms, where it came from.
+
+    Example: rankwise inspect run/adapter --model base --picture spectra.png
+    """
+    import torch
+
+    import rankwise as rw
+
+    if model is None:
+        raise OptionError("inspect needs the base to measure against: give --model.")
+    net, _ = load_model(model)
+    loaded = rw.load(net, adapter)
+    rows = []
+    spectra: dict[str, list[float]] = {}
+    for name, delta in loaded.sites.items():
+        d = loaded.delta(name)
+        W = delta.site.read()
+        dense = d.dense(W) if d.needs_weight else d.dense()
+        S = torch.linalg.svdvals(dense.reshape(-1, *dense.shape[-2:]).double()).mean(0)
+        share = (S.square().cumsum(0) / S.square().sum().clamp_min(1e-30)).tolist()
+        spectra[name] = S[: max(delta.component_count() * 2, 8)].tolist()
+        rows.append(
+            {
+                "site": name, "role": delta.site.spec.role, "shape": "×".join(map(str, delta.site.spec.shape)), "rank": d.exact_rank,
+                "effective_rank": 1 + sum(1 for s in share if s < 0.9), "norm": float(dense.norm()), "relative": float(dense.norm() / W.norm()), "spectrum": spectra[name],
+            }
+        )  # fmt: skip
+    head = {"adapter": adapter, "form": loaded.recipe.form, "trainable": loaded.numel(), "sites": rows}
+    if picture:
+        _draw(spectra, rows, picture)
+    if json:
+        emit_json(head)
+        return
+    columns = ["place", "role", "shape", "rank", "90 % in", "‖ΔW‖", "‖ΔW‖/‖W‖"]
+    table(
+        repr(loaded),
+        columns,
+        [(r["site"], r["role"], r["shape"], r["rank"], r["effective_rank"], r["norm"], r["relative"]) for r in rows],
+        right=columns[3:],
+    )
+    if picture:
+        out.print(f"\nwrote {picture}", highlight=False)
+
+
+def _draw(spectra: dict[str, list[float]], rows: list[dict[str, Any]], path: str) -> None:
+    from rankwise.errors import need
+
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise need("matplotlib", "plots", "A picture") from error
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.22 * max(len(rows), 12)), constrained_layout=True)
+    roles = list(dict.fromkeys(r["role"] for r in rows))
+    colours = {role: f"C{i % 10}" for i, role in enumerate(roles)}
+    for r in rows:
+        left.semilogy(
+            range(1, len(r["spectrum"]) + 1), [max(s, 1e-12) for s in r["spectrum"]], color=colours[r["role"]], alpha=0.6, lw=1
+        )
+    for role in roles:
+        left.plot([], [], color=colours[role], label=role)
+    left.set(xlabel="component", ylabel="singular value of ΔW", title="Spectra")
+    left.legend(fontsize=8, frameon=False)
+    left.set_ylim(bottom=max(min(min(s for s in r["spectrum"] if s > 1e-9) for r in rows if max(r["spectrum"]) > 1e-9), 1e-6) / 2)
+    right.barh([r["site"] for r in rows][::-1], [r["relative"] for r in rows][::-1], color=[colours[r["role"]] for r in rows][::-1])
+    right.set(xlabel="‖ΔW‖ / ‖W‖", title="Size of the change")
+    right.tick_params(axis="y", labelsize=6)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

@@ -1,0 +1,167 @@
+"""What every verb needs: the model, the recipe from flags, and output as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.errors import OptionError, RankwiseError, need
+
+out = Console()
+err = Console(stderr=True)
+
+
+def quiet() -> None:
+    """Keep other libraries' notices about kernels they lack off the terminal; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|torchao\..*")
+
+
+def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
+    """(model in fp32, tokenizer or None) from a folder, a hub id, or ``base`` / ``digits`` for the shipped ones.
+
+    Raises:
+        RankwiseError: no such folder or id; the message has the loader's own reason.
+    """
+    from rankwise import assets
+
+    if name == "base":
+        return assets.load_base()
+    if name == "digits":
+        return assets.load_digits_vit(), None
+    try:
+        import transformers
+    except ImportError as error:
+        raise need("transformers", "hf", "Loading a model") from error
+    path = Path(name)
+    if path.is_dir() and (path / "rankwise.safetensors").exists():
+        raise OptionError(f"{name} holds an adapter, not a model; give its base with --model and this folder with --adapter.")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise OptionError(
+            f"{name} has no config.json, so it is not a model's folder; it holds {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        cls = _class_for(transformers, config, task)
+        model = cls.from_pretrained(name, dtype="float32")
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(f"The model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None
+    return model, tokenizer
+
+
+def _class_for(transformers: Any, config: Any, task: str) -> Any:
+    architectures = list(getattr(config, "architectures", None) or [])
+    if architectures and hasattr(transformers, architectures[0]):
+        return getattr(transformers, architectures[0])
+    return {"causal": transformers.AutoModelForCausalLM, "image": transformers.AutoModelForImageClassification}[task]
+
+
+def recipe_from(
+    file: str | None, form: str | None = None, init: str | None = None, settings: Sequence[str] = (), **fields: Any
+) -> Any:
+    """A Recipe from ``--recipe`` and the flags that override it; ``--set form.r=16`` reaches any field.
+
+    A field after a dot is an option of the part before it (``form.shards=2``) or the part's own (``form.r``).
+    """
+    from rankwise.recipe import PRESETS, Recipe, catalogue
+
+    data: dict[str, Any] = {}
+    if file:
+        loaded = Recipe.load(file)
+        data = loaded.to_json()
+    catalogue.methods()
+    if form:
+        if form in PRESETS:
+            data["preset"] = form
+        else:
+            data["form"] = _merge_name(data.get("form"), form)
+    if init:
+        data["init"] = _merge_name(data.get("init"), init)
+    data |= {k: v for k, v in fields.items() if v not in (None, [], ())}
+    for setting in settings:
+        key, sep, raw = setting.partition("=")
+        if not sep or not key:
+            raise OptionError(f"--set takes field=value (form.r=16, targets=q_proj,v_proj); it got {setting!r}.")
+        _put(data, key.strip(), _value(raw.strip()))
+    return Recipe(**data)
+
+
+def _merge_name(old: Any, name: str) -> Any:
+    return {**old, "name": name} if isinstance(old, dict) and old.get("name") == name else name
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    part, _, option = key.partition(".")
+    if not option:
+        data[part] = value
+        return
+    if option in ("r", "alpha", "dropout", "scale", "targets") and part == "form":
+        data[option] = value
+        return
+    now = data.get(part, "lora" if part == "form" else None)
+    if now is None:
+        raise OptionError(f"--set {key}: the recipe has no {part} to set an option of; give --set {part}=NAME first.")
+    data[part] = {**(now if isinstance(now, dict) else {"name": now}), option: value}
+
+
+def _value(raw: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise OptionError(f"{raw!r} is not a value: {error}") from error
+    return raw.split(",") if isinstance(value, str) and "," in raw else value
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """Print rows as a table; numbers to the right."""
+    t = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for c in columns:
+        t.add_column(c, justify="right" if c in right else "left", overflow="fold")
+    for row in rows:
+        t.add_row(*(fmt(v) for v in row))
+    out.print(t)
+
+
+def fmt(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def emit_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """JSON on standard output, alone, so that it can be piped."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return ""
+
+
+__all__ = ["RankwiseError", "emit_json", "err", "fmt", "load_model", "out", "quiet", "recipe_from", "size", "table"]

@@ -1,0 +1,54 @@
+"""``rankwise VERB``: every verb in one place; a user's mistake is one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from rankwise.cli import common
+from rankwise.errors import RankwiseError
+
+app = typer.Typer(
+    name="rankwise",
+    help="Train, mix, merge, compress and compare low-rank adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+
+
+def _verbs() -> None:
+    from rankwise.cli import adapters, compare, demo, info, plan, train
+
+    for module in (plan, train, compare, adapters, info, demo):
+        module.add(app)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 0, 1 (something broke) or 2 (the user's input)."""
+    common.quiet()
+    _verbs()
+    try:
+        app(args=argv, standalone_mode=False)
+    except RankwiseError as error:
+        common.err.print(f"[bold red]rankwise:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except typer.Abort:
+        common.err.print("rankwise: stopped.")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        common.err.print("rankwise: stopped; what was saved stays.")
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            common.err.print(f"[bold red]rankwise:[/] {error.format_message()}", highlight=False, soft_wrap=True)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

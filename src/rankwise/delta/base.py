@@ -1,0 +1,199 @@
+"""The change of a weight as an immutable value: apply it, make it dense, add, scale, compare, lower it to low rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from rankwise.delta.geometry import LINEAR, Geometry
+from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.delta.lowrank import LowRank
+
+#: kind → class; filled as the kinds are defined
+KINDS: dict[str, type[Delta]] = {}
+
+
+class Delta:
+    """A change of weight of shape (…, out, in); leading axes are a stack of experts.
+
+    A subclass is a frozen dataclass whose tensor fields are its data.  It defines ``shape``, ``apply``, ``dense`` and
+    ``scaled``, and what of the rest it can do better than through ``dense``.
+
+    Attributes:
+        kind: the name it is stored under.
+        needs_weight: ``dense`` and ``apply`` need the base weight.
+        needs_output: ``apply`` uses the base's output (without bias) where that saves a product.
+        indices: names of integer fields that say where, not what.
+    """
+
+    kind: ClassVar[str] = ""
+    indices: ClassVar[tuple[str, ...]] = ()
+    needs_weight: bool = False
+    needs_output: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.kind:
+            KINDS[cls.kind] = cls
+
+    # --- what every kind defines ----------------------------------------------------------------------------
+    @property
+    def shape(self) -> torch.Size:
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
+        """Δy for a module's input x; ``y`` is the base's output without bias, ``weight`` the base weight out×in."""
+        return op.linear(x, self.dense(weight))
+
+    def dense(self, weight: Tensor | None = None) -> Tensor:
+        """(…, out, in)."""
+        raise NotImplementedError
+
+    def scaled(self, c: float | Tensor) -> Delta:
+        """c·Δ for a number or a 0-d tensor."""
+        raise NotImplementedError
+
+    @property
+    def exact_rank(self) -> int | None:
+        """The rank of an exact low-rank form, or None where there is none."""
+        return None
+
+    def _exact(self) -> LowRank | None:
+        """The exact low-rank form itself, where there is one."""
+        return None
+
+    # --- what follows -------------------------------------------------------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor data by field name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {n: v for n, v in fields.items() if isinstance(v, Tensor)}
+
+    def meta(self) -> dict[str, Any]:
+        """What :func:`rebuild` needs beside the tensors, JSON-able."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {n: v for n, v in fields.items() if not isinstance(v, Tensor) and v is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
+        return cls(**{**meta, **tensors})
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same value with ``fn`` of every floating tensor (indices are left alone)."""
+        changed = {n: fn(t) for n, t in self.tensors().items() if n not in self.indices}
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        moved = self.map(lambda t: t.to(device=device, dtype=dtype))
+        where = {n: t.to(device) for n, t in self.tensors().items() if n in self.indices} if device is not None else {}
+        return dataclasses.replace(moved, **where) if where else moved  # type: ignore[type-var]
+
+    def detach(self) -> Self:
+        return self.map(lambda t: t.detach())
+
+    def clone(self) -> Self:
+        return self.map(lambda t: t.clone())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(t.dtype for n, t in self.tensors().items() if n not in self.indices)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    def numel(self, *, indices: bool = False) -> int:
+        """Stored numbers; ``indices`` counts the integers instead of the values."""
+        return sum(t.numel() for n, t in self.tensors().items() if (n in self.indices) == indices)
+
+    def add_into(self, W: Tensor, weight: Tensor | None = None) -> Tensor:
+        """W + Δ as a new tensor: summed in fp32 (fp64 where W is), cast once to W's dtype."""
+        wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+        return (W.to(wide) + self.dense(W if weight is None and self.needs_weight else weight).to(wide)).to(W.dtype)
+
+    def transposed(self) -> Delta:
+        """The change of Wᵀ."""
+        from rankwise.delta.dense import Dense
+
+        return Dense(self.dense().mT)
+
+    def __add__(self, other: Delta) -> Delta:
+        from rankwise.delta.dense import Sum
+
+        if not isinstance(other, Delta):
+            return NotImplemented
+        if self.shape != other.shape:
+            raise OptionError(
+                f"A change of {tuple(self.shape)} and one of {tuple(other.shape)} cannot be added; they are for different weights."
+            )
+        joined = self._join(other)
+        if joined is None:
+            joined = other._join(self)
+        return joined if joined is not None else Sum((self, other))
+
+    def _join(self, other: Delta) -> Delta | None:
+        """The sum as one value, where the kinds allow it."""
+        return None
+
+    def __neg__(self) -> Delta:
+        return self.scaled(-1.0)
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + (-other)
+
+    # --- lowering -----------------------------------------------------------------------------------------------
+    def to_lowrank(
+        self, rank: int | None = None, energy: float | None = None, weight: Tensor | None = None
+    ) -> tuple[LowRank, float]:
+        """(low-rank value, relative Frobenius error made).
+
+        Without arguments the form is exact (error 0.0) or refused; ``rank`` or ``energy`` (share of ‖Δ‖² kept) cut it.
+
+        Raises:
+            OptionError: no exact form and neither given; both given; out of range.
+        """
+        from rankwise.delta.lowrank import from_dense
+
+        if rank is not None and energy is not None:
+            raise OptionError("to_lowrank takes rank or energy, not both.")
+        exact = self._exact()
+        if rank is None and energy is None:
+            if exact is None:
+                raise OptionError(
+                    f"A {self.kind} change has no exact low-rank form; give rank=… or energy=…, and the error made is reported."
+                )
+            return exact, 0.0
+        if exact is not None:
+            return exact.truncate(rank=rank, energy=energy)
+        return from_dense(self.dense(weight)).truncate(rank=rank, energy=energy)
+
+    # --- geometry of values -------------------------------------------------------------------------------------
+    def inner(self, other: Delta) -> Tensor:
+        """⟨Δ, Δ'⟩ summed over all axes, fp64; through factors where both have them."""
+        a, b = self._exact(), other._exact()
+        if a is not None and b is not None:
+            return a.inner(b)
+        return (self.dense().double() * other.dense().double()).sum()
+
+    def norm(self) -> Tensor:
+        """‖Δ‖_F, fp64."""
+        return self.inner(self).clamp_min(0).sqrt()
+
+    def cos(self, other: Delta) -> Tensor:
+        """⟨Δ, Δ'⟩/(‖Δ‖·‖Δ'‖), fp64; 0 where one vanishes."""
+        size = self.norm() * other.norm()
+        return self.inner(other) / size if size > 0 else torch.zeros((), dtype=torch.float64)
+
+
+def rebuild(kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
+    """The value of a stored kind, its tensors and its meta."""
+    from rankwise.errors import unknown
+
+    if kind not in KINDS:
+        raise unknown("kind of change", kind, KINDS)
+    return KINDS[kind].from_tensors(tensors, meta)

@@ -1,0 +1,110 @@
+"""How a 2-D out×in weight acts on a module's input: on the last axis, as a convolution, or as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_CONVS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The geometry of a linear map on the last axis; the base of the others."""
+
+    @property
+    def factors(self) -> bool:
+        """Whether B·A may be applied as A, then B."""
+        return True
+
+    def linear(self, x: Tensor, M: Tensor) -> Tensor:
+        """M: out×in applied to x (…, in) → (…, out)."""
+        return F.linear(x, M)
+
+    def pointwise(self, h: Tensor, B: Tensor) -> Tensor:
+        """B: out×r applied to the result h of an earlier ``linear``."""
+        return F.linear(h, B)
+
+    def columns(self, x: Tensor, index: Tensor) -> Tensor | None:
+        """x at input columns ``index``, or None where inputs are not columns of x."""
+        return x.index_select(-1, index)
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        """(out,) values shaped to multiply an output."""
+        return v
+
+    def scale_out(self, y: Tensor, v: Tensor) -> Tensor:
+        """Output channel j times v[j]."""
+        return y * self.per_channel(v)
+
+    def strip_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else y - self.per_channel(bias.to(y.dtype))
+
+    def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else y + self.per_channel(bias.to(y.dtype))
+
+
+class Linear(Geometry):
+    """The last axis."""
+
+
+LINEAR = Linear()
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Geometry):
+    """A convolution whose kernel is M viewed as out×(in/groups)×kernel; channels are axis 1."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+    nd: int = 2
+
+    @property
+    def factors(self) -> bool:
+        return self.groups == 1
+
+    def linear(self, x: Tensor, M: Tensor) -> Tensor:
+        W = M.reshape(M.shape[0], -1, *self.kernel)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._both_sides(), mode=self.padding_mode)
+            padding = 0
+        return _CONVS[self.nd - 1](x, W, None, self.stride, padding, self.dilation, self.groups)
+
+    def _both_sides(self) -> list[int]:
+        """F.pad's order: last axis first, both sides of each."""
+        if isinstance(self.padding, str):
+            total = [d * (k - 1) if self.padding == "same" else 0 for k, d in zip(self.kernel, self.dilation, strict=True)]
+            sides = [(t // 2, t - t // 2) for t in total]
+        else:
+            sides = [(p, p) for p in self.padding]
+        return [s for pair in reversed(sides) for s in pair]
+
+    def pointwise(self, h: Tensor, B: Tensor) -> Tensor:
+        return _CONVS[self.nd - 1](h, B.reshape(*B.shape, *([1] * self.nd)))
+
+    def columns(self, x: Tensor, index: Tensor) -> Tensor | None:
+        return None
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *([1] * self.nd))
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding(Geometry):
+    """A table look-up: the out×in weight's columns are the rows of the table; x holds ids."""
+
+    padding_idx: int | None = None
+
+    def linear(self, x: Tensor, M: Tensor) -> Tensor:
+        return F.embedding(x, M.mT, self.padding_idx)
+
+    def columns(self, x: Tensor, index: Tensor) -> Tensor | None:
+        return None

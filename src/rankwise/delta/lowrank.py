@@ -1,0 +1,148 @@
+"""s·B·C·A: r rank-one components, the atom of the house."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankwise.delta.base import Delta
+from rankwise.delta.geometry import LINEAR, Geometry
+from rankwise.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(Delta):
+    """Δ = scale·B·core·A with A: (…, r, in), B: (…, out, r), core: none, (…, r) diagonal or (…, r, r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor = 1.0
+    core: Tensor | None = None
+    kind: ClassVar[str] = "lowrank"
+
+    def __post_init__(self) -> None:
+        if self.A.shape[:-2] != self.B.shape[:-2] or self.A.shape[-2] != self.B.shape[-1]:
+            raise OptionError(
+                f"A: {tuple(self.A.shape)} and B: {tuple(self.B.shape)} do not fit; A is (…, r, in) and B (…, out, r)."
+            )
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[-2]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1]))
+
+    @property
+    def exact_rank(self) -> int:
+        return self.r
+
+    def _exact(self) -> LowRank:
+        return self
+
+    def _cored(self) -> Tensor:
+        """B·core, (…, out, r)."""
+        if self.core is None:
+            return self.B
+        return self.B * self.core[..., None, :] if self.core.dim() == self.A.dim() - 1 else self.B @ self.core
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B') with Δ = B'·A: scale and core are in B'."""
+        B = self._cored()
+        return self.A, B if isinstance(self.scale, float) and self.scale == 1.0 else B * self.scale
+
+    def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
+        if not op.factors or self.A.dim() > 2:
+            return op.linear(x, self.dense())
+        return op.pointwise(op.linear(x, self.A) * self.scale, self._cored())
+
+    def dense(self, weight: Tensor | None = None) -> Tensor:
+        A, B = self.factors()
+        return B @ A
+
+    def scaled(self, c: float | Tensor) -> LowRank:
+        return dataclasses.replace(self, scale=self.scale * c)
+
+    def transposed(self) -> LowRank:
+        return LowRank(self._cored().mT, self.A.mT, self.scale)
+
+    def _join(self, other: Delta) -> Delta | None:
+        low = other if isinstance(other, LowRank) else None
+        if low is None:
+            return None
+        (A, B), (C, D) = self.factors(), low.factors()
+        return LowRank(torch.cat([A, C.to(A.dtype)], -2), torch.cat([B, D.to(B.dtype)], -1))
+
+    def inner(self, other: Delta) -> Tensor:
+        low = other._exact()
+        if low is None:
+            return super().inner(other)
+        (A, B), (C, D) = (tuple(t.double() for t in v.factors()) for v in (self, low))
+        return ((B.mT @ D) * (A @ C.mT)).sum()
+
+    # --- spectrum -------------------------------------------------------------------------------------------------
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin (U, S, Vh) in fp64, by QR of both factors and the SVD of the r×r core."""
+        from rankwise.delta.solve import thin_svd_of_product
+
+        A, B = self.factors()
+        return thin_svd_of_product(B, A)
+
+    def singular_values(self) -> Tensor:
+        return self.svd()[1]
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
+        """The best value of a lower rank (per stack: one rank for all), √S on each side, and its relative error."""
+        U, S, Vh = self.svd()
+        total = S.square().sum()
+        if energy is not None:
+            if not 0 < energy <= 1:
+                raise OptionError(f"energy = {energy}; it is a share in (0, 1].")
+            held = S.square().cumsum(-1) / S.square().sum(-1, keepdim=True).clamp_min(1e-300)
+            rank = int((held < energy * (1 - 1e-12)).sum(-1).max()) + 1
+        if rank is None or rank < 1:
+            raise OptionError(f"rank = {rank}; a rank is at least 1.")
+        k = min(rank, S.shape[-1])
+        lost = S[..., k:].square().sum()
+        root = S[..., :k].sqrt()
+        A, B = root[..., :, None] * Vh[..., :k, :], U[..., :k] * root[..., None, :]
+        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype)), float((lost / total).sqrt()) if total > 0 else 0.0
+
+    def canonical(self) -> LowRank:
+        """The same Δ in a gauge of its own: √S on each side, the largest entry of each left vector positive."""
+        U, S, Vh = self.svd()
+        at = U.abs().argmax(-2, keepdim=True)
+        sign = torch.where(U.gather(-2, at) < 0, -1.0, 1.0).to(U.dtype)
+        root = S.sqrt()
+        B = U * sign * root[..., None, :]
+        A = root[..., :, None] * Vh * sign.mT
+        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype))
+
+    def units(self) -> tuple[Tensor, Tensor]:
+        """(a, b): (…, r, in) and (…, r, out), the rank-one components with the scale in b; a dense core is taken into B."""
+        A, B = self.factors()
+        return A, B.mT
+
+    @classmethod
+    def from_units(cls, a: Tensor, b: Tensor) -> LowRank:
+        return cls(a, b.mT)
+
+    def select(self, index: Tensor) -> LowRank:
+        """Only the components ``index`` (a dense core mixes components, so it is taken into B first)."""
+        A, B = self.factors()
+        return LowRank(A.index_select(-2, index), B.index_select(-1, index))
+
+    @classmethod
+    def zeros(cls, out: int, inp: int, r: int = 1, **kwargs: object) -> LowRank:
+        return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))  # type: ignore[arg-type]
+
+
+def from_dense(W: Tensor) -> LowRank:
+    """A full-rank pair of a dense change, by its SVD in fp64."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    root = S.sqrt()
+    return LowRank((root[..., :, None] * Vh).to(W.dtype), (U * root[..., None, :]).to(W.dtype))

@@ -1,0 +1,112 @@
+"""An adapter as one immutable value: a change of weight at each site, ready to be merged, stored or served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.delta.base import Delta
+from rankwise.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Names, shapes and dtypes of a flattened state, in canonical (sorted) order."""
+
+    entries: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(s).numel() for _, s, _ in self.entries)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdapterState:
+    """``sites``: name → Delta; ``full``: other whole tensors; ``meta``: plain data (errors made, provenance)."""
+
+    sites: Mapping[str, Delta]
+    full: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", {n: self.sites[n] for n in sorted(self.sites)})
+
+    def map(self, fn: Callable[[Delta], Delta]) -> AdapterState:
+        return AdapterState({n: fn(d) for n, d in self.sites.items()}, self.full, self.meta)
+
+    def scaled(self, c: float) -> AdapterState:
+        return self.map(lambda d: d.scaled(c))
+
+    def to(self, dtype: torch.dtype | None = None, device: Any = None) -> AdapterState:
+        return self.map(lambda d: d.to(dtype, device))
+
+    def __add__(self, other: AdapterState) -> AdapterState:
+        if self.full or other.full:
+            raise OptionError(
+                "States with whole tensors (heads, norms) are not added: they may stand for different labels. Merge them by hand."
+            )
+        names = {**self.sites, **other.sites}
+        both = {n: self.sites[n] + other.sites[n] if n in self.sites and n in other.sites else names[n] for n in names}
+        return AdapterState(both)
+
+    def lower(self, rank: int | None = None, energy: float | None = None) -> AdapterState:
+        """Every site low-rank; errors in ``meta["errors"]``."""
+        pairs = {n: d.to_lowrank(rank=rank, energy=energy) for n, d in self.sites.items()}
+        return AdapterState(
+            {n: d for n, (d, _) in pairs.items()}, self.full, {**self.meta, "errors": {n: e for n, (_, e) in pairs.items()}}
+        )
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[AdapterState, dict[str, float]]:
+        low = self.lower(rank, energy)
+        return low, dict(low.meta["errors"])
+
+    def inner(self, other: AdapterState) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for n, d in self.sites.items():
+            if n in other.sites:
+                total = total + d.inner(other.sites[n])
+        return total
+
+    def norm(self) -> Tensor:
+        return self.inner(self).clamp_min(0).sqrt()
+
+    def cos(self, other: AdapterState) -> Tensor:
+        size = self.norm() * other.norm()
+        return self.inner(other) / size if size > 0 else torch.zeros((), dtype=torch.float64)
+
+    def numel(self) -> int:
+        return sum(d.numel() for d in self.sites.values()) + sum(t.numel() for t in self.full.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Floating tensors by ``site::field``, in canonical order, then the whole ones."""
+        out = {f"{n}::{k}": t for n, d in self.sites.items() for k, t in sorted(d.tensors().items()) if k not in d.indices}
+        return {**out, **{k: self.full[k] for k in sorted(self.full)}}
+
+    def spec(self) -> TensorSpec:
+        return TensorSpec(tuple((n, tuple(t.shape), t.dtype) for n, t in self.tensors().items()))
+
+    def flatten(self) -> Tensor:
+        """All floating numbers as one fp32 vector in the order of :meth:`spec`."""
+        return torch.cat([t.detach().float().reshape(-1) for t in self.tensors().values()])
+
+    def unflatten(self, vector: Tensor) -> AdapterState:
+        """The state of this shape whose numbers are ``vector``."""
+        spec = self.spec()
+        if vector.numel() != spec.numel:
+            raise OptionError(f"The vector has {vector.numel():,} numbers; this state has {spec.numel:,}.")
+        values: dict[str, Tensor] = {}
+        at = 0
+        for name, shape, dtype in spec.entries:
+            n = torch.Size(shape).numel()
+            values[name] = vector[at : at + n].view(shape).to(dtype)
+            at += n
+
+        def swap(site: str, d: Delta) -> Delta:
+            fresh = {k: values.get(f"{site}::{k}", t) for k, t in d.tensors().items()}
+            return type(d).from_tensors(fresh, d.meta())
+
+        return AdapterState({n: swap(n, d) for n, d in self.sites.items()}, {k: values[k] for k in self.full}, self.meta)

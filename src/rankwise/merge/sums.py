@@ -1,0 +1,62 @@
+"""Weighted sums: exact (cat), cut to a rank (svd), and factor by factor (linear), whose cross terms are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+
+from rankwise.catalogue import register
+from rankwise.delta import LowRank
+from rankwise.errors import MergeError
+from rankwise.merge.base import Lifted, Merge, truncated
+
+
+@register("merge", "cat", title="Concatenation: the exact weighted sum", exports_to_peft=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cat(Merge):
+    """Â = stack(A_t): (Σ r_t)×in, B̂ = [w_t·s_t·B_t]: out×(Σ r_t); exactly Σ w_t·ΔW_t.  Source: HF PEFT, ``cat``."""
+
+    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
+        return lifted.total()
+
+
+@register("merge", "svd", title="Weighted sum cut to a rank", exports_to_peft=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SVD(Merge):
+    """The best rank-``rank`` approximation of Σ w_t·ΔW_t (default: the largest source rank), by QR and a small SVD.
+
+    The error is √Σ_{j>r} σ_j² (Eckart–Young) and is reported.  Source: HF PEFT, ``svd``, which forms ΔW and says nothing
+    of the error.
+    """
+
+    rank: int | None = None
+
+    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
+        return truncated(lifted.total(), lifted.rank(self.rank))
+
+
+@register("merge", "linear", title="Factor-wise weighted sum, with its cross terms", exports_to_peft=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Merge):
+    """Â = Σ sign(w_t)·√|w_t·s_t|·A_t, B̂ = Σ √|w_t·s_t|·B_t (equal ranks), so the result is Σ w_t·ΔW_t plus the cross terms
+    Σ_{t≠u} √(w_t·w_u)·B_t·A_u: HF PEFT's ``linear``, kept under its own name for agreement with it.
+
+    With weights 1/T, T identical adapters give T times the adapter.  Depends on the gauge of the factors.  For the sum
+    itself use ``cat`` or ``svd``.  Errors: unequal ranks; a site that only some sources have.
+    """
+
+    gauge_invariant: ClassVar[bool] = False
+
+    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
+        sources = lifted.present()
+        ranks = {A.shape[0] for A, _, _ in sources}
+        if len(ranks) > 1 or len(sources) < len(lifted.pairs):
+            raise MergeError(
+                f"The merge 'linear' adds factors, so every source needs {lifted.site!r} at one rank; use 'cat' or 'svd'."
+            )
+        A = torch.stack([math.copysign(math.sqrt(abs(w)), w) * A for A, _, w in sources]).sum(0)
+        B = torch.stack([math.sqrt(abs(w)) * B for _, B, w in sources]).sum(0)
+        return LowRank(A, B)
