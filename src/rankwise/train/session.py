@@ -1,0 +1,268 @@
+"""A Session runs the parts of a recipe in one documented order, in anybody's own loop.
+
+Order of one optimiser step, the same in every loop::
+
+    step_begin      budget: allocate, sample, probe
+    micro-batch     forward (yours) → penalty(out, batch) → backward (yours)   … `accumulate` times
+    step            gradients finite? → clip → observe (budget) → transforms, update → after_update (budget, resync)
+                    → routers' after_step → gradients cleared
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankwise.budgets.base import Budget, Run
+from rankwise.errors import OptionError, TrainingError
+from rankwise.losses.base import LossTerm
+from rankwise.optim.base import Param
+from rankwise.optim.optimizer import TransformOptimizer
+from rankwise.recipe import Recipe, build
+from rankwise.routers.base import collect_losses, finish_step, recording, routers_in
+from rankwise.train.guard import check_first_backward, first_overflow
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+
+
+class Session:
+    """Owns the optimiser of one adapter, and runs its budget, losses and routers.
+
+    Args:
+        lr, weight_decay, betas, eps: of the optimiser (decay is decoupled).
+        total_steps: optimiser steps of the whole run; schedules and budgets are laid out over it.
+        accumulate: micro-batches an optimiser step.
+        schedule: linear, cosine or constant, after ``warmup`` steps (or a share of the run below 1).
+        max_grad_norm: clip the global norm to it.
+        check: after the first backward, refuse adapters with no gradient, and sites that took no part.
+
+    Example:
+        >>> s = Session(model, adapter, lr=1e-3, total_steps=100)                 # doctest: +SKIP
+        >>> for batch in data:                                                    # doctest: +SKIP
+        ...     s.step_begin()
+        ...     out = model(**batch)
+        ...     (out.loss + s.penalty(out, batch)).backward()
+        ...     s.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        recipe: Recipe | None = None,
+        *,
+        lr: float,
+        total_steps: int,
+        accumulate: int = 1,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        schedule: str = "linear",
+        warmup: float = 0,
+        max_grad_norm: float | None = None,
+        seed: int | None = None,
+        check: bool = True,
+        ddp: bool = False,
+    ):
+        if total_steps < 1 or accumulate < 1:
+            raise OptionError(f"total_steps and accumulate are at least 1; they are {total_steps} and {accumulate}.")
+        self.model, self.adapter = model, adapter
+        self.recipe = recipe or adapter.recipe
+        self.accumulate, self.max_grad_norm, self.total_steps = accumulate, max_grad_norm, total_steps
+        seed = self.recipe.seed if seed is None else seed
+        method = build("optimizer", self.recipe.optimizer or "adamw")
+        self.optimizer = TransformOptimizer(method, params_of(adapter), lr, weight_decay, betas=betas, eps=eps, seed=seed)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor(schedule, warmup, total_steps))
+        self.losses: list[LossTerm] = [build("loss", n) for n in self.recipe.losses]
+        self.budget: Budget | None = build("budget", self.recipe.budget) if self.recipe.budget else None
+        self.run = Run(adapter, self.optimizer, total_steps, seed, step=0, ddp=ddp)
+        self.logs: dict[str, float] = {}
+        self.routed = bool(routers_in(adapter.module))
+        self._check = check
+        self._micro = 0
+        self._begun = False
+        self._last: Mapping[str, Any] | None = None
+        self._recorder: Any = None
+        if self.budget is not None:
+            self.optimizer.observers.append(lambda ctx, grads: self.budget.observe(self.run))  # type: ignore[union-attr]
+            self.optimizer.after.append(lambda ctx: self.budget.after_update(self.run))  # type: ignore[union-attr]
+            self.budget.start(self.run)
+
+    @property
+    def t(self) -> int:
+        """Optimiser steps taken."""
+        return self.optimizer.steps
+
+    # --- the events -----------------------------------------------------------------------------------------
+    def step_begin(self) -> None:
+        """Before a micro-batch's forward; the budget acts before the first of a step."""
+        if self._micro == 0 and not self._begun:
+            self._begun = True
+            self.run.step = self.optimizer.steps + 1
+            if self.budget is not None:
+                self.budget.step_begin(self.run)
+        if self.routed and self._recorder is None:
+            self._recorder = recording(self.adapter.module)
+            self._recorder.__enter__()
+
+    def penalty(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        """What the recipe's losses and routers add to the task's loss of this micro-batch; 0 where there are none."""
+        self._stop_recording()
+        self._last = batch
+        terms: dict[str, Tensor] = dict(collect_losses(self.adapter.module)) if self.routed else {}
+        reference = self.reference(batch) if any(t.needs_reference for t in self.losses) else None
+        for loss in self.losses:
+            terms |= loss.term(outputs, reference, batch, self.adapter, self.run.step)
+        self.logs.update({n: float(v.detach()) for n, v in terms.items()})
+        device = next(self.model.parameters()).device
+        return torch.stack([v.to(device).float() for v in terms.values()]).sum() if terms else torch.zeros((), device=device)
+
+    def reference(self, batch: Mapping[str, Any]) -> Any:
+        """The original model's outputs for a batch: the empty view, no gradient, no dropout; the generators stay as they were."""
+        modes = [(m, m.training) for m in self.model.modules() if m.training]
+        for m, _ in modes:
+            m.training = False
+        try:
+            with torch.random.fork_rng(devices=[]), self.adapter.reference():
+                return self.model(**{k: v for k, v in batch.items() if k != "labels"})
+        finally:
+            for m, mode in modes:
+                m.training = mode
+
+    def step(self) -> bool:
+        """After a micro-batch's backward; takes the optimiser step once all have come. True when it did.
+
+        Raises:
+            TrainingError: a gradient is not finite (nothing was changed), or the first backward left an adapter without one.
+        """
+        self._stop_recording()
+        self._micro += 1
+        if self._micro < self.accumulate:
+            return False
+        self._micro, self._begun = 0, False
+        params = self.adapter.named_parameters()
+        self.refuse_nonfinite(params)
+        if self._check:
+            self._check = False
+            self.adapter._roster.check_acted([self.adapter.name])
+            check_first_backward(self.adapter, params)
+        if self.max_grad_norm is not None:
+            self.logs["grad_norm"] = float(nn.utils.clip_grad_norm_(list(params.values()), self.max_grad_norm))
+        self.logs["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.routed:
+            finish_step(self.adapter.module)
+        self.logs.update(self.run.logs)
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def refuse_nonfinite(self, params: Mapping[str, Tensor]) -> None:
+        """Stop before the update where a gradient is NaN or infinite; parameters and state are as before the step."""
+        grads = [p.grad for p in params.values() if p.grad is not None]
+        if not grads or torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum()):
+            return
+        bad = [n for n, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        self.optimizer.zero_grad(set_to_none=True)
+        where = first_overflow(self.model, self._last)
+        raise TrainingError(
+            f"Step {self.optimizer.steps + 1}: the gradient of {bad[0]!r} (and {len(bad) - 1} more) is not finite; the step was not taken. "
+            + (f"The forward overflowed first at {where!r}. " if where else "The forward is finite: it arose in the backward. ")
+            + "Lower the learning rate, or look at the batch."
+        )
+
+    def _stop_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
+
+    def close(self) -> None:
+        """Leave nothing switched (recorders, budgets' freezing)."""
+        self._stop_recording()
+        if self.budget is not None:
+            self.budget.finish(self.run)
+
+    # --- resume ---------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the adapter's tensors that an exact resume needs; plain data and tensors."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "budget": self.budget.state_dict() if self.budget is not None else {},
+            "rng": rng_state(),
+            "checked": not self._check,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, without any cast."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(dict(state["scheduler"]))
+        if self.budget is not None:
+            self.budget.load_state_dict(state["budget"])
+            self.budget.start(self.run)
+        set_rng_state(state["rng"])
+        self._check = not state["checked"]
+
+
+def params_of(adapter: Adapter) -> list[Param]:
+    """The adapter's trainable tensors as the optimiser wants them: site, role, scale, component axis."""
+    out: list[Param] = []
+    for key, tensor in adapter.named_parameters().items():
+        owner, name = key.split("::", 1)
+        delta = adapter.sites.get(owner)
+        if delta is None:
+            out.append(Param(key, tensor, owner, "bank"))
+            continue
+        axis = delta.components.get(name)
+        role = delta.roles.get(name, "other")
+        scale = float(delta.scale) if role in ("A", "B", "core") else None
+        out.append(Param(key, tensor, owner, role, scale, None if axis is None else axis % tensor.dim()))
+    return out
+
+
+def factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
+    """Multiple of the peak rate at optimiser step n (from 0)."""
+    first = round(warmup * total) if 0 < warmup < 1 else int(warmup)
+    if schedule not in ("linear", "cosine", "constant") or first < 0 or first > total:
+        raise OptionError(f"schedule is linear, cosine or constant, and warmup lies within the run; they are {schedule!r} and {warmup}.")
+
+    def at(n: int) -> float:
+        if n < first:
+            return (n + 1) / (first + 1)
+        left = max(0.0, (total - n) / max(1, total - first))
+        if schedule == "constant":
+            return 1.0
+        return left if schedule == "linear" else 0.5 * (1 + float(np.cos(np.pi * (1 - left))))
+
+    return at
+
+
+def rng_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, as plain data."""
+    kind, keys, pos, has, cached = np.random.get_state()  # type: ignore[misc]
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(pos), int(has), float(cached)],  # type: ignore[arg-type]
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Inverse of :func:`rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, pos, has, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
