@@ -86,7 +86,9 @@ def logits(model: nn.Module) -> Tensor:
     return getattr(out, "logits", out)
 
 
-def random_state(model: nn.Module, names: list[str], r: int | dict[str, int] = 4, scale: float | dict[str, float] = 2.0) -> AdapterState:
+def random_state(
+    model: nn.Module, names: list[str], r: int | dict[str, int] = 4, scale: float | dict[str, float] = 2.0
+) -> AdapterState:
     """Random LowRank changes (large enough to move the logits) at the named sites."""
     sites, out = find_sites(model), {}
     for name in names:
