@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.attach import Installed, _install, activate_adapters, choose_sites, make_deltas, roster_of
-from rankwise.delta import LowRank
+from rankwise.delta import Delta
 from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
 from rankwise.forms.base import Form
 from rankwise.recipe import Part, Recipe, build
@@ -51,7 +51,7 @@ def header(adapter: Adapter) -> dict[str, Any]:
         "recipe": record.recipe.to_json(),
         "parts": [
             {
-                "part": p.part.model_dump(mode="json", exclude_defaults=True),
+                "part": p.part.model_dump(mode="json", exclude_defaults=True, include=set(Part.model_fields)),
                 "ranks": {n: p.plan.ranks[n] for n in p.sites if n in p.plan.ranks},
                 "scales": {n: p.plan.scales[n] for n in p.sites if n in p.plan.scales},
                 "specs": {n: s.spec.to_json() for n, s in p.sites.items()},
@@ -163,7 +163,11 @@ def _copy_in(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 
 # --- PEFT ---------------------------------------------------------------------------------------------------
 def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -> Path:
-    """Write in another format; the value leaves against the untouched base, residual starts included."""
+    """Write in another format; the value leaves against the untouched base, residual starts included.
+
+    Raises:
+        MergeError: a site's change is neither low-rank nor a whole module's.
+    """
     if format == "native":
         return save(adapter, path)
     if format != "peft":
@@ -172,22 +176,39 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
     from rankwise.store.peft import export_peft
 
     record = adapter._record
-    sites, magnitude = {}, {}
+    sites: dict[str, Delta] = {}
+    magnitude: dict[str, Tensor] = {}
+    full: dict[str, Any] = {}
     for name, delta in record.deltas.items():
-        if delta.site.spec.mode == "block":
-            raise MergeError(f"{name!r} is a wrapped block, which PEFT's format cannot hold; save it in the native format.")
+        spec = delta.site.spec
         value, m = delta.for_peft()
-        sites[name] = value.detach()
+        if value.kind == "dense" and spec.rows is None:
+            full[f"{spec.module}.{spec.param}".lstrip(".")] = whole(delta.site, value)
+            continue
+        try:
+            sites[name] = value.to_lowrank()[0].detach()
+        except (OptionError, MergeError) as error:
+            raise MergeError(f"PEFT's format holds low-rank pairs and whole modules, and {name!r} is neither: {error}") from error
         if m is not None:
             magnitude[name] = m.detach()
-    specs = {n: s.spec for n, s in record.site_of().items()}
+    if not sites:
+        raise MergeError("PEFT's format needs at least one low-rank change beside whole modules; this adapter has none. Save it in the native format.")
+    known = adapter._roster.known
     config = getattr(adapter.model, "config", None)
     options.setdefault("base_model", getattr(config, "_name_or_path", None) or None)
-    return export_peft(path, AdapterState(sites), specs, magnitude=magnitude, **options)
+    options.setdefault("modules", [n for n, _ in adapter.model.named_modules() if n and not n.startswith("rankwise")])
+    options.setdefault("tied", not any(p.part.untie for p in record.parts))
+    return export_peft(path, AdapterState(sites, full), known, magnitude=magnitude, **options)
+
+
+def whole(site: Site, value: Delta) -> Tensor:
+    """The parameter of a module saved whole: W + D as stored, in the base's dtype."""
+    now = site.param.detach()
+    return (now.float() + site.stored(value.dense().detach().float(), torch.zeros_like(now, dtype=torch.float32))).to(now.dtype)
 
 
 def _load_peft(model: nn.Module, path: str, name: str | None, activate: bool) -> Adapter:
-    """A PEFT folder or hub id as a `lora` or `dora` adapter of ours."""
+    """A PEFT folder or hub id as a `lora` or `dora` adapter of ours; saved modules and biases become `dense` parts."""
     from rankwise.store.peft import read_peft
 
     check_name(name or "default")
@@ -195,23 +216,64 @@ def _load_peft(model: nn.Module, path: str, name: str | None, activate: bool) ->
     roster = roster_of(model, create=True)
     try:
         state, info = read_peft(path, roster.known)
-    finally:
+        parts, tensors = _from_peft(roster.known, state, info, path)
+    except BaseException:
         if not had and not roster.records:
             model._modules.pop("rankwise", None)
-    magnitude: Mapping[str, Tensor] = info.get("magnitude") or {}
-    form = "dora" if magnitude else "lora"
-    ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
-    part = Part(form=form, targets=list(state.sites), r=max(ranks.values()))
-    recipe = Recipe(form=form, targets=list(state.sites), r=max(ranks.values()))
-    scales: dict[str, float] = {}
+        raise
+    recipe = Recipe(parts=[entry["part"] for entry in parts])
+    return rebuild(model, recipe, {"parts": parts, "states": {}}, tensors, name or "default", activate)
+
+
+def _from_peft(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """(parts as a native header has them, tensors by our names) of a PEFT adapter."""
+    magnitude: Mapping[str, Tensor] = info["magnitude"]
+    parts: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     inner = "inner." if magnitude else ""
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
     for n, d in state.sites.items():
-        assert isinstance(d, LowRank)
         A, B = (d.A, d.B) if d.core is None else d.factors()
-        scales[n] = float(d.scale) if d.core is None else 1.0
+        ranks[n], scales[n] = A.shape[-2], float(d.scale) if d.core is None else 1.0
         tensors |= {f"{n}::{inner}A": A, f"{n}::{inner}B": B}
         if n in magnitude:
             tensors[f"{n}::m"] = magnitude[n]
-    entry = {"part": part.model_dump(mode="json"), "ranks": ranks, "scales": scales}
-    return rebuild(model, recipe, {"parts": [entry], "states": {}}, tensors, name or "default", activate)
+    if ranks:
+        part = {
+            "form": "dora" if magnitude else "lora",
+            "targets": list(ranks),
+            "r": max(ranks.values()),
+            "dropout": info["dropout"],
+            "untie": bool(info["untied"]),
+        }
+        parts.append({"part": part, "ranks": ranks, "scales": scales})
+    differences = _differences(known, state.full, info["bias"], path)
+    if differences:
+        parts.append(
+            {
+                "part": {"form": "dense", "targets": list(differences)},
+                "ranks": dict.fromkeys(differences, 1),
+                "scales": dict.fromkeys(differences, 1.0),
+            }
+        )
+        tensors |= {f"{n}::D": D for n, D in differences.items()}
+    if not parts:
+        raise ArtefactError(f"The PEFT adapter in {path} changes nothing.")
+    return parts, tensors
+
+
+def _differences(known: Mapping[str, Site], full: Mapping[str, Tensor], bias: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    by_param = {f"{s.spec.module}.{s.spec.param}".lstrip("."): s for s in known.values() if s.spec.rows is None}
+    out: dict[str, Tensor] = {}
+    for param, value in full.items():
+        if param not in by_param:
+            raise ArtefactError(f"The adapter in {path} saves {param!r} whole, which this model lacks; {nearest(param, by_param)}")
+        site = by_param[param]
+        out[site.name] = site.view(value.float()) - site.read()
+    for n, change in bias.items():
+        site = by_param.get(f"{known[n].spec.module}.bias".lstrip("."))  # type: ignore[assignment]
+        if site is None:
+            raise ArtefactError(f"The adapter in {path} changes the bias of {n!r}, which has none here.")
+        out[site.name] = change.float().reshape(site.spec.shape)
+    return out

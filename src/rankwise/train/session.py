@@ -230,7 +230,9 @@ def factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
     """Multiple of the peak rate at optimiser step n (from 0)."""
     first = round(warmup * total) if 0 < warmup < 1 else int(warmup)
     if schedule not in ("linear", "cosine", "constant") or first < 0 or first > total:
-        raise OptionError(f"schedule is linear, cosine or constant, and warmup lies within the run; they are {schedule!r} and {warmup}.")
+        raise OptionError(
+            f"schedule is linear, cosine or constant, and warmup lies within the run; they are {schedule!r} and {warmup}."
+        )
 
     def at(n: int) -> float:
         if n < first:
@@ -264,5 +266,3 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
