@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from rankwise.errors import ArtefactError
 from rankwise.sites import find_sites
 from rankwise.store import tensorfile
 from rankwise.store.peft import export_peft, read_peft
+from tests.store import store_models as models
 
 peft = pytest.importorskip("peft")
 
@@ -216,7 +216,7 @@ def test_no_folder_and_no_hub(tmp_path: Path) -> None:
             read_peft(path, {})
     with pytest.raises(ArtefactError, match="could not be fetched: HF_HUB_OFFLINE"):
         read_peft("nobody/nothing-here-0000", {})
-    with pytest.raises(ArtefactError, match="needs adapter_config.json"):
+    with pytest.raises(ArtefactError, match="needs adapter_config"):
         read_peft(tmp_path, {})
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"PK\x03\x04")

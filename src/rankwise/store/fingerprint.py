@@ -15,7 +15,17 @@ from torch import Tensor, nn
 SAMPLE = 64
 #: configuration keys that say nothing about the weights
 _VOLATILE = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "tie_word_embeddings"}
+    {
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "architectures",
+        "tie_word_embeddings",
+        "problem_type",
+        "loss_type",
+    }
 )
 
 

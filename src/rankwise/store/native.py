@@ -6,6 +6,7 @@ Equal tensors and headers give equal bytes in every process; a digest over both 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import pydantic
 from torch import Tensor
 
 from rankwise import delta as deltas
-from rankwise.delta import AdapterState
+from rankwise.delta import AdapterState, Delta
 from rankwise.errors import ArtefactError
 from rankwise.store import tensorfile
 from rankwise.store.atomic import FILES, Files, replace_file
@@ -135,14 +136,26 @@ def rebuild_state(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> A
     sites = {}
     for site, entry in header["sites"].items():
         parts = {key: take(f"site::{site}::{key}") for key in entry["tensors"]}
-        try:
-            sites[site] = deltas.rebuild(entry["kind"], parts, entry["meta"])
-        except Exception as e:  # whatever a hostile header makes a constructor trip over
-            raise ArtefactError(f"Site {site!r} holds no valid {entry['kind']!r}: {e}") from e
+        sites[site] = _rebuild(site, entry, parts)
     full = {name: take(f"full::{name}") for name in header["full"]}
     if left:
         raise ArtefactError(f"The file holds tensors that its header does not name: {sorted(left)[:5]}.")
     return AdapterState(sites, full, header["meta"])
+
+
+def _rebuild(site: str, entry: Mapping[str, Any], parts: dict[str, Tensor]) -> Delta:
+    """One site's value; what a hostile header makes a constructor trip over, or swallow, is refused here."""
+    kind, meta = entry["kind"], entry["meta"]
+    scale = meta.get("scale", 1.0)
+    try:
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ValueError(f"its scale is {str(scale)[:40]!r}")
+        delta = deltas.rebuild(kind, parts, meta)
+        if set(delta.tensors()) != set(parts) or json.loads(json.dumps(delta.meta())) != meta or min(delta.shape, default=0) < 0:
+            raise ValueError("its fields are not those of the kind")
+    except Exception as e:
+        raise ArtefactError(f"Site {site!r} holds no valid {kind!r}: {e}") from e
+    return delta
 
 
 def save_state(path: str | os.PathLike[str], state: AdapterState, header: Mapping[str, Any] | None = None) -> Path:

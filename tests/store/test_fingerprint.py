@@ -1,0 +1,67 @@
+"""The fingerprint knows a base again, and says what differs in another."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import torch
+from torch import nn
+
+from rankwise.store.fingerprint import base_tensors, compare, fingerprint
+from tests.store import store_models as models
+
+
+def test_equal_for_the_same_base_and_small() -> None:
+    a, b = fingerprint(models.llama()), fingerprint(copy.deepcopy(models.llama()))
+    assert a == b and compare(a, b) == [] and json.loads(json.dumps(a)) == a
+    deep = fingerprint(models.llama(num_hidden_layers=2))
+    assert len(json.dumps(deep)) < 3000 and deep["shapes"]["model.layers.#.self_attn.q_proj.weight"] == [[32, 32], "float32", 2]
+
+
+def test_an_attached_adapter_does_not_change_it() -> None:
+    model = models.llama()
+    before = fingerprint(model)
+    child = nn.Module()
+    child.extra = nn.Parameter(torch.ones(3))
+    model.rankwise = child
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.__class__ = type("Adapted", (type(layer),), {"__module__": "rankwise.place"})
+    model.__class__ = type("LlamaForCausalLM_", (type(model),), {"__module__": "rankwise.place"})
+    assert fingerprint(model) == before
+    assert fingerprint(model, base_tensors(models.llama())) == before
+
+
+def test_tied_weights_count_once() -> None:
+    tied = models.llama(tie_word_embeddings=True)
+    assert "lm_head.weight" not in fingerprint(tied)["shapes"]
+    assert any("lm_head.weight" in d and "new" in d for d in compare(fingerprint(tied), fingerprint(models.llama())))
+
+
+def test_differences_are_named() -> None:
+    base = fingerprint(models.llama())
+    wider = compare(base, fingerprint(models.llama(intermediate_size=64)))
+    assert "model.layers.#.mlp.down_proj.weight is 2× 32×64 float32, not 2× 32×48 float32" in wider
+    assert any("is 3×" in d for d in compare(base, fingerprint(models.llama(num_hidden_layers=3))))
+    assert compare(base, fingerprint(models.gpt2()))[0] == "the class is 'GPT2LMHeadModel', not 'LlamaForCausalLM'"
+    half = compare(base, fingerprint(models.llama().bfloat16()))
+    assert any("bfloat16" in d for d in half)
+
+
+def test_other_values_or_settings_are_content() -> None:
+    base, other = fingerprint(models.llama()), models.llama()
+    other.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1e-3
+    difference = compare(base, fingerprint(other))
+    assert len(difference) == 1 and difference[0].startswith("content: the weights")
+    assert compare(base, fingerprint(other, content=False)) == []
+    assert compare(base, fingerprint(models.llama(rope_parameters={"rope_type": "default", "rope_theta": 7.0})))[0].startswith(
+        "content: the config"
+    )
+
+
+def test_layers_of_unequal_shape() -> None:
+    a = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 4))
+    shapes = fingerprint(a)["shapes"]
+    assert shapes["#.weight"] == [[3, 2], "float32", 1] and shapes["#.weight (2)"] == [[4, 3], "float32", 1]
+    b = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5), nn.Linear(5, 4))
+    assert compare(fingerprint(a), fingerprint(b))
