@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError, ViewError, unknown
 from rankwise.forms.base import Form, Plan, SiteDelta
+from rankwise.forms.fused import InputGroup
 from rankwise.inits.base import Fill, Init
 from rankwise.place import Place, Tap, adapted_class
 from rankwise.recipe import Part, Recipe, build
 from rankwise.seeds import generator
 from rankwise.sites import Site, block_site, find_sites, resolve
 from rankwise.store.names import check_name
-from rankwise.view import HERE, View, current, keep_view
+from rankwise.view import HERE, View, current, entered, keep_view
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
@@ -88,6 +89,7 @@ class Roster(nn.Module):
         self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → its snapshot from before the first merge
         self.moved: dict[tuple[str, str], tuple[str, Tensor | None]] = {}  # … → the adapter that moved it, and the original
         self.merged: list[str] = []
+        self.groups: dict[str, tuple[InputGroup, list[Place]]] = {}  # sites that one tensor feeds, for the fast path
         self.frozen: list[str] = []
         self._model = (model,)  # a tuple, so that it is not a child
         self._count = 0
@@ -158,7 +160,7 @@ class Roster(nn.Module):
         """Undo :meth:`replace`, to the bit."""
         key = (site.spec.module, site.spec.param)
         if key in self.moved and self.moved[key][0] == record.name:
-            site.param.data.copy_(self.moved.pop(key)[1])
+            site.restore(self.moved.pop(key)[1])
 
     # --- hooks on the root: the batch a forward sees --------------------------------------------------------
     def watch(self) -> None:
@@ -411,7 +413,9 @@ def _calibrate(
     if batches is None:
         assert init is not None
         raise AttachError(f"The init {init.info.name!r} reads statistics of your data; give attach(…, calibration=batches).")
-    return calibrate(roster.model, sites, requests, batches)
+    merged = dict.fromkeys(roster.merged, 1.0)
+    with entered(View(roster, merged)):  # the base's own statistics, whatever else is attached
+        return calibrate(roster.model, sites, requests, batches)
 
 
 def _fill(roster: Roster, init: Init, made: Mapping[str, SiteDelta], sites: list[Site], stats: Any, plan: Plan, seed: int) -> None:
@@ -482,6 +486,12 @@ def _tap(roster: Roster, tap: Tap) -> None:
         place = Place(roster, type(module))
         module.__dict__["_rankwise"] = place
     place.taps.setdefault(tap.name, []).append(tap)
+    group = tap.site.spec.input_group
+    if group and tap.site.spec.rows is None and tap.site.spec.mode == "called":
+        shared, members = roster.groups.setdefault(group, (InputGroup(), []))
+        if place not in members:
+            members.append(place)
+        place.fast.group, place.fast.members = shared, members
     set_class(module)
 
 
@@ -492,6 +502,8 @@ def set_class(module: Any) -> None:
     if not taps and not place.originals:
         module.__class__ = place.base
         del module.__dict__["_rankwise"]
+        if place in place.fast.members:
+            place.fast.members.remove(place)
         return
     modes = {t.site.spec.mode for t in taps}
     if "block" in modes and len(modes) > 1:

@@ -40,7 +40,8 @@ def save(adapter: Adapter, path: Path) -> Path:
     """Write the native format: every tensor of the adapter, its recipe, ranks, scales and the base's fingerprint."""
     from rankwise.store.native import save_native
 
-    return save_native(path, dict(adapter.tensors()), header(adapter))
+    extra = {f"{n}::{k}": t for n, d in adapter.sites.items() for k, t in d.file_tensors().items()}
+    return save_native(path, {**adapter.tensors(), **extra}, header(adapter))
 
 
 def header(adapter: Adapter) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def _sites_for(roster: Any, part: Part, form: Form, ranks: Mapping[str, int]) ->
 @torch.no_grad()
 def _copy_in(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     mine = adapter.tensors()
+    tensors = {k: t for k, t in tensors.items() if not k.endswith("::replaced")}
     lacking, foreign = sorted(set(mine) - set(tensors)), sorted(set(tensors) - set(mine))
     if lacking or foreign:
         what = f"lacks {lacking[0]!r}" if lacking else f"has {foreign[0]!r}, which nothing here takes"

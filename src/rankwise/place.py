@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ViewError
 from rankwise.forms.base import SiteDelta
-from rankwise.forms.fast import fast_forward
+from rankwise.forms.fast import Fast, fast_forward
 from rankwise.sites.site import Site
 from rankwise.view import HERE, View, current
 
@@ -56,7 +56,7 @@ class Place:
         self.base = base
         self.taps: dict[str, list[Tap]] = {}
         self.originals: dict[str, dict[str, nn.Parameter]] = {}  # adapter → parameter name → the base's own tensor
-        self.packed: Any = None  # the frozen weight packed for the fast path, where that pays
+        self.fast = Fast(base)
 
     def acting(self) -> tuple[View, list[tuple[Tap, Tensor]]]:
         """The view in force, and the taps that act in it."""

@@ -46,7 +46,7 @@ class View:
         tokens: adapter → float mask (B, T), or empty.
     """
 
-    __slots__ = ("parent", "roster", "rows", "strengths", "tokens")
+    __slots__ = ("numbers", "parent", "roster", "rows", "strengths", "tokens")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class View:
         self.roster = roster
         self.parent: View | None = None
         roster.check_view(strengths)
+        self.numbers = {n: float(s) for n, s in strengths.items() if not isinstance(s, Tensor)}
         self.strengths = {n: s if isinstance(s, Tensor) else torch.tensor(float(s)) for n, s in strengths.items()}
         self.rows = _masks(rows, self.strengths) if rows is not None else {}
         self.tokens = {n: t.float() for n, t in (tokens or {}).items()}
@@ -69,6 +70,10 @@ class View:
                 f"Row and token masks cannot reach {bad!r}: another forward reads that weight for all rows at once; "
                 "leave that site out of the adapter, or split the batch."
             )
+
+    def number(self, name: str, strength: Tensor) -> float | Tensor:
+        """The strength as a plain number where it was given as one, and no compiler would make a constant of it."""
+        return strength if torch.compiler.is_compiling() else self.numbers.get(name, strength)
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{n!r}: {float(s):.3g}" for n, s in self.strengths.items())

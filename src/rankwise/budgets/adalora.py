@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class AdaLoRA(Budget):
     Source: QingruZhang/AdaLoRA.  Errors: target_r above r₀; warm-up and final phase longer than the run.
     """
 
+    example: ClassVar[Mapping[str, Any]] = {
+        "form": "svd",
+        "r": 4,
+        "budget": {"name": "adalora", "target_r": 2, "every": 2},
+        "losses": ["orthogonality"],
+    }
     target_r: int = 4
     warmup: float = 0.1
     final: float = 0.3

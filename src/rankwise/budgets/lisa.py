@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from rankwise.allocation import Allocation, sample
 from rankwise.budgets.base import Budget, Run
@@ -27,6 +28,7 @@ class LISA(Budget):
     Errors: γ above the number of blocks; a model without blocks.
     """
 
+    example: ClassVar[Mapping[str, Any]] = {"form": "full", "targets": "all", "budget": {"name": "lisa", "blocks": 1, "every": 2}}
     blocks: int = 2
     every: int = 20
     state: str = "drop"

@@ -78,9 +78,10 @@ def _foreign(module: nn.Module, weight: Tensor | None) -> str:
 
 
 def _classes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(module path, name) of each class that ``module`` is."""
+    """(module path, name) of each module class that ``module`` is (mixins of a library are not its layers)."""
     for cls in type(module).__mro__:
-        yield cls.__module__, cls.__name__
+        if issubclass(cls, nn.Module):
+            yield cls.__module__, cls.__name__
 
 
 def _within(path: str, package: str) -> bool:

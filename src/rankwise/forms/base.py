@@ -81,6 +81,7 @@ class SiteDelta(nn.Module):
         self.site = site
         self.scale = scale
         self.dropout = dropout
+        self.replaced = False  # True while this adapter's own weight stands in W's place
         self.base_weight: Tensor | None = None  # what an init wants W replaced by (base rule *replace*)
         self.residual = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
 
@@ -96,7 +97,7 @@ class SiteDelta(nn.Module):
         """Called once the adapter stands in the model: writes the weight an init wants in W's place."""
         if self.base_weight is not None:
             roster.replace(self.site, record, self.base_weight)
-            self.base_weight = None
+            self.base_weight, self.replaced = None, True
 
     def on_detach(self, roster: Any, record: Any) -> None:
         """Called before the adapter is taken out: gives a replaced weight its bits back."""
@@ -141,10 +142,17 @@ class SiteDelta(nn.Module):
 
     def file_state(self) -> dict[str, Any]:
         """What a file must say beside the tensors to rebuild this module."""
-        return {"start_scale": self.start_scale} if self.residual else {}
+        start = {"start_scale": self.start_scale} if self.residual else {}
+        return {**start, "replaced": True} if self.replaced else start
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Tensors a file holds beside the module's own: the weight that stands in W's place."""
+        return {"replaced": self.site.read().clone()} if self.replaced else {}
 
     def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
         """Make room for what :meth:`file_state` told of."""
+        if state.get("replaced"):
+            self.base_weight = tensors[f"{name}::replaced"]
         if "start_scale" in state:
             self.register_buffer("A0", torch.zeros_like(tensors[f"{name}::A0"]))
             self.register_buffer("B0", torch.zeros_like(tensors[f"{name}::B0"]))

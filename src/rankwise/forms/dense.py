@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class DenseForm(Form):
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
     linear_in_params: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"form": "dense", "targets": ["lm_head", "norm"]}
 
     def build(self, site: Site, plan: Plan) -> Difference:
         return Difference(site)

@@ -1,19 +1,76 @@
 """The fast executor of a called linear: base and adapters in one autograd function, where nothing forbids it.
 
-It stands beside :func:`rankwise.place.add_changes`, which is its reference; it returns None where it does not apply.
+It stands beside :func:`rankwise.place.add_changes`, which is its reference; it returns None where it does not apply:
+another layer than a plain ``nn.Linear``, a form that is not a plain pair, dropout, masks, routers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from rankwise.forms.fused import Factor, InputGroup, fusable, lora_linear
+from rankwise.forms.lora import Pair
+from rankwise.forms.packed import Product
+from rankwise.view import HERE
 
 if TYPE_CHECKING:
     from rankwise.place import Place, Tap
     from rankwise.view import View
 
 
+class Fast:
+    """What the fast path keeps at a place: how its product runs, and the group of sites that the same tensor feeds."""
+
+    def __init__(self, base: type):
+        self.plain = base.forward is nn.Linear.forward
+        self.product = Product()
+        self.group: InputGroup | None = None
+        self.members: list[Place] = []
+
+
 def fast_forward(module: Any, place: Place, x: Tensor, view: View, acting: list[tuple[Tap, Tensor]]) -> Tensor | None:
     """y of the whole module, or None for the reference path."""
-    return None
+    fast = place.fast
+    if not fast.plain or view.rows or view.tokens or HERE.decisions is not None:
+        return None
+    weight = module._parameters["weight"]
+    if not fusable(x, weight):
+        return None
+    factors = _factors(view, acting)
+    if factors is None:
+        return None
+    packed, widen = None, False
+    if not torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled():
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        packed, widen = fast.product.how(weight, dtype, x.numel() // max(x.shape[-1], 1), torch.is_grad_enabled() and x.requires_grad)
+    h = None
+    if fast.group is not None and len(fast.members) > 1:
+        own = [A for A, _, _ in factors]
+        h = fast.group.down(x, own, lambda: _siblings(fast.members, view), widen=widen)
+    return lora_linear(x, weight, module.bias, factors, packed=packed, widen=widen, h=h)
+
+
+def _factors(view: View, acting: list[tuple[Tap, Tensor]]) -> list[Factor] | None:
+    """(A, B, scale·strength) of every acting pair, or None if one of them is not a plain pair at the whole weight."""
+    out: list[Factor] = []
+    for tap, strength in acting:
+        form = tap.form
+        if type(form) is not Pair or tap.transposed or tap.site.spec.rows is not None or (form.dropout and form.training):
+            return None
+        tap.acted = True
+        c = view.number(tap.name, strength)
+        out += [(A, B, s * c) for A, B, s in form.factors()]
+    return out
+
+
+def _siblings(members: list[Place], view: View) -> list[list[Tensor]]:
+    """The A's that act at each place of an input group in this view."""
+    out: list[list[Tensor]] = []
+    for place in members:
+        acting = [(t, s) for n, s in view.strengths.items() for t in place.taps.get(n, ())]
+        plain = all(type(t.form) is Pair and not t.transposed and not (t.form.dropout and t.form.training) for t, _ in acting)
+        out.append([A for t, _ in acting for A, _, _ in t.form.factors()] if plain else [])  # type: ignore[operator]
+    return out

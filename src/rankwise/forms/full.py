@@ -81,6 +81,7 @@ class Full(Form):
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
     linear_in_params: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"form": "full", "targets": "all"}
     keep: Literal["copy", "none"] = "copy"
 
     def __post_init__(self) -> None:

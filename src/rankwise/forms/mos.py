@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class MoS(Form):
 
     gives: ClassVar[frozenset[str]] = frozenset({"constant", "lowrank"})
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    example: ClassVar[Mapping[str, Any]] = {"form": "mos", "r": 3}
     budget_rank: int = 2
     shards: int = 4
     private: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class LoftQ(Init):
     ‖W − deq(Q) − B·A‖ ≤ ‖W − deq(Q)‖, with the tail of the spectrum as the gap.  Source: yxli2123/LoftQ.
     """
 
+    start_gap: ClassVar[float] = 0.05  # the base itself is replaced by its quantised twin
     codec: str = "nf4"
     iterations: int = 1
     start: Literal["quantise", "svd"] = "quantise"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class Arrow(Router):
     Errors: fewer than one adapter; targets that no adapter has.
     """
 
+    example: ClassVar[None] = None  # trains nothing and needs a library; its own tests run the laws
     adapters: tuple[str, ...] = ()
     top_k: int = 3
     temperature: float = 1.0

@@ -134,6 +134,7 @@ class MixLoRA(Router):
     Source: TUDB-Labs/MoE-PEFT, adapters/mixlora.  Errors: no MLP of gate/up/down linears among the targets; k > E.
     """
 
+    example: ClassVar[Mapping[str, Any]] = {"r": 2, "router": {"name": "mixlora", "experts": 4}}
     experts: int = 8
     k: int = 2
     balance: float = 0.001

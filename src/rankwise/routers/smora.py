@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class SMoRA(Router):
     Errors: k outside 1…R; p that does not divide R.
     """
 
+    example: ClassVar[Mapping[str, Any]] = {"r": 8, "router": {"name": "smora", "k": 4}}
     k: int = 8
     p: int = 1
     u: float = 1e-5

@@ -67,8 +67,8 @@ def _read_by_parent(model: nn.Module) -> set[str]:
     for path, module in _walk(model):
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             out |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_modules() if name}
-        elif type(module).__name__ == "MambaMixer":  # multiplies by dt_proj.weight itself
-            out.add(f"{path}.dt_proj".lstrip("."))
+        elif type(module).__name__ == "MambaMixer":  # hands these weights to its fused kernel, or multiplies by them itself
+            out |= {f"{path}.{name}".lstrip(".") for name in ("conv1d", "x_proj", "dt_proj", "out_proj")}
     return out
 
 
@@ -122,7 +122,7 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
         inp, out = weight.shape
         return SiteSpec(name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known)
     if isinstance(module, _CONVS):
-        plain = cls.forward in {c.forward for c in _CONVS}
+        plain = not read and cls.forward in {c.forward for c in _CONVS}
         return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
                         inp=weight[0].numel(), kernel=tuple(module.kernel_size), groups=module.groups, **known)  # fmt: skip
     if isinstance(module, nn.Embedding):

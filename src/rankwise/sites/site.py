@@ -122,7 +122,14 @@ class Site:
         else:
             p = self.param
             p.data.copy_(self.stored(W, p.data).to(p.dtype))
+        self.touched()
         return self.read()
+
+    def touched(self) -> None:
+        """Tell the module's place that its weight was written, so that no packed copy of the old one stays."""
+        place = self.module.__dict__.get("_rankwise")
+        if place is not None:
+            place.fast.product.release()
 
     def snapshot(self) -> Any:
         """What :meth:`restore` needs to give the exact bits back."""
@@ -137,6 +144,7 @@ class Site:
             bridge.restore(self.module, snapshot)
         else:
             self.param.data.copy_(snapshot)
+        self.touched()
 
     def base_out(self, x: Tensor) -> Tensor:
         """What the base computes from ``x`` at this site, without bias (a naive reference)."""

@@ -193,7 +193,7 @@ class Session:
         """Everything but the adapter's tensors that an exact resume needs; plain data and tensors."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": self.scheduler.state_dict(),
             "budget": self.budget.state_dict() if self.budget is not None else {},
             "rng": rng_state(),
             "checked": not self._check,
