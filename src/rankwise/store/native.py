@@ -42,7 +42,7 @@ class Header(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     kind: str = "adapter"
     name: str = ""
     parts: list[dict[str, Any]] = []

@@ -86,7 +86,7 @@ def parse_config(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
-    out = {
+    out: dict[str, Any] = {
         "r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False, "lora_bias": False, "bias": "none", "rank_pattern": {},
         "alpha_pattern": {}, "target_modules": None, "exclude_modules": None, "target_parameters": None, "modules_to_save": None,
         "layers_to_transform": None, "layers_pattern": None, "fan_in_fan_out": False,
@@ -178,7 +178,7 @@ def _matches(config: Mapping[str, Any], module: str) -> bool:
         found = re.match(regex, module)
         if found:
             break
-    return bool(found) and int(found.group(1)) in layers
+    return found is not None and int(found.group(1)) in layers
 
 
 def suffixes(targets: Collection[str], modules: Collection[str] | None) -> list[str]:

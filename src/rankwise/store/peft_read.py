@@ -339,7 +339,7 @@ class _Reader:
             spec = self.whole[module].get(param)
             if spec is None or spec.name not in self.specs or spec.parent == "":
                 continue
-            shape = (spec.out,) if spec.kind == "plain" and tensor.dim() < 2 else None
+            shape: tuple[int, ...] | None = (spec.out,) if spec.kind == "plain" and tensor.dim() < 2 else None
             if spec.kind == "linear":
                 shape = (spec.inp, spec.out) if spec.transposed else (spec.out, spec.inp)
             elif spec.kind == "embedding":

@@ -188,7 +188,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[byt
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The C-order bytes of a plain tensor (a view of its memory where it is contiguous on the CPU)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 
 def digest(tensors: Mapping[str, Tensor], salt: str = "") -> str:
