@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.catalogue import find, make
 from rankwise.codecs import stream
+from rankwise.codecs.bits import BitWriter
 from rankwise.codecs.compeft import ComPEFT
 from rankwise.codecs.ternary import Planes, Ternary
 from rankwise.errors import ArtefactError, OptionError
@@ -96,9 +97,7 @@ def test_density_one_with_matched_alpha_is_sign_compression() -> None:
     tensors = {"x": torch.randn(1000, generator=generator(0, "test", "sign"))}
     tau = tensors["x"].double()
     alpha = (tau.abs().mean() / tau.std(correction=0)).item()
-    out = ComPEFT(density=1.0, alpha=alpha).decode_tensors(ComPEFT(density=1.0, alpha=alpha).encode_tensors(tensors))[
-        "x"
-    ]
+    out = ComPEFT(density=1.0, alpha=alpha).decode_tensors(ComPEFT(density=1.0, alpha=alpha).encode_tensors(tensors))["x"]
     assert torch.allclose(out.double(), tau.abs().mean() * tau.sign(), rtol=2**-8)
 
 
@@ -113,13 +112,9 @@ def test_per_tensor_has_a_magnitude_and_a_count_each() -> None:
 
 
 def test_ties_go_to_the_first_and_zeros_are_never_kept() -> None:
-    out = ComPEFT(density=0.5).decode_tensors(
-        ComPEFT(density=0.5).encode_tensors({"x": torch.tensor([1.0, -3, 3, 3, 3, 0, 0, 1])})
-    )
+    out = ComPEFT(density=0.5).decode_tensors(ComPEFT(density=0.5).encode_tensors({"x": torch.tensor([1.0, -3, 3, 3, 3, 0, 0, 1])}))
     assert out["x"].sign().tolist() == [0, -1, 1, 1, 1, 0, 0, 0]
-    out = ComPEFT(density=0.5).decode_tensors(
-        ComPEFT(density=0.5).encode_tensors({"x": torch.tensor([1.0, -3, 3, 3, 0, 3, 3, 1])})
-    )
+    out = ComPEFT(density=0.5).decode_tensors(ComPEFT(density=0.5).encode_tensors({"x": torch.tensor([1.0, -3, 3, 3, 0, 3, 3, 1])}))
     assert out["x"].sign().tolist() == [0, -1, 1, 1, 0, 1, 0, 0]
     sparse = torch.zeros(100)
     sparse[7], sparse[90] = 2.0, -1.0
@@ -244,6 +239,38 @@ def test_other_hostile_frames_are_refused() -> None:
     for data in (b"", b"PK\x03\x04", good[:-1], good + b"\0", b"RWAC\x02" + good[5:], signed(good + b"\0")):
         with pytest.raises(ArtefactError):
             ComPEFT().decode_tensors(data)
+
+
+def compeft_body(body: bytes, numel: int = 32) -> bytes:
+    header = {"density": 0.2, "per_tensor": False, "tensors": [["x", "float32", [numel]]]}
+    return stream.frame("compeft", header, body)
+
+
+@pytest.mark.parametrize("gamma", [0x7F80, 0x7FC0, 0xBF80])
+def test_magnitudes_that_are_not_finite_or_negative_are_refused(gamma: int) -> None:
+    one = struct.Struct("<HBQQ").pack(0x3F80, 0, 1, 1) + bytes([0b10])  # one positive entry at position 0, γ = 1
+    assert ComPEFT().decode_tensors(compeft_body(one))["x"].tolist() == [1.0] + [0.0] * 31
+    with pytest.raises(ArtefactError, match="magnitude"):
+        ComPEFT().decode_tensors(compeft_body(struct.pack("<H", gamma) + one[2:]))
+
+
+def test_remainders_that_would_wrap_round_are_refused() -> None:
+    out = BitWriter()
+    out.flags(np.zeros(4, bool))
+    out.uints(np.full(4, 2**62 - 1), 62)
+    out.unary(np.zeros(4, np.int64))
+    data = out.getvalue()
+    with pytest.raises(ArtefactError, match="b\\*"):
+        ComPEFT().decode_tensors(compeft_body(struct.pack("<HBQQ", 0x3F80, 62, 4, len(data)) + data))
+
+
+@pytest.mark.parametrize("planes", [b"\x01\x00\x01\x00", b"\x00\x80\x00\x00", b"\x00\x00\x00\x80"])
+def test_planes_that_overlap_or_overrun_are_refused(planes: bytes) -> None:
+    header = {"density": 0.2, "per_tensor": False, "tensors": [["x", "float32", [15]]]}
+    good = Ternary().decode_tensors(stream.frame("ternary", header, b"\x80\x3f\x01\x00\x00\x40"))["x"]
+    assert good.tolist() == [1.0] + [0.0] * 13 + [-1.0]
+    with pytest.raises(ArtefactError, match="planes"):
+        Ternary().decode_tensors(stream.frame("ternary", header, b"\x80\x3f" + planes))
 
 
 def test_reader_limit_is_named() -> None:

@@ -24,9 +24,9 @@ def gaussian(*shape: int, name: str = "") -> Tensor:
 
 def filled(module: nn.Module) -> nn.Module:
     with torch.no_grad():
-        module.weight.data = gaussian(OUT, IN, name="W")
+        module.weight.data = gaussian(*module.weight.shape, name="W")
         if isinstance(module, nn.Linear):
-            module.bias.copy_(gaussian(OUT, name="bias"))
+            module.bias.copy_(gaussian(module.out_features, name="bias"))
     return module
 
 
@@ -36,9 +36,7 @@ def bnb4(quant_type: str, nested: bool, embedding: bool = False) -> nn.Module:
         module = bnb.nn.Embedding4bit(OUT, IN, quant_type=quant_type)
         module.weight.compress_statistics = nested
     else:
-        module = bnb.nn.Linear4bit(
-            IN, OUT, compress_statistics=nested, quant_type=quant_type, compute_dtype=torch.float32
-        )
+        module = bnb.nn.Linear4bit(IN, OUT, compress_statistics=nested, quant_type=quant_type, compute_dtype=torch.float32)
     return filled(module).to("cpu")
 
 
@@ -210,18 +208,20 @@ def test_written_weight_survives_the_state_dict(name: str) -> None:
 def test_processor_packing_of_4bit_is_read_and_left(nested: bool) -> None:
     """The form that inference leaves on AVX512-bf16 machines, made here by the library's own function."""
     F = pytest.importorskip("bitsandbytes.functional")
-    module = bnb4("nf4", nested)
-    bridge, plain = find_bridge(module), bnb4("nf4", nested)
-    W = bridge.read(module)
-    module.weight.data, module.weight.quant_state = F._convert_weight_packed_for_cpu(
-        module.weight.data, module.weight.quant_state
+    bnb = pytest.importorskip("bitsandbytes")
+    module, plain = (
+        filled(bnb.nn.Linear4bit(256, 64, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32)).to("cpu")
+        for _ in range(2)
     )
+    bridge = find_bridge(module)
+    W = bridge.read(module)
+    module.weight.data, module.weight.quant_state = F._convert_weight_packed_for_cpu(module.weight.data, module.weight.quant_state)
     assert torch.allclose(bridge.read(module), W, rtol=2**-8, atol=0) and not torch.equal(bridge.read(module), W)
     saved, packed = bridge.snapshot(module), module.weight.data.clone()
-    new = gaussian(OUT, IN, name="new")
+    new, x = gaussian(64, 256, name="new"), gaussian(5, 256, name="x")
     assert torch.equal(bridge.write(module, new), bridge.write(plain, new))
     assert module.weight.quant_state.nested == nested and module.weight.quant_state.dtype == torch.float32
-    assert torch.equal(forward(module), forward(plain))
+    assert torch.equal(module(x), plain(x))
     bridge.restore(module, saved)
     assert torch.equal(module.weight.data, packed) and module.weight.quant_state.packing_format_for_cpu
 
@@ -250,6 +250,57 @@ def test_wrong_values_are_refused_before_anything_changes(name: str) -> None:
         with pytest.raises(TargetError, match=bridge.name):
             bridge.write(module, bad)
     assert torch.equal(bridge.read(module), W)
+
+
+@everywhere
+def test_a_snapshot_is_a_copy(name: str) -> None:
+    """Codes overwritten in place, as loading a state dict does, do not reach the snapshot."""
+    module = MODULES[name][0]()
+    bridge = find_bridge(module)
+    W, saved = bridge.read(module), bridge.snapshot(module)
+    weight = module.weight
+    inner = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+    held = [getattr(weight, n) for n in inner] or [weight.data, getattr(weight, "SCB", None), getattr(weight, "absmax", None)]
+    with torch.no_grad():
+        for part in (p for p in held if isinstance(p, Tensor)):
+            part.zero_()
+    assert not torch.equal(bridge.read(module), W)
+    bridge.restore(module, saved)
+    assert torch.equal(bridge.read(module), W)
+
+
+def test_the_cached_codes_of_a_float_weight_are_dropped_in_eval() -> None:
+    module = bnb8(floats=True, used=True).eval()
+    bridge, saved = find_bridge(module), find_bridge(module).snapshot(module)
+    with torch.no_grad():
+        y = forward(module)
+        stored = bridge.write(module, gaussian(OUT, IN, name="new"))
+        assert torch.allclose(forward(module), expected(module, stored), atol=0.6)
+        bridge.restore(module, saved)
+        assert torch.equal(forward(module), y)
+
+
+def test_bfloat16_int8_is_read_at_the_precision_it_is_stored() -> None:
+    module = torchao("row", torch.bfloat16)
+    weight = module.weight
+    assert torch.equal(find_bridge(module).read(module), weight.qdata.float() * weight.scale)
+    assert not torch.equal(weight.qdata.float() * weight.scale, weight.dequantize().float())
+
+
+def test_affine_weights_are_written_affine() -> None:
+    module = torchao("affine")
+    new = gaussian(OUT, IN, name="new")
+    new[:, :60] = new[:, :60].abs()
+    stored = find_bridge(module).write(module, new * 3)
+    assert (module.weight.zero_point != 0).all()
+    assert torch.allclose(find_bridge(module).write(module, stored), stored, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stored_weight_is_read_where_a_property_hides_it() -> None:
+    module = bnb8(used=True)
+    W = find_bridge(module).read(module)
+    module.__class__ = type("Reading", (type(module),), {"weight": property(lambda self: torch.ones(2))})
+    assert torch.equal(find_bridge(module).read(module), W)
 
 
 def test_a_snapshot_before_the_first_forward_is_restored_after_it() -> None:

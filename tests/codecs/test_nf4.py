@@ -104,6 +104,19 @@ def test_double_quantisation_costs_little_and_keeps_zero_rows(offset: str) -> No
     assert (double.decode(double.encode(torch.zeros(5, 7))) == 0).all()
 
 
+@pytest.mark.parametrize("offset", ["mean", "min"])
+def test_scales_are_quantised_to_half_a_step(offset: str) -> None:
+    """c − o in blocks of 16: the largest is exact, the others within half a step of the block's own."""
+    W = gaussian(96, 64)
+    codec, c = NormalFloat(scale_offset=offset, scale_block=16), W.abs().amax(1)
+    decoded, o = codec._decode_scales(codec.encode(W), 96), c.mean() if offset == "mean" else c.min()
+    for truth, got in zip((c - o).split(16), (decoded - o).split(16)):
+        top = truth.abs().max()
+        step = top / (127 if offset == "mean" else 255)
+        assert ((truth - got).abs() <= step * 0.501).all()
+        assert got[truth.abs().argmax()].abs() == pytest.approx(top.item(), rel=1e-5)
+
+
 def test_min_offset_keeps_scales_positive() -> None:
     W = gaussian(64, 64) * torch.logspace(-6, 0, 64)[:, None]
     codec = NormalFloat(scale_offset="min", scale_bits=2)

@@ -1,0 +1,44 @@
+# Two commands matter: `make demo` and `make test`.  TORCH=… overrides the torch that is installed first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint bench docs soak clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q "$(TORCH)"
+	$(PY) -m pip install -q -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed  ## adapt the shipped base with six methods and write demo-output/report.html
+	$(PY) -m rankwise.cli.main demo --out demo-output
+
+test: $(VENV)/.installed  ## every test of one change (under 12 minutes on two cores)
+	$(PY) -m pytest -n 2 -m "not soak"
+
+lint: $(VENV)/.installed  ## style, types, floors
+	$(VENV)/bin/ruff check src tests benchmarks examples
+	$(VENV)/bin/ruff format --check src tests benchmarks examples
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed  ## measure beside PEFT; results in benchmarks/results, table in docs/performance.md
+	$(PY) -m benchmarks.train_step
+	$(PY) -m benchmarks.many_adapters
+	$(PY) -m benchmarks.inits
+	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.table
+
+docs: $(VENV)/.installed  ## the catalogue as a page
+	$(PY) -m rankwise.cli.docs > docs/methods.md
+
+soak: $(VENV)/.installed  ## the long counts
+	$(PY) -m pytest -m soak --timeout 7200
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .mypy_cache
