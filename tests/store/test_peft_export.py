@@ -261,3 +261,40 @@ def test_a_mixed_pair_is_seen(tmp_path: Path) -> None:
     config = config_of(tmp_path / "b") | {"base_model_name_or_path": "moved/elsewhere", "inference_mode": False}
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config))
     read_peft(tmp_path / "b", sites)  # notes may change
+
+
+def test_readers_while_it_is_exported_again_and_again(tmp_path: Path) -> None:
+    """Each reader sees one whole version, never config and tensors of two."""
+    import threading
+    import time
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    specs = {n: s.spec for n, s in find_sites(model).items()}
+    versions = [models.random_state(model, ["0", "1"], r=r, scale=float(r)) for r in (1, 2, 3)]
+    export_peft(tmp_path / "x", versions[0], specs)
+    end, faults, reads, writes = time.monotonic() + 1.0, [], [], []
+
+    def run(step: Any) -> None:
+        try:
+            while time.monotonic() < end:
+                step()
+        except BaseException as e:
+            faults.append(e)
+
+    def read() -> None:
+        state, _ = read_peft(tmp_path / "x", specs, hub=False)
+        want = versions[state.sites["0"].A.shape[0] - 1]
+        assert all(torch.equal(state.sites[n].dense(), want.sites[n].dense()) for n in ("0", "1"))
+        reads.append(1)
+
+    def write() -> None:
+        export_peft(tmp_path / "x", versions[len(writes) % 3], specs)
+        writes.append(1)
+
+    threads = [threading.Thread(target=run, args=(f,)) for f in (write, read, read, read)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not faults, faults[:2]
+    assert len(reads) > 10 and len(writes) > 5

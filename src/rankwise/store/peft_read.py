@@ -91,7 +91,7 @@ def _read_pair(folder: os.PathLike[str], allow_nonfinite: bool) -> tuple[dict[st
             tensors, metadata = tensorfile.read_tensors(folder, cfg.WEIGHTS, allow_nonfinite=allow_nonfinite, at=at)
             break
         except FileNotFoundError as e:
-            if os.fstat(at).st_nlink > 0 or attempt == 19:  # not just replaced under our hands
+            if attempt == 19 or not _replaced(folder, at):
                 raise ArtefactError(_missing(folder)) from e
         finally:
             os.close(at)
@@ -103,6 +103,14 @@ def _read_pair(folder: os.PathLike[str], allow_nonfinite: bool) -> tuple[dict[st
             "Export the adapter again."
         )
     return config, tensors
+
+
+def _replaced(folder: os.PathLike[str], at: int) -> bool:
+    """Whether the folder's name now leads elsewhere than the descriptor: a new version came while we read."""
+    try:
+        return os.stat(folder).st_ino != os.fstat(at).st_ino
+    except FileNotFoundError:
+        return True
 
 
 def _missing(folder: os.PathLike[str]) -> str:
