@@ -105,9 +105,7 @@ def cast_scale(scale: Tensor, dtype: torch.dtype, codec: str) -> Tensor:
     """``scale`` in its stored dtype; OptionError where it would overflow."""
     out = scale.to(dtype)
     if not torch.isfinite(out).all():
-        raise OptionError(
-            f"{codec}: a scale of {scale.abs().max().item():.3g} does not fit {dtype}; use scale_dtype='float32'."
-        )
+        raise OptionError(f"{codec}: a scale of {scale.abs().max().item():.3g} does not fit {dtype}; use scale_dtype='float32'.")
     return out
 
 

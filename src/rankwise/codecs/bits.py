@@ -75,9 +75,7 @@ class BitReader:
             return np.zeros(0, np.int64)
         ends = np.flatnonzero(self._bits[self._at :])[:count]
         if ends.size < count:
-            raise ArtefactError(
-                f"The bit stream ends after {ends.size} of {count} unary codes: it is damaged or cut off."
-            )
+            raise ArtefactError(f"The bit stream ends after {ends.size} of {count} unary codes: it is damaged or cut off.")
         self._at += int(ends[-1]) + 1
         return np.diff(ends, prepend=-1) - 1
 
@@ -89,8 +87,6 @@ class BitReader:
 
     def _take(self, bits: int) -> U8:
         if bits > self._bits.size - self._at:
-            raise ArtefactError(
-                f"The bit stream has {self._bits.size - self._at} bits where {bits} were expected: it is damaged."
-            )
+            raise ArtefactError(f"The bit stream has {self._bits.size - self._at} bits where {bits} were expected: it is damaged.")
         self._at += bits
         return self._bits[self._at - bits : self._at]

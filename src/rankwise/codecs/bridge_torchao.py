@@ -124,9 +124,7 @@ def _inner(tensor: Any, copy: bool = False) -> dict[str, Any]:
     out = {}
     for name in tensor.__tensor_flatten__()[0]:
         part = getattr(tensor, name)
-        out[name] = (
-            _inner(part, copy) if hasattr(part, "__tensor_flatten__") else part.detach().clone() if copy else part
-        )
+        out[name] = _inner(part, copy) if hasattr(part, "__tensor_flatten__") else part.detach().clone() if copy else part
     return out
 
 
@@ -134,9 +132,7 @@ def _fill(tensor: Any, inner: dict[str, Any]) -> None:
     """Copy ``inner`` into the plain tensors of ``tensor``; all shapes are compared before one is touched."""
     plan = list(_pairs(tensor, inner))
     if any(old.shape != new.shape for old, new in plan):
-        raise TargetError(
-            f"The parts of a {type(tensor).__name__} changed shape when requantised; it cannot be written in place."
-        )
+        raise TargetError(f"The parts of a {type(tensor).__name__} changed shape when requantised; it cannot be written in place.")
     with torch.no_grad():
         for old, new in plan:
             old.copy_(new)

@@ -102,8 +102,8 @@ class ComPEFT(AdapterCodec):
         head, at = stream.take(body, at, _HEAD.size)
         gamma, b, count, length = _HEAD.unpack(head)
         data, at = stream.take(body, at, length)
-        if b > numel.bit_length() or count > numel:
-            raise ArtefactError(f"A part claims {count} kept entries of {numel} with b* = {b}: the stream is damaged.")
+        if b > numel.bit_length():  # no longer gap exists, and a sum of remainders so wide could wrap round
+            raise ArtefactError(f"A part of {numel} entries claims b* = {b}: the stream is damaged.")
         bits = BitReader(data)
         negative = bits.flags(count)
         positions = golomb.read_positions(bits, count, b, numel)

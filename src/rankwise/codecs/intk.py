@@ -64,7 +64,6 @@ class IntK(Codec):
             scale = cast_scale(groups.abs().amax(1), self._dtype, "intk")
             c = scale.float()[:, None]
             codes = torch.round(groups / torch.where(c > 0, c, 1.0) * top).clamp(-top, top) + top
-            codes = torch.where(c > 0, codes, float(top))
         else:
             top = 2**self.k - 1
             low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)

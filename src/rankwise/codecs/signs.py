@@ -41,9 +41,7 @@ def prune(tau: F64, density: float, alpha: float, dtypes: Sequence[str], where: 
     size = np.abs(tau)
     keep, nonzero = int(density * tau.size), int(np.count_nonzero(tau))
     if keep == 0:
-        raise OptionError(
-            f"density={density} keeps none of the {tau.size} entries of {where}; raise it above 1/{tau.size}."
-        )
+        raise OptionError(f"density={density} keeps none of the {tau.size} entries of {where}; raise it above 1/{tau.size}.")
     positions = _largest(size, min(keep, nonzero))
     gamma = float(size.max())
     if nonzero > keep or to_bf16(gamma) != gamma or not np.all(size[positions] == gamma):

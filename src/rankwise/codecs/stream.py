@@ -41,9 +41,7 @@ class TensorSpec:
         names = tuple(sorted(tensors))
         for name in names:
             if str(tensors[name].dtype).removeprefix("torch.") not in DTYPES:
-                raise OptionError(
-                    f"The tensor {name!r} is {tensors[name].dtype}; an adapter codec takes {', '.join(DTYPES)}."
-                )
+                raise OptionError(f"The tensor {name!r} is {tensors[name].dtype}; an adapter codec takes {', '.join(DTYPES)}.")
         spec = cls(
             names,
             tuple(tuple(tensors[n].shape) for n in names),
@@ -67,9 +65,7 @@ class TensorSpec:
         """fp64 (d,); OptionError names the tensor that is not finite."""
         for name in self.names:
             if not torch.isfinite(tensors[name]).all():
-                raise OptionError(
-                    f"The tensor {name!r} holds nan or infinite entries; an adapter codec takes finite ones."
-                )
+                raise OptionError(f"The tensor {name!r} holds nan or infinite entries; an adapter codec takes finite ones.")
         return np.concatenate([tensors[n].detach().cpu().double().reshape(-1).numpy() for n in self.names])
 
     def unflatten(self, vector: NDArray[Any]) -> dict[str, Tensor]:
@@ -94,25 +90,17 @@ class TensorSpec:
     def from_json(cls, rows: Any, max_numel: int) -> TensorSpec:
         """The spec of a header; ArtefactError for anything that :meth:`to_json` would not write."""
         if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == 3 for r in rows):
-            raise ArtefactError(
-                "The header's list of tensors is not a list of [name, dtype, shape]: the stream is damaged."
-            )
+            raise ArtefactError("The header's list of tensors is not a list of [name, dtype, shape]: the stream is damaged.")
         for name, dtype, shape in rows:
-            dims_ok = (
-                isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**62 for n in shape)
-            )
+            dims_ok = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**62 for n in shape)
             if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not dims_ok:
-                raise ArtefactError(
-                    f"The header describes a tensor as {str([name, dtype, shape])[:200]}: the stream is damaged."
-                )
+                raise ArtefactError(f"The header describes a tensor as {str([name, dtype, shape])[:200]}: the stream is damaged.")
         names = tuple(r[0] for r in rows)
         if list(names) != sorted(set(names)):
             raise ArtefactError("The header's tensor names are not sorted or not unique: the stream is damaged.")
         spec = cls(names, tuple(tuple(r[2]) for r in rows), tuple(r[1] for r in rows))
         if not 0 < spec.numel <= max_numel:
-            raise ArtefactError(
-                f"The stream claims {spec.numel} entries; this reader takes 1 to {max_numel} (max_numel)."
-            )
+            raise ArtefactError(f"The stream claims {spec.numel} entries; this reader takes 1 to {max_numel} (max_numel).")
         return spec
 
 
@@ -138,16 +126,12 @@ def unframe(codec: str, data: bytes) -> tuple[dict[str, Any], bytes]:
         raise ArtefactError(f"The adapter stream's header is not JSON: {str(error)[:100]}.") from error
     if not isinstance(header, dict) or header.get("codec") != codec:
         found = header.get("codec") if isinstance(header, dict) else header
-        raise ArtefactError(
-            f"The adapter stream was written by codec {str(found)[:40]!r}; it cannot be read as {codec!r}."
-        )
+        raise ArtefactError(f"The adapter stream was written by codec {str(found)[:40]!r}; it cannot be read as {codec!r}.")
     return header, data[_HEAD.size + length :]
 
 
 def take(body: bytes, at: int, length: int) -> tuple[bytes, int]:
     """``length`` bytes of ``body`` from ``at``, and the byte behind them; ArtefactError if it is too short."""
     if length > len(body) - at:
-        raise ArtefactError(
-            f"The stream's body ends {length - (len(body) - at)} bytes early: it is damaged or cut off."
-        )
+        raise ArtefactError(f"The stream's body ends {length - (len(body) - at)} bytes early: it is damaged or cut off.")
     return body[at : at + length], at + length
