@@ -100,6 +100,10 @@ class Roster(nn.Module):
     def model(self) -> nn.Module:
         return self._model[0]
 
+    def forward(self, *args: Any) -> Any:
+        """The identity: an nn.Sequential calls every child, this one last."""
+        return args[0] if len(args) == 1 else args
+
     # --- views --------------------------------------------------------------------------------------------
     def check_view(self, strengths: Mapping[str, Any]) -> None:
         names = list(strengths)

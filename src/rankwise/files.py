@@ -183,6 +183,8 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
     full: dict[str, Any] = {}
     for name, delta in record.deltas.items():
         spec = delta.site.spec
+        if spec.mode == "block":
+            raise MergeError(f"{name!r} is a wrapped block, which PEFT's format cannot hold; save the adapter in the native format.")
         value, m = delta.for_peft()
         if value.kind == "dense" and spec.rows is None:
             full[f"{spec.module}.{spec.param}".lstrip(".")] = whole(delta.site, value)

@@ -10,9 +10,7 @@ from rankwise.optim.base import GradTransform, OptimizerMethod, Param, check_bet
 from rankwise.optim.fused import adamw_chain
 
 
-@catalogue.register(
-    "optimizer", "adamw", title="AdamW", paper="Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization"
-)
+@catalogue.register("optimizer", "adamw", title="AdamW", paper="Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization")
 @dataclasses.dataclass(frozen=True)
 class AdamW(OptimizerMethod):
     """Adam with decoupled weight decay.

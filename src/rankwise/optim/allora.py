@@ -103,9 +103,7 @@ class RowGate(GradTransform):
     def init(self, params: Mapping[str, Param]) -> State:
         return {name: {"rows": None} for name in params} if self.method.every > 1 else {}
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         return {name: g * self._rows(name, state, ctx).to(g.dtype)[..., None] for name, g in grads.items()}
 
     def _rows(self, name: str, state: State, ctx: Context) -> Tensor:

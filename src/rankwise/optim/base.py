@@ -94,15 +94,11 @@ class GradTransform:
         """The state of ``params``, each with its own entry; called again for parameters that join later."""
         return {}
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         """Updates in the shape and dtype of the gradients; a name that is left out is not touched at all."""
         return grads
 
-    def step_in_place(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> set[str]:
+    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> set[str]:
         """Take the whole step of the parameters for which a fused kernel exists; returns their names."""
         return set()
 

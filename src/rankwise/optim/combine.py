@@ -61,12 +61,16 @@ class Partition(_Several):
     def __init__(self, label_fn: Callable[[Param], str], transforms: Mapping[str, GradTransform]) -> None:
         self.label_fn = label_fn
         self.children = {f"/{label}": t for label, t in transforms.items()}
+        self._known: dict[str, str] = {}  # a label is decided once, so a later change of shape cannot move the state
 
     def _label(self, param: Param) -> str:
+        if param.name in self._known:
+            return self._known[param.name]
         label = f"/{self.label_fn(param)}"
         if label not in self.children:
             known = ", ".join(repr(k[1:]) for k in self.children)
             raise OptionError(f"partition labels {param.name!r} as {label[1:]!r}; its transforms are {known}.")
+        self._known[param.name] = label
         return label
 
     def _split(self, names: Mapping[str, object], params: Params) -> dict[str, list[str]]:

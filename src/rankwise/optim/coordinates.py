@@ -64,9 +64,7 @@ class Reparam(GradTransform):
     def update(self, grads: dict[str, Tensor], state: State, params: Params, ctx: Context) -> dict[str, Tensor]:
         seen = {name: self._coordinates(params[name], g) for name, g in grads.items()}
         flat = {n: pair for parts in seen.values() for n, pair in parts.items()}
-        inner = self.inner.update(
-            {n: d for n, (_, d) in flat.items()}, state["/inner"], {n: v for n, (v, _) in flat.items()}, ctx
-        )
+        inner = self.inner.update({n: d for n, (_, d) in flat.items()}, state["/inner"], {n: v for n, (v, _) in flat.items()}, ctx)
         out = {}
         for name, parts in seen.items():
             value = params[name].tensor.detach().to(grads[name].dtype)

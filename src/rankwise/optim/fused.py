@@ -28,9 +28,7 @@ class AdamWChain(Chain):
         self.adam = scale_by_adam(b1, b2, eps)
         super().__init__(self.adam, scale_by_lr(), decoupled_decay())
 
-    def step_in_place(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> set[str]:
+    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> set[str]:
         buckets: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = {}
         moments, lrs, decays = state["/link0"], ctx.lrs, ctx.decays
         done = set()

@@ -49,7 +49,11 @@ class GaLore(OptimizerMethod):
         OptionError: r < 1, every < 1, an unknown policy.
     """
 
-    example: ClassVar[Mapping[str, Any]] = {"form": "full", "targets": "all-linear", "optimizer": {"name": "galore", "r": 8, "every": 5}}
+    example: ClassVar[Mapping[str, Any]] = {
+        "form": "full",
+        "targets": "all-linear",
+        "optimizer": {"name": "galore", "r": 8, "every": 5},
+    }
     r: int = 128
     scale: float = 0.25
     every: int = 200

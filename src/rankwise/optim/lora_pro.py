@@ -115,18 +115,14 @@ class _PairStep(GradTransform):
             return {"/adam": self.adam.init(params)}
         return {"/adam": {}}
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         m = self.method
         seen = self.adam.update(grads, state["/adam"], params, ctx) if m.variant == "light" else grads
         out: dict[str, Tensor] = {}
         for site, a, b, s in ctx.pairs():
             if (a.name in grads) != (b.name in grads):
                 lone = a.name if a.name in grads else b.name
-                raise TrainingError(
-                    f"LoRA-Pro: of the pair at {site!r} only {lone!r} has a gradient; freeze both or none."
-                )
+                raise TrainingError(f"LoRA-Pro: of the pair at {site!r} only {lone!r} has a gradient; freeze both or none.")
             if a.name in grads:
                 solver = PairSolver(a.tensor, b.tensor, s, m.damping, m.clip)
                 g_a, g_b = seen[a.name], seen[b.name]

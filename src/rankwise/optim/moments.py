@@ -91,9 +91,7 @@ class ScaleByAdam(_Moments):
         self.b1, self.b2 = check_betas((b1, b2), eps)
         self.eps, self.eps_hat = float(eps), eps_hat
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         return {name: self._one(name, g, state[name]) for name, g in grads.items()}
 
     def _one(self, name: str, g: Tensor, s: dict[str, Any]) -> Tensor:
@@ -138,9 +136,7 @@ class Trace(_Moments):
             raise OptionError(f"The momentum is {decay!r}; expected a number in [0, 1).")
         self.decay, self.nesterov = float(decay), nesterov
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         out = {}
         for name, g in grads.items():
             s = state[name]

@@ -257,7 +257,7 @@ def _by_name(params: Iterable[Param]) -> dict[str, Param]:
 def _with(method: OptimizerMethod, **given: Any) -> OptimizerMethod:
     """``method`` with its own options overridden; OptionError if it has no such option."""
     given = {k: v for k, v in given.items() if v is not None}
-    fields = {f.name for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else set()
+    fields: set[str] = {f.name for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else set()
     for option in given.keys() - fields:
         raise OptionError(f"The optimiser {_name(method)!r} has no {option}; leave it out.")
     return dataclasses.replace(method, **given) if given else method  # type: ignore[type-var]

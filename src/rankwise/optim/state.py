@@ -59,9 +59,7 @@ def elements(tree: State, names: Collection[str]) -> dict[str, int]:
     return out
 
 
-def copied(
-    tree: Any, names: Collection[str], place: Callable[[str | None, Tensor], Tensor], who: str | None = None
-) -> Any:
+def copied(tree: Any, names: Collection[str], place: Callable[[str | None, Tensor], Tensor], who: str | None = None) -> Any:
     """A deep copy of the tree in which each tensor is ``place(owner, tensor)``; other leaves are kept."""
     if isinstance(tree, dict):
         return {k: copied(v, names, place, who or owner(k, names)) for k, v in tree.items()}

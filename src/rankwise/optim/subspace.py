@@ -38,9 +38,7 @@ class _Projected(GradTransform):
         small = {name: self._small(p, bases[name]["side"]) for name, p in params.items()}
         return {"/projector": bases, "/inner": self.inner.init(small)}
 
-    def _down(
-        self, grads: dict[str, Tensor], state: State, ctx: Context
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _down(self, grads: dict[str, Tensor], state: State, ctx: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(small gradients, bases of the projected ones); renews the bases that are due."""
         small, bases = {}, {}
         for name, g in grads.items():
@@ -71,9 +69,7 @@ class _Projected(GradTransform):
     def resync(self, state: State, name: str, kept: Tensor | None, policy: str) -> None:
         s = state["/projector"].get(name)
         if s is not None and s["side"] is not None and kept is not None and policy != "keep":
-            raise OptionError(
-                f"{name!r} is trained in a subspace, whose moments have no axis of components; resync it with kept=None."
-            )
+            raise OptionError(f"{name!r} is trained in a subspace, whose moments have no components; resync it with kept=None.")
         self.inner.resync(state["/inner"], name, kept, policy)
 
     def rotate(self, state: State, name: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -14,9 +14,7 @@ from rankwise.optim.base import Context, GradTransform, Param, State, choose
 class ScaleByLr(GradTransform):
     """u = −η·g with η the rate of the parameter's group: the link that brings the sign."""
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         return {name: g * -ctx.lr_of(name) for name, g in grads.items()}
 
 
@@ -32,9 +30,7 @@ class DecoupledDecay(GradTransform):
     def __init__(self, order: str = "before") -> None:
         self.order = choose("order", order, ("before", "after"))
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         out = dict(grads)
         for name, u in grads.items():
             rate = ctx.lr_of(name) * ctx.decay_of(name)
@@ -50,9 +46,7 @@ class Scale(GradTransform):
     def __init__(self, factor: float) -> None:
         self.factor = float(factor)
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         return {name: g * self.factor for name, g in grads.items()}
 
 
@@ -67,9 +61,7 @@ class Clip(GradTransform):
             raise OptionError(f"max_norm is {max_norm!r}; expected a number > 0.")
         self.max_norm, self.over = float(max_norm), choose("over", over, ("global", "tensor"))
 
-    def update(
-        self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context
-    ) -> dict[str, Tensor]:
+    def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         norms = {name: float(g.norm()) for name, g in grads.items()}
         if self.over == "global":
             total = math.sqrt(math.fsum(n * n for n in norms.values()))
