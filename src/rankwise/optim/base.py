@@ -20,6 +20,7 @@ from rankwise import seeds
 from rankwise.errors import OptionError, RecipeError
 
 State = dict[str, Any]
+Fused = tuple[set[str], list[Callable[[], None]]]
 Policy = Literal["keep", "drop", "zero", "slice"]
 POLICIES = ("keep", "drop", "zero", "slice")
 
@@ -98,9 +99,13 @@ class GradTransform:
         """Updates in the shape and dtype of the gradients; a name that is left out is not touched at all."""
         return grads
 
-    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> set[str]:
-        """Take the whole step of the parameters for which a fused kernel exists; returns their names."""
-        return set()
+    def fuse(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> Fused:
+        """Names whose whole step (moments, update, apply) a fused kernel takes, and the calls that will take it.
+
+        Nothing may change before the calls: they run once the other updates have been computed, because those may
+        read the same parameters.
+        """
+        return set(), []
 
     def after_update(self, params: Mapping[str, Param], state: State, ctx: Context) -> None:
         """Change the stepped ``params`` in place: prox, retraction, requantisation."""

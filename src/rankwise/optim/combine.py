@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.optim.base import Context, GradTransform, Param, State
+from rankwise.optim.base import Context, Fused, GradTransform, Param, State
 
 Params = Mapping[str, Param]
 Mask = Callable[[Param, Context | None], "bool | Tensor"]
@@ -90,12 +90,15 @@ class Partition(_Several):
                 out.update(self.children[key].update({n: grads[n] for n in names}, state[key], params, ctx))
         return out
 
-    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Params, ctx: Context) -> set[str]:
-        done: set[str] = set()
+    def fuse(self, grads: dict[str, Tensor], state: State, params: Params, ctx: Context) -> Fused:
+        taken: set[str] = set()
+        calls: list[Callable[[], None]] = []
         for key, names in self._split(grads, params).items():
             if names:
-                done |= self.children[key].step_in_place({n: grads[n] for n in names}, state[key], params, ctx)
-        return done
+                some, later = self.children[key].fuse({n: grads[n] for n in names}, state[key], params, ctx)
+                taken |= some
+                calls += later
+        return taken, calls
 
     def after_update(self, params: Params, state: State, ctx: Context) -> None:
         for key, names in self._split(params, params).items():
@@ -146,9 +149,9 @@ class Switch(_Several):
         key = self._key(ctx)
         return self.children[key].update(grads, state[key], params, ctx)
 
-    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Params, ctx: Context) -> set[str]:
+    def fuse(self, grads: dict[str, Tensor], state: State, params: Params, ctx: Context) -> Fused:
         key = self._key(ctx)
-        return self.children[key].step_in_place(grads, state[key], params, ctx)
+        return self.children[key].fuse(grads, state[key], params, ctx)
 
     def after_update(self, params: Params, state: State, ctx: Context) -> None:
         key = self._key(ctx)

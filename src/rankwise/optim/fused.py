@@ -8,17 +8,19 @@ same state, so a tensor may change from one to the other at any step.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rankwise.optim.base import Context, Param, State
+from rankwise.optim.base import Context, Fused, Param, State
 from rankwise.optim.combine import Chain
 from rankwise.optim.moments import resized, scale_by_adam
 from rankwise.optim.transforms import decoupled_decay, scale_by_lr
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float32, torch.float64)
+Key = tuple[int, float, float, torch.device, torch.dtype]
 
 
 class AdamWChain(Chain):
@@ -28,10 +30,10 @@ class AdamWChain(Chain):
         self.adam = scale_by_adam(b1, b2, eps)
         super().__init__(self.adam, scale_by_lr(), decoupled_decay())
 
-    def step_in_place(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> set[str]:
-        buckets: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = {}
+    def fuse(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> Fused:
+        buckets: dict[Key, tuple[list, list, list, list, list]] = {}
         moments, lrs, decays = state["/link0"], ctx.lrs, ctx.decays
-        done = set()
+        taken = set()
         for name, g in grads.items():
             s, p = moments[name], params[name].tensor
             age, mu = s["age"], s["mu"]
@@ -42,23 +44,27 @@ class AdamWChain(Chain):
                 continue  # the kernel walks memory, not indices
             if mu.shape != g.shape:
                 raise resized(name, mu, g)
-            s["age"] = age = age + 1
-            done.add(name)
+            taken.add(name)
             key = (age, lrs[name], decays[name], device, dtype)
             lists = buckets.get(key)
             if lists is None:
-                lists = buckets[key] = ([], [], [], [])
-            lists[0].append(p)
-            lists[1].append(g)
-            lists[2].append(mu)
-            lists[3].append(s["nu"])
-        for (age, lr, decay, device, _), (ps, gs, mus, nus) in buckets.items():
-            steps = [torch.full((), float(age), device=device)] * len(ps)
-            torch._fused_adamw_(
-                ps, gs, mus, nus, [], steps, lr=lr, beta1=self.adam.b1, beta2=self.adam.b2, weight_decay=decay,
-                eps=self.adam.eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
-        return done
+                lists = buckets[key] = ([], [], [], [], [])
+            for into, value in zip(lists, (p, g, mu, s["nu"], s)):
+                into.append(value)
+        return taken, [partial(self._kernel, key, *lists) for key, lists in buckets.items()]
+
+    def _kernel(
+        self, key: Key,
+        ps: list[Tensor], gs: list[Tensor], mus: list[Tensor], nus: list[Tensor], states: list[State],
+    ) -> None:  # fmt: skip
+        age, lr, decay, device, _ = key
+        for s in states:
+            s["age"] = age + 1
+        steps = [torch.full((), float(age + 1), device=device)] * len(ps)
+        torch._fused_adamw_(
+            ps, gs, mus, nus, [], steps, lr=lr, beta1=self.adam.b1, beta2=self.adam.b2, weight_decay=decay,
+            eps=self.adam.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def adamw_chain(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> AdamWChain:

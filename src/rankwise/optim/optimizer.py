@@ -115,15 +115,17 @@ class TransformOptimizer(torch.optim.Optimizer):
         if born:
             trees.merge(self.tree, self.transform.init({n: self.params[n] for n in born}))
             self._born.update(born)
-        done = self.transform.step_in_place(grads, self.tree, self.params, ctx)
-        rest = {n: g for n, g in grads.items() if n not in done} if done else grads
+        taken, calls = self.transform.fuse(grads, self.tree, self.params, ctx)
+        rest = {n: g for n, g in grads.items() if n not in taken} if taken else grads
         updates = self.transform.update(rest, self.tree, self.params, ctx) if rest else {}
+        for call in calls:
+            call()
         for name, u in updates.items():
             _add(self.params[name].tensor, u)
         self.transform.after_update({n: self.params[n] for n in grads}, self.tree, ctx)
         self.logs = ctx.logs
-        for call in self.after:
-            call(ctx)
+        for follow in self.after:
+            follow(ctx)
         return loss
 
     def _gather(self) -> tuple[Context, dict[str, Tensor]]:
