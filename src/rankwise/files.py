@@ -184,7 +184,9 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
     for name, delta in record.deltas.items():
         spec = delta.site.spec
         if spec.mode == "block":
-            raise MergeError(f"{name!r} is a wrapped block, which PEFT's format cannot hold; save the adapter in the native format.")
+            raise MergeError(
+                f"{name!r} is a wrapped block, which PEFT's format cannot hold; save the adapter in the native format."
+            )
         value, m = delta.for_peft()
         if value.kind == "dense" and spec.rows is None:
             full[f"{spec.module}.{spec.param}".lstrip(".")] = whole(delta.site, value)
@@ -196,7 +198,9 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
         if m is not None:
             magnitude[name] = m.detach()
     if not sites:
-        raise MergeError("PEFT's format needs at least one low-rank change beside whole modules; this adapter has none. Save it in the native format.")
+        raise MergeError(
+            "PEFT's format needs at least one low-rank change beside whole modules; this adapter has none. Save it in the native format."
+        )
     known = adapter._roster.known
     config = getattr(adapter.model, "config", None)
     options.setdefault("base_model", getattr(config, "_name_or_path", None) or None)

@@ -47,9 +47,7 @@ def export(run: Run, out: Path) -> None:
 def render_card(run: Run, measured: dict[str, tuple[float, float, int]]) -> str:
     """The model card; a run whose budget is not spent is marked as interim."""
     config = run.config
-    rows = "\n".join(
-        f"| {name} | {size:,} | {bits:.3f} | {unigram:.3f} |" for name, (bits, unigram, size) in measured.items()
-    )
+    rows = "\n".join(f"| {name} | {size:,} | {bits:.3f} | {unigram:.3f} |" for name, (bits, unigram, size) in measured.items())
     state = "" if run.progress >= 1 else f"\n**Interim**: exported at {run.progress:.0%} of its training budget.\n"
     held = ", ".join(f"`{package}`" for package in corpus.HELD_OUT.values())
     control = ", ".join(f"`{name}`" for name in corpus.CONTROL)

@@ -128,8 +128,7 @@ def write_tasks(folder: Path) -> dict[str, int]:
     """Writes ``NAME.train.jsonl`` and ``NAME.test.jsonl`` of every task; file name -> number of records."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks: dict[str, tuple[list[Record], list[Record]]] = {
-        f"domain-{name}": ([{"text": t} for t in train], [{"text": t} for t in test])
-        for name, (train, test) in domains().items()
+        f"domain-{name}": ([{"text": t} for t in train], [{"text": t} for t in test]) for name, (train, test) in domains().items()
     }
     tasks |= {"docstring": docstring_task(), "package": package_task(), "preference": preference_task()}
     counts = {}

@@ -43,9 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, context: int =
     core.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]
-            ),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]),
         ]
     )
     fast = PreTrainedTokenizerFast(

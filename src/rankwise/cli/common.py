@@ -26,6 +26,7 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|torchao\..*")
 
 
@@ -37,15 +38,18 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
     """
     from rankwise import assets
 
-    if name == "base":
-        return assets.load_base()
-    if name == "digits":
-        return assets.load_digits_vit(), None
     try:
         import transformers
     except ImportError as error:
         raise need("transformers", "hf", "Loading a model") from error
+    transformers.utils.logging.disable_progress_bar()
+    if name == "base":
+        return assets.load_base()
+    if name == "digits":
+        return assets.load_digits_vit(), None
     path = Path(name)
+    if not path.exists() and name.count("/") != 1:
+        raise OptionError(f"The model {name!r} is neither a folder here, nor a hub id (owner/name), nor 'base' or 'digits'.")
     if path.is_dir() and (path / "rankwise.safetensors").exists():
         raise OptionError(f"{name} holds an adapter, not a model; give its base with --model and this folder with --adapter.")
     if path.is_dir() and not (path / "config.json").exists():

@@ -1,2 +1,167 @@
-"""placeholder"""
-def add(app): pass
+"""``rankwise train``, ``eval`` and ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.common import _value, emit_json, load_model, out, recipe_from, table
+from rankwise.cli.plan import FormName, InitName, Model, RecipeFile, Settings
+from rankwise.errors import OptionError
+
+
+def add(app: typer.Typer) -> None:
+    app.command("train")(train)
+    app.command("eval")(evaluate)
+    app.command("generate")(generate)
+
+
+def train(
+    model: Model,
+    data: Annotated[str, typer.Option(help="File or folder: text, .jsonl, .json, or a saved dataset.")],
+    to: Annotated[str, typer.Option("--out", "-o", help="Folder for the adapter, metrics, log and checkpoints.")],
+    stage: Annotated[str, typer.Option(help="pt (all of a text), sft (completions, chats) or dpo (preferences).")] = "sft",
+    recipe: RecipeFile = None,
+    form: FormName = None,
+    init: InitName = None,
+    set: Settings = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data; default a tenth kept aside.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows a step on each device.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    arg: Annotated[list[str] | None, typer.Option("--arg", help="Any TrainingArguments field as field=value; repeatable.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train an adapter on your data.
+
+    Example: rankwise train --model base --data notes.txt --stage pt --form dora --out run
+    """
+    import rankwise as rw
+
+    chosen = recipe_from(recipe, form, init, set or ())
+    net, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise OptionError(
+            f"{model} has no tokenizer, so text cannot be read for it; image models are trained in Python (see examples/)."
+        )
+    arguments = {
+        k: v
+        for k, v in {
+            "learning_rate": lr,
+            "num_train_epochs": epochs,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+        }.items()
+        if v is not None
+    }
+    for a in arg or ():
+        key, sep, raw = a.partition("=")
+        if not sep:
+            raise OptionError(f"--arg takes field=value; it got {a!r}.")
+        arguments[key] = _value(raw)
+    result = rw.train(
+        net, tokenizer, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, packing=packing, max_length=max_length, resume=resume, disable_tqdm=json, **arguments
+    )  # fmt: skip
+    if json:
+        emit_json(result.metrics)
+        return
+    out.print()
+    table("trainable by role", ["role", "numbers"], result.metrics["trainable"].items(), right=["numbers"])
+    if "before" in result.metrics:
+        rows = [(k, result.metrics["before"][k], result.metrics["after"][k]) for k in ("loss", "perplexity")]
+        out.print()
+        table("held out", ["", "before", "after"], rows, right=["before", "after"])
+    out.print(f"\nadapter: {Path(to) / 'adapter'}", highlight=False)
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="File or folder of the same layouts as for train, or a shipped domain.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder; repeatable. The base is always shown.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss, perplexity and bits a byte on held-out data, of the base and of each adapter.
+
+    Example: rankwise eval --model base --adapter run/adapter --data notes.txt
+    """
+    import rankwise as rw
+    from rankwise.train.data import read, tokenize
+    from rankwise.train.evaluate import evaluate as score
+
+    net, tokenizer = load_model(model)
+    records: Any = data
+    if not Path(data).exists():
+        from rankwise.cli.compare import texts_of
+
+        records = [{"text": t} for t in texts_of(data)[1]]
+    read_ = read(records)
+    examples = tokenize(read_, tokenizer, max_length)
+    size = sum(len(r.fields["text"].encode()) for r in read_) if read_[0].kind == "text" else None
+    pad = tokenizer.pad_token_id or 0
+    rows: dict[str, dict[str, float]] = {"base": score(net, examples, pad_id=pad, bytes_=size)}
+    for folder in adapter or ():
+        loaded = rw.load(net, folder, name=folder.replace("/", " ").strip(". ") or "adapter")
+        rows[folder] = score(net, examples, pad_id=pad, bytes_=size)
+        loaded.detach()
+    if json:
+        emit_json(rows)
+        return
+    keys = list(rows["base"])
+    table(f"{len(examples)} rows of {data}", ["model", *keys], [(n, *(r[k] for k in keys)) for n, r in rows.items()], right=keys)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder, or folder=strength; repeatable, several sum.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to make at the most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="Show the base's text beside.")] = False,
+) -> None:
+    """Generate text with one adapter, or a mix of several.
+
+    Example: rankwise generate --model base --adapter run/adapter --prompt 'def main('
+    """
+    import torch
+
+    import rankwise as rw
+
+    net, tokenizer = load_model(model)
+    strengths: dict[str, float] = {}
+    for i, a in enumerate(adapter or ()):
+        folder, _, c = a.partition("=")
+        try:
+            strengths[f"a{i}"] = float(c or 1.0)
+        except ValueError as error:
+            raise OptionError(f"--adapter takes folder or folder=strength; it got {a!r}.") from error
+        rw.load(net, folder, name=f"a{i}")
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+
+    def text(view: dict[str, float]) -> str:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            if not strengths:
+                made = net.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+            else:
+                with rw.view(net, view):
+                    made = net.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+        return tokenizer.decode(made[0], skip_special_tokens=True)
+
+    if base and strengths:
+        out.print("[dim]base[/]")
+        out.print(text({}), markup=False, highlight=False)
+        out.print("\n[dim]adapted[/]")
+    out.print(text(strengths), markup=False, highlight=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -182,7 +183,7 @@ class SiteDelta(nn.Module):
     def component_count(self) -> int:
         """Number of rank-one components of this site (per expert), 0 where the form has none."""
         for name, axis in self.components.items():
-            return getattr(self, name).shape[axis]
+            return operator.attrgetter(name)(self).shape[axis]
         return 0
 
     def extra_repr(self) -> str:

@@ -45,7 +45,9 @@ def fast_forward(module: Any, place: Place, x: Tensor, view: View, acting: list[
     packed, widen = None, False
     if not torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled():
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        packed, widen = fast.product.how(weight, dtype, x.numel() // max(x.shape[-1], 1), torch.is_grad_enabled() and x.requires_grad)
+        packed, widen = fast.product.how(
+            weight, dtype, x.numel() // max(x.shape[-1], 1), torch.is_grad_enabled() and x.requires_grad
+        )
     h = None
     if fast.group is not None and len(fast.members) > 1:
         own = [A for A, _, _ in factors]

@@ -28,7 +28,8 @@ class LEGO(Merge):
     (c·a, b/c) and (−a, −b) are the same unit and would cancel.  Clustering feature: both halves normalised ("halves") or
     raw.  Parameter reweighting gives each centroid the mean ν of its members (ν: largest entry or 2-norm); output
     reweighting multiplies by √(r/k), r the sources' mean rank.  k: ``rank``, or the ``energy`` share of Σ w·ΔW's
-    spectrum, or the mean source rank.  Empty clusters are dropped.  Weights scale a source's units by √w each side.
+    spectrum, or the mean source rank.  Fewer distinct units
+    than k give fewer clusters, and empty ones are dropped.  Weights scale a source's units by √w each side.
 
     No official code was found; the details follow a third-party re-implementation.  With k = all units and no output
     reweighting it is exactly the weighted sum (negative weights by flipping b).
@@ -72,17 +73,22 @@ class LEGO(Merge):
         return round(sum(len(A) for A, _, _ in lifted.present()) / len(lifted.present()))
 
     def _cluster(self, a: Tensor, b: Tensor, k: int, g: torch.Generator) -> Tensor:
-        """Lloyd's iterations from k distinct random units; distances by the Gram identity."""
+        """Lloyd's iterations from a random unit and those farthest from all chosen so far; distances by the Gram identity."""
         x = torch.cat([a, b], 1)
         if self.feature == "halves":
             x = torch.cat([torch.nn.functional.normalize(a, dim=1), torch.nn.functional.normalize(b, dim=1)], 1)
         if k >= len(x):
             return torch.arange(len(x))
-        centre = x[torch.randperm(len(x), generator=g)[:k]]
+        chosen = [int(torch.randint(len(x), (1,), generator=g))]
+        nearest = (x - x[chosen[0]]).square().sum(1)
+        while len(chosen) < k and nearest.max() > 1e-12 * x.square().sum(1).mean():
+            chosen.append(int(nearest.argmax()))
+            nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
+        centre = x[chosen].clone()
         label = torch.zeros(len(x), dtype=torch.long)
         for _ in range(self.iterations):
             label = (centre.square().sum(1) - 2 * x @ centre.mT).argmin(1)
-            for c in range(k):
+            for c in range(len(centre)):
                 if (label == c).any():
                     centre[c] = x[label == c].mean(0)
         return label

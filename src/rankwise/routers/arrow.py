@@ -23,10 +23,10 @@ class Prototypes(RouterModule):
     def __init__(self, V: Tensor, sizes: list[int], k: int, temperature: float):
         super().__init__()
         self.register_buffer("V", V)
-        self.sizes, self.k, self.temperature = sizes, min(k, len(sizes)), temperature
+        self.sizes, self.k, self.temperature = sizes, k, temperature
 
     def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
-        top = (x.float() @ self.V.mT).abs().topk(self.k, dim=-1)
+        top = (x.float() @ self.V.mT).abs().topk(min(self.k, len(self.sizes)), dim=-1)
         return Decision((top.values / self.temperature).softmax(-1), len(self.sizes), index=top.indices, sizes=self.sizes)
 
 
@@ -44,7 +44,7 @@ class Library(Routed):
     def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
         sizes = list(state["sizes"])
         router: Any = self.router
-        router.sizes, router.V, router.k = sizes, torch.zeros(len(sizes), self.site.spec.inp), min(router.k, len(sizes))
+        router.sizes, router.V = sizes, torch.zeros(len(sizes), self.site.spec.inp)
 
 
 @register(

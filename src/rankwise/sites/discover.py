@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rankwise.codecs.library import find_bridge
+from rankwise.errors import TargetError
 from rankwise.sites.roles import input_key, layer_of, parts_of, role_of
 from rankwise.sites.site import Site
 from rankwise.sites.spec import SiteSpec
@@ -94,8 +95,14 @@ def _specs(model: nn.Module, path: str, module: nn.Module, read: bool) -> Iterat
 
 def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> SiteSpec | None:
     """The spec of a module that is linear in its weight, or None."""
-    bridge = find_bridge(module)
     weight = module._parameters.get("weight")
+    try:
+        bridge, refusal = find_bridge(module), ""
+    except TargetError as error:  # one foreign layer must not refuse the model, only a target that names it
+        bridge, refusal = None, str(error)
+    if refusal:
+        return SiteSpec(name=path or "weight", module=path, role=role_of(path, "linear"), out=1, inp=1, layer=layer_of(path),
+                        parent=type(module).__name__, refusal=refusal)  # fmt: skip
     known = {
         "module": path,
         "layer": layer_of(path),
@@ -111,7 +118,7 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
     known |= {"dtype": bridge.name if bridge else _dtype(weight), "bias": module._parameters.get("bias") is not None}
     cls = type(module)
     name = path or "weight"
-    if isinstance(module, nn.Linear) or bridge is not None:
+    if isinstance(module, nn.Linear) or (bridge is not None and not isinstance(module, nn.Embedding)):
         called = not read and (bridge is not None or cls.forward is nn.Linear.forward)
         out, inp = module.out_features, module.in_features
         role = role_of(path, "linear")
@@ -126,9 +133,9 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
         return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
                         inp=weight[0].numel(), kernel=tuple(module.kernel_size), groups=module.groups, **known)  # fmt: skip
     if isinstance(module, nn.Embedding):
-        plain = cls.forward is nn.Embedding.forward and module.max_norm is None
+        plain = (bridge is not None or cls.forward is nn.Embedding.forward) and module.max_norm is None
         return SiteSpec(name=name, kind="embedding", mode="called" if plain else "read", role=role_of(path, "embedding"),
-                        out=weight.shape[1], inp=weight.shape[0], **known)  # fmt: skip
+                        out=module.embedding_dim, inp=module.num_embeddings, **known)  # fmt: skip
     if "Router" in cls.__name__ and weight.dim() == 2:
         return SiteSpec(name=name, kind="linear", mode="read", role="router", out=weight.shape[0], inp=weight.shape[1], **known)
     return None

@@ -100,6 +100,7 @@ class Site:
         bridge = find_bridge(self.module) if self.spec.quantised else None
         raw = bridge.read(self.module) if bridge else self.param.detach()
         if bridge:
+            raw = raw.mT if self.spec.kind == "embedding" else raw
             rows = self.spec.row_index()
             return raw if rows is None else raw[rows]
         return self.view(raw)
@@ -117,6 +118,7 @@ class Site:
         bridge = find_bridge(self.module) if self.spec.quantised else None
         if bridge:
             rows = self.spec.row_index()
+            W = W.mT.contiguous() if self.spec.kind == "embedding" else W
             whole = W if rows is None else bridge.read(self.module).index_copy(0, rows, W.float())
             bridge.write(self.module, whole)
         else:

@@ -43,6 +43,7 @@ class SiteSpec:
         input_group: sites with the same non-empty value are fed by the very same tensor.
         routed: rows of this site's input are a selection of the batch's rows (experts called one by one).
         parent: class name of the holding module, for messages and `inspect`.
+        refusal: why no adapter can be here (a weight stored in a way that is not known); "" where one can.
     """
 
     name: str
@@ -67,6 +68,7 @@ class SiteSpec:
     input_group: str = ""
     routed: bool = False
     parent: str = ""
+    refusal: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:

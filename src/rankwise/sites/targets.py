@@ -41,6 +41,9 @@ def resolve(
         hits = _match(sites, word, single=isinstance(targets, str), plain="plain" in kinds)
         if not hits:
             raise TargetError(f"The target {word!r} matches no place in this model; {nearest(word, _names(sites))}")
+        foreign = next((s for s in hits if s.spec.refusal), None)
+        if foreign is not None:
+            raise TargetError(f"The target {word!r} matches {foreign.name!r}: {foreign.spec.refusal}")
         usable = [s for s in hits if s.spec.kind in kinds]
         if not usable:
             found = hits[0]

@@ -1,0 +1,55 @@
+"""How good a model is, under whatever view is in force: loss, perplexity, bits a byte, accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rankwise.errors import DataError
+from rankwise.train.data import Collator, Example
+from rankwise.train.data.tokens import IGNORED
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, examples: Sequence[Example], *, pad_id: int = 0, batch: int = 8, bytes_: int | None = None
+) -> dict[str, float]:
+    """Mean loss a learnt token (nats), perplexity, and bits a byte where the number of bytes is given."""
+    if not examples:
+        raise DataError("There is nothing to evaluate on.")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    try:
+        for i in range(0, len(examples), batch):
+            rows = {k: v.to(device) for k, v in Collator(pad_id)(examples[i : i + batch]).items()}
+            logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1].float()
+            target = rows["labels"][:, 1:]
+            nats += float(
+                nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+            )
+            tokens += int((target != IGNORED).sum())
+    finally:
+        model.train(training)
+    loss = nats / max(tokens, 1)
+    out = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+    return out | ({"bits_per_byte": nats / math.log(2) / bytes_} if bytes_ else {})
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, batch: int = 128) -> float:
+    """Share of images whose largest logit is their label's."""
+    training = model.training
+    model.eval()
+    try:
+        right = sum(
+            int((model(pixel_values=p).logits.argmax(-1) == y).sum())
+            for p, y in zip(pixels.split(batch), labels.split(batch), strict=True)
+        )
+    finally:
+        model.train(training)
+    return right / len(labels)

@@ -1,0 +1,214 @@
+"""``rw.train``: data in, adapter, metrics and plots out; thin over transformers' Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankwise as rw
+from rankwise.errors import DataError, OptionError, need
+from rankwise.recipe import Recipe
+from rankwise.store.atomic import replace_file
+from rankwise.train.data import Collator, Example, check_isolation, pack, read, tokenize
+from rankwise.train.evaluate import evaluate
+from rankwise.train.trainer import Reference, bridge, trainer_class
+
+STAGES = ("pt", "sft", "dpo")
+#: TrainingArguments that a run has unless it says otherwise
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4, "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "logging_steps": 5,
+    "report_to": "none", "save_strategy": "epoch", "save_total_limit": 2, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run gave: its handle, figures before and after, and where its files are."""
+
+    adapter: Any
+    metrics: dict[str, Any]
+    output_dir: Path
+    plot: Path | None = None
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: str | Path | Iterable[Mapping[str, Any]],
+    recipe: Recipe | Mapping[str, Any] | str = "lora",
+    *,
+    output_dir: str | Path,
+    stage: str = "sft",
+    eval_data: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    packing: bool = True,
+    max_length: int = 512,
+    overlong: str = "auto",
+    name: str = "default",
+    resume: bool | str = False,
+    **arguments: Any,
+) -> Result:
+    """Attach an adapter, train it, and write adapter, metrics, log and plot to ``output_dir``.
+
+    Args:
+        data: a file, a folder or records; see :mod:`rankwise.train.data.readers`.
+        stage: pt (all of a text), sft (completions and the assistant's part) or dpo (preference pairs, through TRL).
+        packing: several documents a row, isolated; checked with one forward before the run.
+        resume: True for the newest whole checkpoint in ``output_dir``, or a checkpoint's path.
+        arguments: transformers' TrainingArguments.
+
+    Returns:
+        Result with ``metrics`` (loss before and after on ``eval_data``, or on a tenth kept aside).
+
+    Raises:
+        DataError, OptionError, RecipeError and the rest of the family, before the first step where they can be known.
+    """
+    try:
+        from transformers import TrainingArguments, set_seed
+    except ImportError as error:
+        raise need("transformers", "hf", "rw.train") from error
+    if stage not in STAGES:
+        raise OptionError(f"stage is {', '.join(STAGES)}; it is {stage!r}.")
+    recipe = Recipe.of(recipe)
+    out = Path(output_dir)
+    records = read(data)
+    if stage == "dpo":
+        return _dpo(model, tokenizer, records, recipe, out, name, max_length, arguments)
+    if stage == "pt" and records[0].kind != "text":
+        raise DataError(
+            f"stage='pt' learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use stage='sft'."
+        )
+    examples = tokenize(records, tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
+    if len(examples) == 1 and records[0].kind == "text" and eval_data is None:
+        eval_examples = examples
+    elif eval_data is not None:
+        eval_examples = tokenize(read(eval_data), tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
+    else:
+        cut = max(1, len(examples) // 10)
+        examples, eval_examples = (examples[:-cut], examples[-cut:]) if len(examples) > 1 else (examples, examples)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    rows: Sequence[Any] = examples
+    if packing:
+        check_isolation(model, getattr(model.config, "vocab_size", 100))  # type: ignore[union-attr]
+        rows = pack(examples, max_length)
+    collator = Collator.for_model(model, pad)
+    args = _arguments(TrainingArguments, out, arguments, remove_unused_columns=False)
+    set_seed(args.seed)
+    adapter = rw.attach(model, recipe, calibration=_calibration(rows, collator, model), name=name)
+    with rw.view(model, {}):
+        before = evaluate(model, eval_examples, pad_id=pad)
+    trainer = trainer_class()(
+        model=model, adapter=adapter, args=args, train_dataset=_Rows(rows), data_collator=collator, processing_class=tokenizer,
+    )  # fmt: skip
+    result = trainer.train(resume_from_checkpoint=resume)
+    after = evaluate(model, eval_examples, pad_id=pad)
+    return _finish(
+        adapter, trainer, out, {"before": before, "after": after, "train": result.metrics, "trainable": adapter.by_role()}
+    )
+
+
+class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, rows: Sequence[Any]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[i]
+
+
+def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> Any:
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            from rankwise.errors import nearest
+
+            raise OptionError(f"There is no training argument {key!r}; {nearest(key, fields)}")
+    settings = {k: v for k, v in DEFAULTS.items() if k in fields} | dict(given) | fixed
+    if not torch.cuda.is_available() and "use_cpu" in fields:
+        settings.setdefault("use_cpu", True)
+    return cls(output_dir=str(out), **settings)
+
+
+def _calibration(
+    rows: Sequence[Any], collator: Collator, model: nn.Module, batches: int = 8, size: int = 4
+) -> list[dict[str, Any]]:
+    chunks = [rows[i : i + size] for i in range(0, min(len(rows), batches * size), size)]
+    return [collator(c) for c in chunks]
+
+
+def _finish(adapter: Any, trainer: Any, out: Path, metrics: dict[str, Any]) -> Result:
+    adapter.save(out / "adapter")
+    log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    replace_file(out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in log).encode())
+    replace_file(out / "metrics.json", json.dumps(metrics, indent=2, default=float).encode())
+    return Result(adapter, metrics, out, _plot(log, out / "loss.svg"))
+
+
+def _plot(log: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    points = [(e["step"], e["loss"]) for e in log if "loss" in e]
+    if len(points) < 2:
+        return None
+    try:
+        import matplotlib
+    except ImportError:
+        return None  # plots are an extra; the log holds the numbers
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.5, 3.4), constrained_layout=True)
+    ax.plot(*zip(*points, strict=True), lw=1.6)
+    ax.set(xlabel="step", ylabel="loss")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def _dpo(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[Any],
+    recipe: Recipe,
+    out: Path,
+    name: str,
+    max_length: int,
+    given: Mapping[str, Any],
+) -> Result:
+    """Preference training by TRL's DPOTrainer; the reference is the same weights under the empty view."""
+    try:
+        import datasets
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise need("trl", "rl", "stage='dpo'") from error
+    if records[0].kind != "preference":
+        raise DataError(
+            f"stage='dpo' learns preference pairs (prompt, chosen, rejected), but the data holds {records[0].kind} records ({records[0].where})."
+        )
+    args = _arguments(
+        DPOConfig, out, {"max_length": max_length, "learning_rate": 5e-5, **given}, bf16=bool(given.get("bf16", False))
+    )
+    adapter = rw.attach(model, recipe, name=name)
+    trainer = bridge(DPOTrainer)(
+        model=model, ref_model=Reference(adapter), adapter=adapter, args=args, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([dict(r.fields) for r in records]),
+    )  # fmt: skip
+    result = trainer.train()
+    log = [e for e in trainer.state.log_history if "rewards/accuracies" in e]
+    metrics = {
+        "train": result.metrics,
+        "first": log[0] if log else {},
+        "last": log[-1] if log else {},
+        "trainable": adapter.by_role(),
+    }
+    return _finish(adapter, trainer, out, metrics)
+
+
+__all__ = ["DEFAULTS", "Example", "Result", "train"]

@@ -1,0 +1,248 @@
+"""The bridge to transformers' Trainer, and to any trainer built on it (TRL's): ``bridge(Trainer)``.
+
+The Trainer keeps its loop; the Session's events hang in it: ``step_begin`` on the callback of that name, the penalty in
+``compute_loss``, the checks after the first backward, everything else inside the one optimiser's ``step``.  A checkpoint
+holds the adapter, the optimiser's and the parts' state, never the base.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ArtefactError, TrainingError, need
+from rankwise.store.atomic import replace_file
+from rankwise.train.session import Session
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+
+RUN_STATE = "rankwise_run.pt"  # written last: a checkpoint without it is not whole
+
+
+def bridge(base: type) -> type:
+    """A subclass of a Trainer class that trains an attached adapter.
+
+    The class takes one more argument, ``adapter``; ``weight_decay``, ``learning_rate`` and the schedule are those of its
+    TrainingArguments.
+    """
+    return _bridge(base)
+
+
+@functools.cache
+def _bridge(base: type) -> type:
+    from transformers import TrainerCallback
+
+    class Events(TrainerCallback):
+        def __init__(self, trainer: Any):
+            self.trainer = trainer
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            session = self.trainer.session
+            session._begun = session.routed = False  # the Trainer counts micro-batches itself
+            session.routed = self.trainer._routed
+            session.step_begin()
+            session._stop_recording()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.trainer.session.close()
+
+    class Bridged(base):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, adapter: Adapter, **kwargs: Any):
+            self.adapter = adapter
+            model = adapter.model
+            vouched = getattr(model, "_hf_peft_config_loaded", None)
+            if getattr(model, "is_quantized", False):
+                model._hf_peft_config_loaded = True  # an adapter is attached, so a quantised base may be trained on
+            try:
+                super().__init__(*args, **kwargs)
+            finally:
+                if getattr(model, "is_quantized", False):
+                    model._hf_peft_config_loaded = vouched
+            self.add_callback(Events(self))
+            self.session: Session | None = None
+            self._pending: Mapping[str, Any] | None = None
+            self._checked = False
+
+        # --- the optimiser is the Session's ---------------------------------------------------------------
+        def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+            a = self.args
+            ddp = a.parallel_mode.value == "distributed"
+            self.session = Session(
+                self.adapter.model, self.adapter, lr=a.learning_rate, total_steps=max(num_training_steps, 1), weight_decay=a.weight_decay,
+                schedule="constant", seed=a.seed, check=False, ddp=ddp,
+            )  # fmt: skip
+            self._routed = self.session.routed
+            self.session.optimizer.observers.insert(0, lambda ctx, grads: self._refuse_nonfinite(grads))
+            if self._routed:
+                from rankwise.routers.base import finish_step
+
+                self.session.optimizer.after.append(lambda ctx: finish_step(self.adapter.module))
+            self.optimizer = self.session.optimizer
+            self.create_scheduler(num_training_steps=num_training_steps, optimizer=self.optimizer)
+            if self._pending is not None:
+                self._restore_run(self._pending)
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                self.create_optimizer_and_scheduler(max(int(self.args.max_steps), 1))
+            return self.optimizer
+
+        def _refuse_nonfinite(self, grads: Mapping[str, Tensor]) -> None:
+            assert self.session is not None
+            self.session.refuse_nonfinite({n: self.session.optimizer.params[n].tensor for n in grads})
+
+        # --- loss, penalty and checks -----------------------------------------------------------------------
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            session = self.session
+            if session is None or not model.training:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            from contextlib import nullcontext
+
+            from rankwise.routers.base import recording
+
+            want = kwargs.pop("return_outputs", False)
+            plain = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+            with recording(self.adapter.module) if session.routed else nullcontext():
+                loss, outputs = super().compute_loss(model, inputs, *args, return_outputs=True, **kwargs)
+            if not torch.isfinite(loss):
+                from rankwise.train.guard import first_overflow
+
+                where = first_overflow(self.adapter.model, plain)
+                raise TrainingError(
+                    f"The loss is {loss.item()} at step {self.state.global_step + 1}"
+                    + (f"; the forward overflowed first at {where!r}" if where else "")
+                    + ". Nothing was updated; the last checkpoint is good. Lower the learning rate, or look at the batch."
+                )
+            session.run.step = session.optimizer.steps + 1
+            if session.losses or session.routed:
+                penalty = session.penalty(outputs, plain)
+                # a loss normalised by the tokens of all micro-batches is not divided again by the Trainer; the penalty must be
+                if getattr(self, "model_accepts_loss_kwargs", False) and kwargs.get("num_items_in_batch") is not None:
+                    penalty = penalty / max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
+                loss = loss + penalty.to(loss.device)
+            session._last = plain
+            return (loss, outputs) if want else loss
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            if not self._checked:
+                from rankwise.train.guard import check_first_backward
+
+                self._checked = True
+                self.adapter._roster.check_acted([self.adapter.name])
+                check_first_backward(self.adapter, self.adapter.named_parameters())
+            return loss
+
+        # --- checkpoints ------------------------------------------------------------------------------------
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            folder = output_dir or self.args.output_dir
+            self.adapter.save(folder)
+            if getattr(self, "processing_class", None) is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+        def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+            super()._save_checkpoint(model, trial)
+            assert self.session is not None
+            if self.args.should_save and not self.args.save_only_model:
+                import io
+
+                state = self.session.state_dict()
+                buffer = io.BytesIO()
+                torch.save({"budget": state["budget"], "steps": self.session.optimizer.steps, "checked": self._checked}, buffer)
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                if folder.is_dir():  # rotation may already have taken it
+                    replace_file(folder / RUN_STATE, buffer.getvalue())
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            restore_adapter(self.adapter, resume_from_checkpoint)
+            state = torch.load(os.path.join(resume_from_checkpoint, RUN_STATE), weights_only=True)
+            if self.session is None:
+                self._pending = state
+            else:
+                self._restore_run(state)
+
+        def _restore_run(self, state: Mapping[str, Any]) -> None:
+            assert self.session is not None
+            self._checked = bool(state["checked"])
+            if self.session.budget is not None:
+                self.session.budget.load_state_dict(state["budget"])
+                self.session.budget.start(self.session.run)
+
+        def _load_best_model(self) -> None:
+            restore_adapter(self.adapter, self.state.best_model_checkpoint)
+
+        def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+            if resume_from_checkpoint:
+                resume_from_checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    Bridged.__name__ = Bridged.__qualname__ = f"Rankwise{base.__name__}"
+    return Bridged
+
+
+def restore_adapter(adapter: Adapter, folder: str | Path) -> None:
+    """Copy a checkpoint's tensors into an adapter that is attached; never a second wrap, never a new init."""
+    from rankwise.files import _copy_in
+    from rankwise.store.native import load_native
+
+    tensors, head = load_native(folder)
+    if head["recipe"] != adapter.recipe.to_json():
+        raise ArtefactError(
+            f"The checkpoint in {folder} was made by another recipe ({head['recipe']}); resume with the recipe it was made by."
+        )
+    _copy_in(adapter, tensors)
+
+
+def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | None:
+    """The checkpoint to resume from: the one named, or the newest that is whole; TrainingError where there is none."""
+    if isinstance(wanted, str):
+        if not (Path(wanted) / RUN_STATE).exists():
+            raise TrainingError(
+                f"There is no whole checkpoint in {wanted!r} (it lacks {RUN_STATE}); name another, or leave the name out."
+            )
+        return wanted
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if (p / RUN_STATE).exists() and p.name.rpartition("-")[2].isdigit()]
+    if not found:
+        raise TrainingError(f"There is no whole checkpoint in {output_dir!r} to resume from; start without resume.")
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2])))
+
+
+def trainer_class() -> type:
+    """``bridge(transformers.Trainer)``."""
+    try:
+        from transformers import Trainer
+    except ImportError as error:
+        raise need("transformers", "hf", "The Trainer") from error
+    return bridge(Trainer)
+
+
+class Reference(nn.Module):
+    """The original model as a module of its own: the same weights, under the empty view, without gradient.
+
+    What TRL takes as ``ref_model``; its attributes are the model's, it holds no parameter, and its ``forward`` may be
+    replaced without touching the model's.
+    """
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        self.__dict__["adapter"] = adapter
+        self.__dict__["inner"] = adapter.model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.adapter.reference():
+            return self.inner(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter(())
