@@ -52,7 +52,8 @@ def leaves(x: Tensor, factors: Sequence[fused.Factor]) -> list[Tensor]:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def grads(y: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -325,7 +326,7 @@ def test_a_sibling_never_called_or_called_twice(made: list[int]) -> None:
 
     first, again = take(0), take(0)
     assert made == [9, 3]
-    assert torch.equal(first, again)
+    assert gap(first, again) < 1e-12  # to rounding: the widths differ
     late = take(2)
     assert made == [9, 3]  # the second call of one did not cost the others theirs
     dA = torch.autograd.grad((late * 2).sum(), As, allow_unused=True)
@@ -355,6 +356,15 @@ def test_never_the_h_of_another_input(made: list[int]) -> None:
         assert not take(1, x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert take(1, x).dtype == torch.bfloat16
+
+
+def test_a_sibling_called_after_backward(made: list[int]) -> None:
+    x, As, group = three()
+    for A in As:  # the same x, one site at a time: the shared graph is spent by the first backward
+        h = group.down(x, [A], lambda: [[a] for a in As])[0]
+        got = torch.autograd.grad(h.sum(), A)[0]
+        assert gap(got, torch.autograd.grad((x @ A.t()).sum(), A)[0]) < 1e-12
+    assert made == [9, 2, 9]
 
 
 def test_freed_with_x_and_one_cache_a_thread(made: list[int]) -> None:

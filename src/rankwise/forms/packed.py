@@ -159,8 +159,8 @@ _choices: dict[tuple[Any, ...], Choice] = {}
 def probe(out: int, inp: int, dtype: torch.dtype, rows: int = 1024, *, training: bool = True, device: str = "cpu") -> Choice:
     """How a frozen out×in product of ``rows`` rows runs best here; timed once per process, size class and thread count.
 
-    The candidate and the plain product run in turn, so a busy neighbour slows both; the median of the ratios
-    decides, and the candidate must win by a margin (15 % packed, 20 % widened) and agree in value.
+    The candidate and the plain product run in turn, so a busy neighbour slows both; the
+    candidate must win by a margin (15 % packed, 20 % widened) in the median and in the best run, and agree in value.
 
     Args:
         out, inp: the weight's shape (timed at 256, 512 or 1,024 a side).
@@ -213,20 +213,21 @@ def _probe(out: int, inp: int, rows: int, dtype: torch.dtype, training: bool, de
     )
 
 
-def _ratio(other: Any, plain: Any, most: int = 15) -> float:
-    """Median time of ``other`` over ``plain``, run in turn, at most 0.3 s after the third round."""
-    ratios: list[float] = []
+def _ratio(other: Any, plain: Any, most: int = 15, seconds: float = 0.6) -> float:
+    """Time of ``other`` over ``plain``, run in turn, three rounds at least.
+
+    The larger of the median ratio and the ratio of the fastest runs: a busy neighbour spoils one, rarely both.
+    """
+    times: list[tuple[float, float]] = []
     start = time.perf_counter()
-    for i in range(most):
-        seconds = []
-        for f in (other, plain):
-            t = time.perf_counter()
-            f()
-            seconds.append(time.perf_counter() - t)
-        ratios.append(seconds[0] / seconds[1])
-        if i >= 2 and time.perf_counter() - start > 0.3:
-            break
-    return statistics.median(ratios)
+    while len(times) < 3 or (len(times) < most and time.perf_counter() - start < seconds):
+        t = time.perf_counter()
+        other()
+        middle = time.perf_counter()
+        plain()
+        times.append((middle - t, time.perf_counter() - middle))
+    fastest = min(a for a, _ in times) / min(b for _, b in times)
+    return max(statistics.median(a / b for a, b in times), fastest)
 
 
 def choose(weight: Tensor, dtype: torch.dtype, rows: int = 1024, *, training: bool = True) -> Choice:
