@@ -27,6 +27,7 @@ def merge(
     into_base: Annotated[bool, typer.Option("--into-base", help="Write a whole model with the adapter folded in.")] = False,
     force: Annotated[bool, typer.Option(help="Keep a merge that fails its check.")] = False,
     set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the merge method.")] = None,
+    source_rank: Annotated[int | None, typer.Option(help="Cut sources to this rank first (needed for DoRA and the like).")] = None,
 ) -> None:
     """Merge adapters into one, or fold one into the base; the result is checked against its parts.
 
@@ -36,7 +37,7 @@ def merge(
 
     net, tokenizer = load_model(model)
     if len(adapters) > 1:
-        adapter = _combined(net, adapters, method, weights, set or ())
+        adapter = _combined(net, adapters, method, weights, set or (), source_rank)
     else:
         adapter = rw.load(net, adapters[0], name="merged")
     if not into_base:
@@ -64,7 +65,7 @@ def write_merged(model: Any, tokenizer: Any, to: str) -> None:
         model._modules["rankwise"] = roster
 
 
-def _combined(net: Any, folders: list[str], method: str, weights: str | None, settings: Any) -> Any:
+def _combined(net: Any, folders: list[str], method: str, weights: str | None, settings: Any, source_rank: int | None) -> Any:
     from rankwise.cli.common import _value
     from rankwise.merge import attach_merged
 
@@ -72,7 +73,7 @@ def _combined(net: Any, folders: list[str], method: str, weights: str | None, se
     if given is not None and len(given) != len(folders):
         raise OptionError(f"--weights has {len(given)} numbers for {len(folders)} adapters; give one each.")
     options = {k: _value(v) for k, _, v in (s.partition("=") for s in settings)}
-    return attach_merged(net, folders, method, given, **options)
+    return attach_merged(net, folders, method, given, source_rank=source_rank, **options)
 
 
 def convert(

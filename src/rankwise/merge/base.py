@@ -132,14 +132,19 @@ def _distance(a: LowRank, b: LowRank) -> float:
     return float(gap / size) if size > 0 else float(gap > 0)
 
 
-def read_state(model: nn.Module, folder: str | Path) -> AdapterState:
-    """A folder's adapter as a value against the untouched base of ``model``, which is left as it was."""
+def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None) -> AdapterState:
+    """A folder's adapter as a value against the untouched base of ``model``, which is left as it was.
+
+    ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.
+    """
     from rankwise.files import load
 
     name = f"__reading {folder}".replace("/", " ").replace("\\", " ")[:120]
     adapter = load(model, folder, name=name, activate=False)
     try:
-        return adapter.lower()
+        return adapter.lower(rank=rank)
+    except OptionError as error:
+        raise MergeError(f"{folder}: {error}") from error
     finally:
         adapter.detach()
 
@@ -170,10 +175,11 @@ def attach_merged(
     weights: Sequence[float] | None = None,
     *,
     name: str = "merged",
+    source_rank: int | None = None,
     **options: Any,
 ) -> Adapter:
-    """Read adapter folders, merge them, attach the result."""
-    states = [read_state(model, f) for f in folders]
+    """Read adapter folders (cut to ``source_rank`` where given), merge them, attach the result."""
+    states = [read_state(model, f, rank=source_rank) for f in folders]
     return attach_state(model, merge_states(states, weights, method, **options), name=name)
 
 

@@ -37,7 +37,7 @@ def bridge(base: type) -> type:
 
 @functools.cache
 def _bridge(base: type) -> type:
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     class Events(TrainerCallback):
         def __init__(self, trainer: Any):
@@ -66,6 +66,7 @@ def _bridge(base: type) -> type:
                 if getattr(model, "is_quantized", False):
                     model._hf_peft_config_loaded = vouched
             self.add_callback(Events(self))
+            self.remove_callback(PrinterCallback)  # our log is a file, and standard output the caller's
             self.session: Session | None = None
             self._pending: Mapping[str, Any] | None = None
             self._checked = False
@@ -239,10 +240,12 @@ class Reference(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
 
-    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.adapter.reference():  # around whatever forward TRL has put in this one's place
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.adapter.reference():
-            return self.inner(*args, **kwargs)
+        return self.inner.forward(*args, **kwargs)
 
     def parameters(self, recurse: bool = True) -> Any:
         return iter(())

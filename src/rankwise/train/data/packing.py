@@ -79,7 +79,8 @@ class Collator:
             same = document[:, :, None] == document[:, None, :]
             causal = torch.ones(longest, longest, dtype=torch.bool).tril()
             packed = {**batch, "position_ids": position}
-            return {**packed, "attention_mask": (same & causal)[:, None]} if self.mask else packed
+            # without a mask transformers tells documents by their positions, but only where no cache is made
+            return {**packed, "attention_mask": (same & causal)[:, None]} if self.mask else {**packed, "use_cache": False}  # type: ignore[dict-item]
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
         for i, r in enumerate(rows):
             mask[i, : len(r.input_ids)] = 1
@@ -116,7 +117,7 @@ def check_isolation(model: nn.Module, vocabulary: int) -> None:
     device = next(model.parameters()).device
     try:
         rows = pack([Example(b, b), Example(a, a)], 12)
-        packed = {k: v.to(device) for k, v in Collator.for_model(model, 0)(rows).items() if k != "labels"}
+        packed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in Collator.for_model(model, 0)(rows).items() if k != "labels"}
         whole = model(**packed).logits[0, 7:]
         alone = model(input_ids=torch.tensor([a], device=device)).logits[0]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
