@@ -28,7 +28,8 @@ def test_resume_is_bit_equal(name, options):
     b = make(name, other, lr=0.5, options=options, weight_decay=0.7, seed=99)  # all of it is restored from the file
     file.seek(0)
     b.load_state_dict(torch.load(file, weights_only=True))
-    assert b.steps == 3 and b.seed == 3
+    assert (b.steps, b.seed, b.peak) == (3, 3, a.peak)
+    assert [g["lr"] for g in b.param_groups] == [g["lr"] for g in a.param_groups]
     walk(a, straight, 4, 8)
     walk(b, other, 4, 8)
     assert same(straight, other)
