@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import rankwise as rw
-from rankwise.errors import AttachError, ViewError
-from rankwise.errors import UnknownName
+from rankwise.errors import AttachError, UnknownName, ViewError
 from tests.models import FAMILIES, batch_for, llama, logits, move
 
 
@@ -45,7 +44,12 @@ def test_gradients_of_a_mixed_batch_equal_separate_runs() -> None:
         with rw.view(model, view, rows=rows):
             out = model(input_ids=batch["input_ids"][part]).logits
         out.square().sum().backward()
-        return {f"{n}{k}": p.grad.clone() for n, a in rw.adapters(model).items() for k, p in a.named_parameters().items() if p.grad is not None}
+        return {
+            f"{n}{k}": p.grad.clone()
+            for n, a in rw.adapters(model).items()
+            for k, p in a.named_parameters().items()
+            if p.grad is not None
+        }
 
     mixed = grads({"a": 1, "b": 1}, ["a", "a", "b", "b"], slice(0, 4))
     alone = {**grads({"a": 1}, None, slice(0, 2)), **grads({"b": 1}, None, slice(2, 4))}
@@ -139,7 +143,12 @@ def test_new_strengths_do_not_recompile() -> None:
     with torch.no_grad():
         for c in (1.0, 0.5, 0.25, 2.0):
             with rw.view(model, {"a": c}):
-                outs.append((compiled(input_ids=batch["input_ids"], use_cache=False).logits, model(input_ids=batch["input_ids"], use_cache=False).logits))
+                outs.append(
+                    (
+                        compiled(input_ids=batch["input_ids"], use_cache=False).logits,
+                        model(input_ids=batch["input_ids"], use_cache=False).logits,
+                    )
+                )
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in outs)
     assert not torch.allclose(outs[0][0], outs[1][0], atol=1e-4)
     assert counter.frame_count == 1, f"{counter.frame_count} compilations for four strengths"

@@ -32,7 +32,12 @@ def run(recipe: dict[str, Any], steps: int, each: Any = None, layers: int = 2, l
     return adapter, session
 
 
-ADALORA = {"form": "svd", "r": 6, "budget": {"name": "adalora", "target_r": 2, "every": 3, "warmup": 4, "final": 6}, "losses": ["orthogonality"]}
+ADALORA = {
+    "form": "svd",
+    "r": 6,
+    "budget": {"name": "adalora", "target_r": 2, "every": 3, "warmup": 4, "final": 6},
+    "losses": ["orthogonality"],
+}
 
 
 def test_adalora_follows_its_budget_and_masks_exactly() -> None:
@@ -129,7 +134,10 @@ def test_lisa_trains_one_block_and_frees_the_others_moments() -> None:
 
 def test_lisa_draws_uniformly() -> None:
     names = [str(i) for i in range(6)]
-    hits = sum((torch.tensor([n in sample(names, 2, generator(0, "lisa", str(t))) for n in names]).float() for t in range(600)), torch.zeros(6))
+    hits = sum(
+        (torch.tensor([n in sample(names, 2, generator(0, "lisa", str(t))) for n in names]).float() for t in range(600)),
+        torch.zeros(6),
+    )
     assert (hits / 600 - 2 / 6).abs().max() < 4 * (1 / 3 * 2 / 3 / 600) ** 0.5
 
 

@@ -57,7 +57,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_from_data_to_a_merged_model(capsys: Any, data: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    code, text, err = call(capsys, "train", "--model", "base", "--data", str(data), "--out", run, "--set", "form.r=4", "--steps", "4", "--lr", "0.002", "--batch", "2", "--max-length", "96", "--json")
+    code, text, err = call(
+        capsys,
+        "train",
+        "--model",
+        "base",
+        "--data",
+        str(data),
+        "--out",
+        run,
+        "--set",
+        "form.r=4",
+        "--steps",
+        "4",
+        "--lr",
+        "0.002",
+        "--batch",
+        "2",
+        "--max-length",
+        "96",
+        "--json",
+    )
     assert code == 0, err
     metrics = json.loads(text[text.index("{") :])
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
@@ -71,7 +91,9 @@ def test_from_data_to_a_merged_model(capsys: Any, data: Path, tmp_path: Path) ->
     assert code == 0 and scores[adapter]["loss"] < scores["base"]["loss"]
     assert call(capsys, "convert", adapter, "--model", "base", "--out", str(tmp_path / "peft"))[0] == 0
     assert (tmp_path / "peft/adapter_config.json").exists()
-    code, text, _ = call(capsys, "merge", adapter, str(tmp_path / "peft"), "--model", "base", "--method", "cat", "--out", str(tmp_path / "both"))
+    code, text, _ = call(
+        capsys, "merge", adapter, str(tmp_path / "peft"), "--model", "base", "--method", "cat", "--out", str(tmp_path / "both")
+    )
     assert code == 0 and "wrote" in text
     code, text, _ = call(capsys, "merge", adapter, "--model", "base", "--into-base", "--out", str(tmp_path / "merged"))
     assert code == 0 and "logits before and after" in text
@@ -84,7 +106,11 @@ def test_from_data_to_a_merged_model(capsys: Any, data: Path, tmp_path: Path) ->
 def test_plan_methods_and_doctor(capsys: Any) -> None:
     code, text, _ = call(capsys, "plan", "--model", "base", "--form", "dora", "--set", "form.r=16", "--json")
     plan = json.loads(text)
-    assert code == 0 and plan["trainable"] == sum(r["trainable"] for r in plan["roles"]) and {r["role"] for r in plan["roles"]} == set("q k v o gate up down".split())
+    assert (
+        code == 0
+        and plan["trainable"] == sum(r["trainable"] for r in plan["roles"])
+        and {r["role"] for r in plan["roles"]} == set(["q", "k", "v", "o", "gate", "up", "down"])
+    )
     code, text, _ = call(capsys, "methods", "--json")
     found = {m["name"]: m for m in json.loads(text)}
     cards = {"mos": "034", "paca": "041", "pissa": "086", "eva": "046", "lora_ga": "027", "adalora": "203", "lisa": "078", "galore": "087",
@@ -107,7 +133,10 @@ def test_plan_methods_and_doctor(capsys: Any) -> None:
         (["plan", "--model", "base", "--set", "form.r=0"], "r = 0"),
         (["plan", "--model", "base", "--set", "r=4096"], "largest possible rank"),
         (["plan", "--model", "base", "--set", "alpha=-2"], "alpha is a positive number"),
-        (["plan", "--model", "base", "--form", "paca", "--init", "pissa"], "'pissa' needs a form that gives 'fill:A', but the form 'paca'"),
+        (
+            ["plan", "--model", "base", "--form", "paca", "--init", "pissa"],
+            "'pissa' needs a form that gives 'fill:A', but the form 'paca'",
+        ),
         (["plan", "--model", "/no/such/model"], "neither a folder"),
         (["plan", "--model", "base", "--set", "rubbish"], "field=value"),
         (["plan"], "Missing option"),
@@ -130,7 +159,7 @@ def test_an_adapter_of_another_base_says_what_differs(capsys: Any, tmp_path: Pat
 
     rw.attach(llama(), {"r": 2}).save(tmp_path)
     code, _, err = call(capsys, "eval", "--model", "base", "--adapter", str(tmp_path), "--data", "email")
-    assert code == 2 and "another base" in err and "×" in err or "[" in err
+    assert (code == 2 and "another base" in err and "×" in err) or "[" in err
 
 
 def test_values_of_set() -> None:
@@ -146,7 +175,10 @@ def test_importing_is_light() -> None:
         "heavy = [m for m in ('peft', 'trl', 'datasets', 'matplotlib', 'scipy', 'bitsandbytes', 'typer') if m in sys.modules and m not in before] if (before := set()) is None else [];"
         "print(took)"
     )
-    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]) for _ in range(2))
+    took = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+        for _ in range(2)
+    )
     assert took < 1.5, f"import rankwise took {took:.2f} s"  # the figure itself (≤ 0.3 s) is the benchmark's
     clean = subprocess.run(
         [sys.executable, "-c", "import sys, rankwise; print([m for m in ('transformers','peft','trl','datasets','matplotlib','scipy','bitsandbytes','typer','rich') if m in sys.modules])"],

@@ -70,7 +70,9 @@ def test_every_trainable_tensor_moves_within_ten_steps(info: Any) -> None:
     still = set(before)
 
     def look() -> None:  # a budget may put a tensor back later; once is enough
-        still.difference_update([n for n, p in adapter.tensors(buffers=False).items() if n in still and not torch.equal(p, before[n])])
+        still.difference_update(
+            [n for n, p in adapter.tensors(buffers=False).items() if n in still and not torch.equal(p, before[n])]
+        )
 
     losses = train(model, adapter, lr=getattr(info.cls, "example_lr", 1e-2), after=look)
     assert not still, f"dead start: {sorted(still)[:3]} never moved"

@@ -10,8 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.delta import (
-    KINDS, LINEAR, AdapterState, BlockAffine, Columns, Conv, Delta, Dense, Embedding, Entries, Gated, Hadamard, Kron, LowRank, Replace, Rows,
-    Scale, Sum, Tile, rebuild,
+    KINDS,
+    LINEAR,
+    AdapterState,
+    BlockAffine,
+    Columns,
+    Conv,
+    Delta,
+    Dense,
+    Embedding,
+    Entries,
+    Gated,
+    Hadamard,
+    Kron,
+    LowRank,
+    Replace,
+    Rows,
+    Scale,
+    Sum,
+    Tile,
+    rebuild,
 )  # fmt: skip
 from rankwise.errors import MergeError, OptionError
 
@@ -134,7 +152,9 @@ def test_add_into_sums_wide_and_casts_once() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}, {"padding": (1, 1), "padding_mode": "circular"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}, {"padding": (1, 1), "padding_mode": "circular"}]
+)
 def test_convolutions(options: dict[str, Any], groups: int) -> None:
     conv = torch.nn.Conv2d(4, 6, (3, 2), groups=groups, dtype=D, **options)
     op = Conv(conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups, conv.padding_mode, 2)
@@ -201,7 +221,12 @@ def test_states_add_flatten_and_lower() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: LowRank(rand(3, IN), rand(OUT, 2)), lambda: Columns(torch.tensor([1]), rand(OUT, 2), IN), lambda: samples()["dense"] + Dense(rand(3, 3))]
+    "make",
+    [
+        lambda: LowRank(rand(3, IN), rand(OUT, 2)),
+        lambda: Columns(torch.tensor([1]), rand(OUT, 2), IN),
+        lambda: samples()["dense"] + Dense(rand(3, 3)),
+    ],
 )
 def test_wrong_shapes_are_refused_in_a_sentence(make: Any) -> None:
     with pytest.raises(OptionError, match=r"\."):

@@ -10,7 +10,9 @@ from torch import nn
 import rankwise as rw
 
 
-def one(recipe: dict[str, Any], inp: int = 12, out: int = 10, seed: int = 0, bias: bool = True, **more: Any) -> tuple[nn.Module, Any, Any]:
+def one(
+    recipe: dict[str, Any], inp: int = 12, out: int = 10, seed: int = 0, bias: bool = True, **more: Any
+) -> tuple[nn.Module, Any, Any]:
     """(model, adapter, the site's module)."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(inp, out, bias=bias))

@@ -14,7 +14,9 @@ def test_it_is_the_two_layer_network_of_its_block(mode: str) -> None:
     mlp = model.model.layers[0].mlp
     x = torch.randn(2, 5, 32)
     y0 = mlp(x)
-    adapter = rw.attach(model, {"form": {"name": "bottleneck", "mode": mode}, "r": 4, "alpha": 8, "targets": ["mlp"], "layers": [0]})
+    adapter = rw.attach(
+        model, {"form": {"name": "bottleneck", "mode": mode}, "r": 4, "alpha": 8, "targets": ["mlp"], "layers": [0]}
+    )
     move(adapter)
     d = adapter.sites["model.layers.0.mlp"]
     z = y0 if mode == "after" else x

@@ -40,10 +40,18 @@ def test_first_step_drop_is_constant_in_r_for_rslora_and_falls_for_lora() -> Non
 
 def test_rank_and_alpha_patterns() -> None:
     model = llama()
-    adapter = rw.attach(model, {"r": 4, "alpha": 8, "rank_pattern": {"q": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"k_proj": 32}})
+    adapter = rw.attach(
+        model, {"r": 4, "alpha": 8, "rank_pattern": {"q": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"k_proj": 32}}
+    )
     ranks = {n: d.A.shape[0] for n, d in adapter.sites.items()}
-    assert ranks["model.layers.0.self_attn.q_proj"] == 2 and ranks["model.layers.1.mlp.up_proj"] == 6 and ranks["model.layers.0.mlp.up_proj"] == 4
-    assert adapter.sites["model.layers.0.self_attn.k_proj"].scale == 8 and adapter.sites["model.layers.0.self_attn.q_proj"].scale == 4
+    assert (
+        ranks["model.layers.0.self_attn.q_proj"] == 2
+        and ranks["model.layers.1.mlp.up_proj"] == 6
+        and ranks["model.layers.0.mlp.up_proj"] == 4
+    )
+    assert (
+        adapter.sites["model.layers.0.self_attn.k_proj"].scale == 8 and adapter.sites["model.layers.0.self_attn.q_proj"].scale == 4
+    )
 
 
 def test_dropout_acts_in_training_only_and_not_on_the_base() -> None:

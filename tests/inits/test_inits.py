@@ -132,7 +132,15 @@ def test_eva_ignores_masked_tokens() -> None:
     labels = ids.clone()
     labels[:, 16:] = -100
     got = [
-        next(iter(rw.attach(llama(), {"init": "eva", "r": 2, "targets": ["q"], "layers": [0]}, calibration=[{"input_ids": x, "labels": labels}]).sites.values())).A
+        next(
+            iter(
+                rw.attach(
+                    llama(),
+                    {"init": "eva", "r": 2, "targets": ["q"], "layers": [0]},
+                    calibration=[{"input_ids": x, "labels": labels}],
+                ).sites.values()
+            )
+        ).A
         for x in (ids, noisy)
     ]
     assert torch.allclose(*got, atol=1e-5)
@@ -169,7 +177,11 @@ def test_site_gradients_equal_autograds() -> None:
     for family in ("llama", "gpt2", "mixtral", "phi3", "vit"):
         model = FAMILIES[family][0]()
         batch = batch_for(model)
-        sites = {n: s for n, s in find_sites(model).items() if s.spec.kind in ("linear", "experts", "conv") and s.spec.role not in ("router",)}
+        sites = {
+            n: s
+            for n, s in find_sites(model).items()
+            if s.spec.kind in ("linear", "experts", "conv") and s.spec.role not in ("router",)
+        }
         sites = {n: s for n, s in sites.items() if not s.spec.tie_group}  # a tied gradient has both ends in it
         if family == "mixtral":
             sites = {n: s for n, s in sites.items() if s.spec.rows is None}
@@ -202,7 +214,18 @@ def test_first_sgd_step_is_the_best_rank_2r_step() -> None:
     assert before.norm() > 0
 
 
-@pytest.mark.parametrize("options", [{"direction": "A2rBr"}, {"direction": "ArBr"}, {"direction": "random"}, {"size": "unit"}, {"size": "gd"}, {"size": "weight_svd"}, {"variant": "peft"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"direction": "A2rBr"},
+        {"direction": "ArBr"},
+        {"direction": "random"},
+        {"size": "unit"},
+        {"size": "gd"},
+        {"size": "weight_svd"},
+        {"variant": "peft"},
+    ],
+)
 def test_lora_ga_variants_start_at_the_base(options: dict) -> None:
     model = Loss()
     x = batches()[0]
@@ -255,7 +278,16 @@ def test_wrong_options_of_pissa(options: dict) -> None:
         one({"init": {"name": "pissa", **options}})
 
 
-@pytest.mark.parametrize(("init", "options"), [("eva", {"rho": 0.5}), ("eva", {"tau": 2}), ("lora_ga", {"direction": "up"}), ("lora_ga", {"gamma": 0}), ("loftq", {"iterations": 0})])
+@pytest.mark.parametrize(
+    ("init", "options"),
+    [
+        ("eva", {"rho": 0.5}),
+        ("eva", {"tau": 2}),
+        ("lora_ga", {"direction": "up"}),
+        ("lora_ga", {"gamma": 0}),
+        ("loftq", {"iterations": 0}),
+    ],
+)
 def test_wrong_options(init: str, options: dict) -> None:
     with pytest.raises(OptionError, match=f"'{init}'"):
         rw.Recipe(init={"name": init, **options})

@@ -49,7 +49,11 @@ def test_identical_sources_with_convex_weights(name: str) -> None:
 def test_order_of_sources_changes_nothing(name: str) -> None:
     a, b = source(0), source(1)
     options = KEEP.get(name, {})
-    assert torch.allclose(dense(merge_states([a, b], [0.7, 0.3], name, **options)), dense(merge_states([b, a], [0.3, 0.7], name, **options)), atol=1e-5)
+    assert torch.allclose(
+        dense(merge_states([a, b], [0.7, 0.3], name, **options)),
+        dense(merge_states([b, a], [0.3, 0.7], name, **options)),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +100,9 @@ def test_ties_trims_elects_and_averages() -> None:
     assert trim(a, 0.5).tolist() == [3, 0, 0, 2]
     got = TIES(density=1.0).merge([a, b, c], [1, 1, 1])
     assert got.tolist() == pytest.approx([2.5, 1.25, 0.2, -2.0])  # signs +, +, +, −; means over those that agree
-    assert TIES(density=1.0).merge([torch.tensor([5.0]), torch.tensor([-2.0])], [1, 1]).tolist() == [5.0], "the larger survives, undivided"
+    assert TIES(density=1.0).merge([torch.tensor([5.0]), torch.tensor([-2.0])], [1, 1]).tolist() == [5.0], (
+        "the larger survives, undivided"
+    )
 
 
 def test_lego_merges_shared_units_and_chooses_k() -> None:
@@ -105,7 +111,9 @@ def test_lego_merges_shared_units_and_chooses_k() -> None:
     assert doubled.sites["x"].exact_rank == 3
     assert torch.allclose(dense(doubled), dense(a), atol=1e-4), "twin units in one cluster return themselves"
     flipped = AdapterState({n: LowRank(-2 * d.A, -d.B / 2, d.scale) for n, d in a.sites.items()})
-    assert torch.allclose(dense(merge_states([a, flipped], [1.0, 1.0], "lego", rank=3, reweigh_output=False)), dense(a), atol=1e-4), "(−2a, −b/2) is the same unit"
+    assert torch.allclose(
+        dense(merge_states([a, flipped], [1.0, 1.0], "lego", rank=3, reweigh_output=False)), dense(a), atol=1e-4
+    ), "(−2a, −b/2) is the same unit"
     many = merge_states([a, source(1)], None, "lego", energy=0.9)
     assert 1 <= many.sites["x"].exact_rank <= 6
     full = merge_states([a, source(1)], [0.5, 0.5], "lego", rank=6, reweigh_output=False)
@@ -119,7 +127,10 @@ def test_lego_output_reweighting() -> None:
     assert torch.allclose(dense(scaled), 2**0.5 * dense(plain), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "kind", "options"), [("cat", "cat", {}), ("svd", "svd", {"svd_rank": 4}), ("linear", "linear", {}), ("ties", "ties", {"density": 0.5})])
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [("cat", "cat", {}), ("svd", "svd", {"svd_rank": 4}), ("linear", "linear", {}), ("ties", "ties", {"density": 0.5})],
+)
 def test_agreement_with_peft(name: str, kind: str, options: dict, tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
     folders = []

@@ -260,7 +260,9 @@ def test_arrow_equals_peft(library: list[str], tmp_path: Any) -> None:
         same.append(str(tmp_path / f"s{i}"))
     model = llama()
     rw.attach(model, {"targets": ["q_proj"], "router": {"name": "arrow", "adapters": same, "top_k": 2}})
-    theirs = peft.create_arrow_model(base_model=llama(), task_specific_adapter_paths=same, arrow_config=peft.ArrowConfig(top_k=2, rng_seed=0))
+    theirs = peft.create_arrow_model(
+        base_model=llama(), task_specific_adapter_paths=same, arrow_config=peft.ArrowConfig(top_k=2, rng_seed=0)
+    )
     batch = batch_for(model)
     assert torch.allclose(logits(theirs, batch), logits(model, batch), atol=1e-4)
 

@@ -16,7 +16,9 @@ def test_roles_of_a_llama() -> None:
     sites = find_sites(llama(tie=True))
     roles = {s.spec.role for s in sites.values() if s.spec.layer == 0 and s.spec.mode == "called"}
     assert roles == {"q", "k", "v", "o", "gate", "up", "down"}
-    assert sites["lm_head"].spec.role == "head" and sites["lm_head"].spec.tie_group == sites["model.embed_tokens"].spec.tie_group != ""
+    assert (
+        sites["lm_head"].spec.role == "head" and sites["lm_head"].spec.tie_group == sites["model.embed_tokens"].spec.tie_group != ""
+    )
     q, k = (sites[f"model.layers.0.self_attn.{n}_proj"] for n in "qk")
     assert q.spec.input_group == k.spec.input_group != "" and q.spec.out == 2 * k.spec.out
 
@@ -67,7 +69,15 @@ def test_specs_survive_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "count"), [("all-linear", 14), (["q_proj", "v_proj"], 4), (["q", "gate"], 4), (r".*\.1\..*proj", 7), (["model.layers.[01].mlp.*"], 6), (["lm_head"], 1)]
+    ("targets", "count"),
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["q", "gate"], 4),
+        (r".*\.1\..*proj", 7),
+        (["model.layers.[01].mlp.*"], 6),
+        (["lm_head"], 1),
+    ],
 )
 def test_targets(targets: object, count: int) -> None:
     assert len(resolve(find_sites(llama()), targets)) == count  # type: ignore[arg-type]
@@ -99,5 +109,9 @@ def test_whole_and_part_together_are_refused() -> None:
 def test_weights_that_another_forward_reads() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     sites = find_sites(model)
-    assert sites["0.in_proj_weight"].spec.mode == "read" and sites["0.out_proj"].spec.mode == "read" and sites["1.linear1"].spec.mode == "read"
+    assert (
+        sites["0.in_proj_weight"].spec.mode == "read"
+        and sites["0.out_proj"].spec.mode == "read"
+        and sites["1.linear1"].spec.mode == "read"
+    )
     assert sites["0.in_proj_weight[k]"].spec.rows == (8, 16)

@@ -52,7 +52,12 @@ def test_loss_is_on_the_completion_and_the_assistant_only(tokenizer: Any) -> Non
     eos = tokenizer.eos_token
     (done,) = tokenize(read([{"prompt": "def f():\n", "completion": "    return 1\n"}]), tokenizer, 64)
     assert learnt(done, tokenizer) == "    return 1\n" + eos and done.input_ids.count(tokenizer.eos_token_id) == 1
-    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "uno"}, {"role": "user", "content": "two"}, {"role": "assistant", "content": "dos"}]
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "uno"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "dos"},
+    ]
     (chat,) = tokenize(read([{"messages": turns}]), tokenizer, 256)
     said = learnt(chat, tokenizer)
     assert "uno" in said and "dos" in said and "one" not in said and "two" not in said
@@ -98,7 +103,11 @@ def test_bad_files(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"latin.txt:2 is not UTF-8: byte 0xe9 at offset 8"):
         read(tmp_path / "latin.txt")
     (tmp_path / "x.parquet").write_bytes(b"")
-    for bad, says in ((tmp_path / "x.parquet", "suffix"), (tmp_path / "none.txt", "no file"), (tmp_path / "empty", "neither text files")):
+    for bad, says in (
+        (tmp_path / "x.parquet", "suffix"),
+        (tmp_path / "none.txt", "no file"),
+        (tmp_path / "empty", "neither text files"),
+    ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=says):
             read(bad)
@@ -146,7 +155,9 @@ def test_documents_of_a_row_do_not_see_each_other_and_the_loss_is_the_padded_one
     batch = Collator.for_model(model, 0)(pack(docs, 24))
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    packed = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    packed = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     padded = evaluate(model, docs, pad_id=0)
     assert packed.item() == pytest.approx(padded["loss"] * padded["tokens"], rel=1e-4)
     row = pack([docs[3], docs[4]], 24)

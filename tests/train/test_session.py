@@ -42,7 +42,16 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
 
 def test_events_come_in_the_documented_order(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    model, adapter, session = start({"form": "svd", "r": 4, "budget": {"name": "adalora", "target_r": 2, "every": 1, "warmup": 1, "final": 2}, "losses": ["orthogonality"]}, accumulate=2, max_grad_norm=1.0)
+    model, adapter, session = start(
+        {
+            "form": "svd",
+            "r": 4,
+            "budget": {"name": "adalora", "target_r": 2, "every": 1, "warmup": 1, "final": 2},
+            "losses": ["orthogonality"],
+        },
+        accumulate=2,
+        max_grad_norm=1.0,
+    )
     before = adapter.sites["model.layers.0.mlp.up_proj"].A.detach().clone()
     for name in ("step_begin", "observe", "after_update"):
         inner = getattr(session.budget, name)
@@ -83,7 +92,10 @@ def test_a_nan_anywhere_changes_nothing_and_names_the_place(place: str) -> None:
     (loss + session.penalty(out, batch)).backward()
     if place == "gradient":
         adapter.trainable_parameters()[3].grad[0] = float("inf")
-    says = {"activation": "overflowed first at 'model.layers.1.mlp.up_proj'", "adapter": "overflowed first at 'model.layers.0.mlp"}.get(place, "was not taken")
+    says = {
+        "activation": "overflowed first at 'model.layers.1.mlp.up_proj'",
+        "adapter": "overflowed first at 'model.layers.0.mlp",
+    }.get(place, "was not taken")
     with pytest.raises(TrainingError, match=says):
         session.step()
     if hook is not None:
@@ -123,7 +135,10 @@ def test_wrong_options(options: dict) -> None:
         start(**options)
 
 
-@pytest.mark.parametrize(("schedule", "want"), [("linear", [0.5, 1.0, 0.75, 0.5, 0.25]), ("constant", [0.5, 1.0, 1, 1, 1]), ("cosine", [0.5, 1.0, 0.853553, 0.5, 0.146447])])
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [("linear", [0.5, 1.0, 0.75, 0.5, 0.25]), ("constant", [0.5, 1.0, 1, 1, 1]), ("cosine", [0.5, 1.0, 0.853553, 0.5, 0.146447])],
+)
 def test_schedules(schedule: str, want: list[float]) -> None:
     model, _, session = start(total_steps=5, schedule=schedule, warmup=1, lr=1.0)
     rates = []

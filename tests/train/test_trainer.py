@@ -15,7 +15,14 @@ from rankwise.assets import tasks
 from rankwise.errors import ArtefactError, DataError, OptionError, TrainingError
 from rankwise.train.trainer import RUN_STATE, whole_checkpoint
 
-ARGS: dict[str, Any] = {"per_device_train_batch_size": 2, "learning_rate": 2e-3, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}
+ARGS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 2e-3,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,13 @@ def test_a_run_learns_and_leaves_its_files(records: list, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [{"r": 4, "dropout": 0.1}, {"preset": "adalora", "r": 4, "budget": {"name": "adalora", "target_r": 2, "every": 1, "warmup": 1, "final": 2}}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"r": 4, "dropout": 0.1},
+        {"preset": "adalora", "r": 4, "budget": {"name": "adalora", "target_r": 2, "every": 1, "warmup": 1, "final": 2}},
+    ],
+)
 def test_resume_equals_not_stopping(records: list, tmp_path: Path, recipe: Any) -> None:
     whole = run(records, tmp_path / "a", recipe, max_steps=6)
     run(records, tmp_path / "b", recipe, max_steps=6, save_total_limit=None)
@@ -126,8 +139,20 @@ def test_trl_sft_trainer_through_the_bridge(records: list, tmp_path: Path) -> No
     model, tokenizer = assets.load_base()
     adapter = rw.attach(model, {"r": 4})
     before = {k: t.clone() for k, t in adapter.tensors().items()}
-    args = trl.SFTConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, max_length=64, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=1e-3)
-    trainer = bridge(trl.SFTTrainer)(model=model, adapter=adapter, args=args, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(records))
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        max_length=64,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        learning_rate=1e-3,
+    )
+    trainer = bridge(trl.SFTTrainer)(
+        model=model, adapter=adapter, args=args, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(records)
+    )
     trainer.train()
     assert any(not torch.equal(t, before[k]) for k, t in adapter.tensors().items())
     assert trainer.session.t == 3

@@ -48,7 +48,7 @@ def windows(tokenizer: Any, texts: Sequence[str], length: int, batch: int, seed:
     rows = []
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         rows += [[first, *ids[i : i + length - 1]] for i in range(0, len(ids) - length + 2, length - 1)]
     if len(rows) < batch:
         raise DataError(

@@ -117,7 +117,9 @@ def check_isolation(model: nn.Module, vocabulary: int) -> None:
     device = next(model.parameters()).device
     try:
         rows = pack([Example(b, b), Example(a, a)], 12)
-        packed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in Collator.for_model(model, 0)(rows).items() if k != "labels"}
+        packed = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in Collator.for_model(model, 0)(rows).items() if k != "labels"
+        }
         whole = model(**packed).logits[0, 7:]
         alone = model(input_ids=torch.tensor([a], device=device)).logits[0]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

@@ -101,7 +101,7 @@ def _render(tokenizer: Any, messages: Sequence[Any], prompt: bool) -> list[int]:
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _bos(tokenizer: Any) -> list[int]:
