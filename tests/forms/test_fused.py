@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.forms import fused
@@ -215,6 +216,7 @@ def test_keeps_x_and_the_r_wide_product_only(widen: bool) -> None:
         return [lora_linear(x, W, b, [f], h=h, widen=widen) for f, h in zip(factors, hs)]
 
     assert kept(shared, *own) == 40 * IN * 2 + 40 * R * size  # x and h once for the whole group
+    assert kept(lambda: shared_down(x, [A.detach() for A, _, _ in factors]), *own) == 0
     frozen = [(A.detach(), B.detach(), s) for A, B, s in factors]
     assert kept(lambda: lora_linear(x, W, b, frozen, widen=widen), W, *(t for A, B, _ in frozen for t in (A, B))) == 0
 
@@ -254,6 +256,9 @@ def test_torch_func_and_forward_mode() -> None:
     v = torch.ones_like(x)
     _, dy = torch.func.jvp(lambda x: lora_linear(x, W, b, f), (x.detach(),), (v,))
     assert gap(dy, naive(v, W, None, f)) < 1e-12
+    with forward_ad.dual_level():
+        y = lora_linear(forward_ad.make_dual(x.detach(), v), W, b, factors)
+        assert gap(forward_ad.unpack_dual(y).tangent, naive(v, W, None, f)) < 1e-12
     per_row = torch.func.vmap(torch.func.grad(lambda r: lora_linear(r, W, b, f).sum()))(x.detach().reshape(-1, IN))
     assert gap(per_row, torch.autograd.grad(naive(x, W, b, f).sum(), x)[0].reshape(-1, IN)) < 1e-12
 
@@ -350,7 +355,7 @@ def test_never_the_h_of_another_input(made: list[int]) -> None:
     take(0, x)
     with torch.no_grad():
         As[2].mul_(3)  # an optimiser's step between two siblings
-        assert gap(take(2, x), x @ As[2].t()) < 1e-5
+    assert gap(take(2, x), x @ As[2].t()) < 1e-5
     take(0, x)
     with torch.no_grad():
         assert not take(1, x).requires_grad
@@ -416,6 +421,7 @@ def test_a_changed_weight_is_not_answered_from_its_old_copy() -> None:
     other = torch.randn_like(W)
     same(lora_linear(x, other, b, factors, packed=p), x, other, b, factors, 1e-5)
     assert p.holds(W)
+    assert not p.holds(W[:5])  # the same memory, another tensor
     W.mul_(2)
     assert not p.holds(W)
     same(lora_linear(x, W, b, factors, packed=p), x, W, b, factors, 1e-5)
@@ -475,6 +481,7 @@ def test_probe_decides_by_time_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         assert product.nbytes() == 0
         ratio(0.9)
         assert pk.Product().how(W, W.dtype, 100, True) == (None, False)
+    ratio(0.5)
     assert pk.choose(nn.Parameter(torch.zeros(8, 8)), torch.float32).kind == pk.PLAIN  # trained: it would change
 
 
