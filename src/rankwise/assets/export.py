@@ -34,10 +34,12 @@ def export(run: Run, out: Path) -> None:
     """Writes the base of ``run`` to ``out`` as it will be loaded: measured after the rounding to bf16, not before."""
     from transformers import LlamaForCausalLM
 
-    shipped = LlamaForCausalLM(run.model.config).to(torch.bfloat16)
+    shipped: Any = LlamaForCausalLM(run.model.config)
+    shipped.to(torch.bfloat16)
     shipped.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in run.model.state_dict().items()})
     out.mkdir(parents=True, exist_ok=True)
     shipped.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; a wheel keeps the mode
     run.tokenizer.save_pretrained(out)
     card = render_card(run, measure(shipped.float().to(run.device), run.tokenizer))
     (out / "README.md").write_text(card, encoding="utf-8")

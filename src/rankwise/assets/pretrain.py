@@ -148,7 +148,8 @@ class Run:
         self.tokenizer = self._tokenizer()
         self.model = build_model(self.config, self.tokenizer).to(self.device)
         self.optimizer = make_optimizer(self.model, self.config)
-        self.step, self.seconds, self.progress, self.losses = 0, 0.0, 0.0, []
+        self.step, self.seconds, self.progress = 0, 0.0, 0.0
+        self.losses: list[float] = []
         if (self.work / "state.pt").exists():
             self._restore()
 

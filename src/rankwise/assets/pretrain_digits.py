@@ -23,7 +23,7 @@ def build_vit(seed: int = 0) -> Any:
         from transformers import ViTConfig, ViTForImageClassification
     except ImportError as e:
         raise errors.need("transformers", "hf", "Pretraining the image classifier") from e
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]  # num_labels is a setting of every config
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
         intermediate_size=128, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip

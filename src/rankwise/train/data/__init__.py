@@ -1,7 +1,14 @@
 """From the user's files to tokenised, loss-masked, packed examples."""
 
-from rankwise.train.data.packing import Collator, check_isolation, pack
-from rankwise.train.data.readers import Record, read
+from rankwise.train.data.collate import Collator, attention_for, tokens_of_loss
+from rankwise.train.data.images import read_images
+from rankwise.train.data.isolation import check_isolation
+from rankwise.train.data.layouts import Record
+from rankwise.train.data.packing import Packed, pack
+from rankwise.train.data.readers import read
+from rankwise.train.data.sampler import Sampler
 from rankwise.train.data.tokens import Example, tokenize
 
-__all__ = ["Collator", "Example", "Record", "check_isolation", "pack", "read", "tokenize"]
+__all__ = [
+    "Collator", "Example", "Packed", "Record", "Sampler", "attention_for", "check_isolation", "pack", "read", "read_images", "tokenize", "tokens_of_loss",
+]  # fmt: skip

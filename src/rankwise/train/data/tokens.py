@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rankwise.errors import DataError
-from rankwise.train.data.readers import Record
+from rankwise.errors import DataError, OptionError
+from rankwise.train.data.chat import IGNORED, chat_ids
+from rankwise.train.data.layouts import Record
 
-IGNORED = -100
+Overlong = Literal["auto", "error", "truncate", "split"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,90 +24,111 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def learns(self) -> bool:
+        """Whether a label is left once the first, which nothing comes before, is dropped."""
+        return any(label != IGNORED for label in self.labels[1:])
 
-def tokenize(
-    records: Sequence[Record], tokenizer: Any, max_length: int, *, overlong: Literal["auto", "error", "truncate", "split"] = "auto"
-) -> list[Example]:
-    """Examples of at most ``max_length`` tokens.
 
-    ``overlong``: what becomes of a longer record; auto splits texts into windows and refuses others by name, since a cut
-    completion teaches to stop in the middle.
+def tokenize(records: Sequence[Record], tokenizer: Any, max_length: int, *, overlong: Overlong = "auto") -> list[Example]:
+    """Examples of at most ``max_length`` tokens, in the order of the records.
+
+    A text begins as ``tokenizer(text)`` begins (with BOS where the tokenizer puts one) and ends with one EOS; so does a
+    completion.  A prompt is tokenised as it is when one generates from it.
+
+    Args:
+        overlong: what becomes of a longer record; auto splits texts into windows (every token in one of them) and refuses
+            others by name, since a cut completion teaches to stop in the middle.
 
     Raises:
         DataError: a record too long, or without a token to learn (with its file and line).
+        OptionError: ``max_length`` below 2, an unknown ``overlong``, or split for what is not a text.
     """
+    if overlong not in ("auto", "error", "truncate", "split"):
+        raise OptionError(f"overlong is auto, error, truncate or split; it is {overlong!r}.")
+    if max_length < 2:
+        raise OptionError(f"max_length is at least 2, for a token is learnt from the one before it; it is {max_length}.")
     out: list[Example] = []
     for record in records:
         example = _example(record, tokenizer)
-        if all(label == IGNORED for label in example.labels):
-            raise DataError(f"{record.where} has no token to learn from: the prompt is all of it.")
-        if len(example) <= max_length:
-            out.append(example)
-            continue
-        how = ("split" if record.kind == "text" else "error") if overlong == "auto" else overlong
-        if how == "error":
-            raise DataError(
-                f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise max_length, or give overlong='truncate'."
-            )
-        step = max_length
-        starts = range(0, len(example), step) if how == "split" else [0]
-        parts = [Example(example.input_ids[i : i + step], example.labels[i : i + step], record.where) for i in starts]
-        out += [p for p in parts if len(p) > 1 and any(label != IGNORED for label in p.labels)]
+        if not example.learns():
+            raise DataError(f"{record.where} has no token to learn from: {_why(record, example)}.")
+        out += [example] if len(example) <= max_length else _shorten(example, record, max_length, overlong)
     return out
+
+
+def _why(record: Record, example: Example) -> str:
+    if record.kind == "text":
+        return f"it has {len(example)} token"
+    if record.kind == "messages":
+        return "the chat template renders nothing of what the assistant says"
+    return "the prompt is all of it"
+
+
+def _shorten(example: Example, record: Record, max_length: int, overlong: Overlong) -> list[Example]:
+    how = ("split" if record.kind == "text" else "error") if overlong == "auto" else overlong
+    if how == "split" and record.kind != "text":
+        raise OptionError(
+            f"overlong='split' is for texts; a {record.kind} record ({record.where}, {len(example):,} tokens) would be parted from its prompt. "
+            "Raise max_length, or give overlong='truncate'."
+        )
+    if how == "error":
+        raise DataError(
+            f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise max_length, or give overlong='truncate'."
+        )
+    if how == "truncate":
+        cut = Example(example.input_ids[:max_length], example.labels[:max_length], record.where)
+        if not cut.learns():
+            raise DataError(
+                f"{record.where} has no token to learn from within max_length = {max_length:,}: its prompt alone is as long; shorten it or raise max_length."
+            )
+        return [cut]
+    return [Example(example.input_ids[a:b], example.labels[a:b], record.where) for a, b in _windows(len(example), max_length)]
+
+
+def _windows(n: int, size: int) -> list[tuple[int, int]]:
+    """Windows of ``size`` that cover n tokens once; a last one of a single token, which could learn nothing, borrows one."""
+    ends = [*range(size, n, size), n]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1 and size > 2:
+        ends[-2] -= 1
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _example(record: Record, tokenizer: Any) -> Example:
     if record.kind == "text":
-        ids = _bos(tokenizer) + _plain(tokenizer, record.fields["text"]) + _eos(tokenizer)
+        ids = closed([*opening(tokenizer), *plain(tokenizer, record.fields["text"])], tokenizer)
         return Example(ids, list(ids), record.where)
     if record.kind == "completion":
-        prompt = _bos(tokenizer) + _plain(tokenizer, record.fields["prompt"])
-        answer = _plain(tokenizer, record.fields["completion"]) + _eos(tokenizer)
+        prompt, answer = _parts(tokenizer, record.fields["prompt"], record.fields["completion"])
+        prompt, answer = [*opening(tokenizer), *prompt], closed(answer, tokenizer)
         return Example(prompt + answer, [IGNORED] * len(prompt) + answer, record.where)
     if record.kind == "messages":
-        return _chat(record, tokenizer)
+        return Example(*chat_ids(record.fields, tokenizer, record.where), record.where)
     raise DataError(f"{record.where} is a preference pair; train it with stage='dpo'.")
 
 
-def _chat(record: Record, tokenizer: Any) -> Example:
-    """Loss on what the assistant says, found by the template's own markers or by rendering prefixes and comparing."""
-    messages = record.fields["messages"]
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise DataError(
-            f"{record.where} holds messages, but this tokenizer has no chat template; set tokenizer.chat_template, or use prompt/completion."
-        )
-    if "{% generation" in template or "{%- generation" in template:
-        made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = made["input_ids"], made["assistant_masks"]
-        return Example(list(ids), [i if m else IGNORED for i, m in zip(ids, mask, strict=True)], record.where)
-    ids = _render(tokenizer, messages, False)
-    labels = [IGNORED] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
-        if ids[: len(after)] != after or after[: len(before)] != before:
-            raise DataError(
-                f"{record.where}: this chat template renders a conversation's beginning differently from the whole, so the assistant's part cannot be "
-                "found; add {% generation %} markers to the template."
-            )
-        labels[len(before) : len(after)] = ids[len(before) : len(after)]
-    return Example(ids, labels, record.where)
+def _parts(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Prompt and answer; together where that leaves the prompt's tokens as they are (a tokenizer that puts a blank before
+    all it is given would put one between them), else apart, so that the prompt is what one generates from."""
+    first, whole = plain(tokenizer, prompt), plain(tokenizer, prompt + answer)
+    if whole[: len(first)] == first:
+        return first, whole[len(first) :]
+    return first, plain(tokenizer, answer)
 
 
-def _render(tokenizer: Any, messages: Sequence[Any], prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    return _plain(tokenizer, text)
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain(tokenizer: Any, text: str) -> list[int]:
+    """Ids of the text alone, without the tokens that the tokenizer puts around it."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def opening(tokenizer: Any) -> list[int]:
+    """[BOS] where ``tokenizer(text)`` begins with it, else nothing: what is trained begins as what is generated from."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
 
 
-def _eos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def closed(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids with one EOS at their end, also where the text brings its own."""
+    eos = tokenizer.eos_token_id
+    while eos is not None and ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return ids if eos is None else [*ids, eos]
