@@ -205,7 +205,7 @@ class _LoraLinear(torch.autograd.Function):
             U = _stack_up(call, ups)
             dh = dy2 @ U.t() if need[2] or any(need[5 : 5 + k]) else None
             dx = None
-            if need[2]:
+            if need[2] and dh is not None:
                 dx = product.dx(dy2, weight, call.compute, call.packed)
                 if not ctx.given:
                     dx.addmm_(dh, _stack_down(downs, call.compute))

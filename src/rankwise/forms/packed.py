@@ -236,7 +236,7 @@ def choose(weight: Tensor, dtype: torch.dtype, rows: int = 1024, *, training: bo
         return Choice(PLAIN, 1.0, "not a plain frozen matrix")
     if weight.numel() < SMALL:
         return Choice(PLAIN, 1.0, f"{weight.shape[0]}×{weight.shape[1]} is too small to gain")
-    return probe(*weight.shape, dtype, rows, training=training, device=weight.device.type)
+    return probe(weight.shape[0], weight.shape[1], dtype, rows, training=training, device=weight.device.type)
 
 
 class Product:
