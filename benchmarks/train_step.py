@@ -6,6 +6,7 @@ python -m benchmarks.train_step [--rounds 9] [--tokens 1024] [--forms lora dora 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import rankwise as rw
-from benchmarks.common import device, interleaved, llama, ratios, write
+from benchmarks.common import RESULTS, device, interleaved, llama, ratios, write
 from rankwise.train.memory import saved_bytes
 
 PEFT = {"lora": {}, "dora": {"use_dora": True}}
@@ -77,10 +78,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--forms", nargs="*", default=["lora", "dora"])
+    parser.add_argument("--append", action="store_true", help="add to the results that are there")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     a = parser.parse_args()
     ids = torch.randint(0, 1024, (2, a.tokens // 2), device=device())
-    rows = []
+    rows = json.loads((RESULTS / "train_step.json").read_text())["rows"] if a.append else []
     for dtype in a.dtypes:
         kind = getattr(torch, dtype)
         for form in a.forms:
