@@ -75,14 +75,14 @@ def _marked(tokenizer: Any, template: str, messages: Sequence[Any], tools: Any, 
         from transformers.utils.chat_template_utils import render_jinja_template
     except ImportError as error:
         raise need("transformers", "hf", "A chat template") from error
-    known = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    known: dict[str, Any] = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     try:
-        texts, spans = render_jinja_template(
+        made: Any = render_jinja_template(
             conversations=[list(messages)], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **known
         )
     except Exception as error:  # a template may raise whatever it likes
         raise _refused(where, error) from error
-    return texts[0], [(int(a), int(b)) for a, b in spans[0]]
+    return made[0][0], [(int(a), int(b)) for a, b in made[1][0]]
 
 
 def _render(tokenizer: Any, messages: Sequence[Any], tools: Any, where: str, prompt: bool = False) -> str:

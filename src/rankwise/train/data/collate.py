@@ -27,7 +27,7 @@ Attention = Literal["mask", "additive", "varlen"]
 def attention_for(model: nn.Module) -> Attention:
     """How packed rows are given to this model: mask (sdpa), additive (eager adds what it is given, so a bool mask would
     mask nothing), or varlen (flash and flex attention, and windows)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = str(getattr(text, "_attn_implementation", "sdpa"))
     layers = [str(k) for k in getattr(text, "layer_types", None) or []]

@@ -54,7 +54,7 @@ def read_images(
 
 def _folder(
     path: Path, size: tuple[int, ...], channels: int, processor: Any | None
-) -> tuple[list[np.ndarray], list[int], list[str]]:
+) -> tuple[Sequence[np.ndarray], list[int], list[str]]:
     """uint8 H×W×C arrays; resized here already where no processor will, so that large pictures are not held."""
     try:
         from PIL import Image, UnidentifiedImageError
@@ -100,13 +100,13 @@ def _arrays(path: Path, channels: int) -> tuple[Sequence[np.ndarray], list[int],
         raise DataError(f"{path}: images are {images.shape} and labels {labels.shape}; expected N images and N labels, N ≥ 1.")
     if labels.dtype.kind in "US":
         names = sorted({str(x) for x in labels})
-        return _layout(images, channels, path), [names.index(str(x)) for x in labels], names
+        return list(_layout(images, channels, path)), [names.index(str(x)) for x in labels], names
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise DataError(f"{path}: labels are {labels.dtype} from {labels.min()}; expected integers from 0, or names.")
     names = [str(c) for c in data.get("classes", range(int(labels.max()) + 1))]
     if int(labels.max()) >= len(names):
         raise DataError(f"{path}: the largest label is {labels.max()}, but classes names {len(names)}.")
-    return _layout(images, channels, path), labels.tolist(), names
+    return list(_layout(images, channels, path)), [int(x) for x in labels], names
 
 
 def _layout(images: np.ndarray, channels: int, path: Path) -> np.ndarray:

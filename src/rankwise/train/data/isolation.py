@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def check_isolation(model: nn.Module, batch: Mapping[str, Any] | int) -> None:
     Raises:
         DataError: in this architecture documents of one row see each other, or it takes no packed row; use packing=False.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = str(getattr(text, "model_type", ""))
     words = [kind, *(str(k) for k in getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [])]
@@ -96,7 +97,7 @@ def _from_batch(batch: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
     best: tuple[list[int], list[int]] | None = None
     for ids, document in zip(batch["input_ids"].cpu(), documents_of(batch["position_ids"].cpu()), strict=True):
         parts = [p.tolist() for p in ids.split(torch.unique_consecutive(document, return_counts=True)[1].tolist())]
-        for a, b in zip(parts, parts[1:], strict=False):
+        for a, b in itertools.pairwise(parts):
             if min(len(a), len(b)) > 1 and (best is None or len(a) + len(b) < len(best[0]) + len(best[1])):
                 best = (a, b)
     return best

@@ -189,7 +189,9 @@ def _parquet(path: Path, fmt: str) -> list[Record]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} has the suffix of a Parquet file, but is none that can be read: {str(error).splitlines()[0]}"
+        ) from error
     return [record_of(row, f"{path}:[{i}]", fmt) for i, row in enumerate(rows)]
 
 
