@@ -23,7 +23,7 @@ def _needed(weight: Tensor | None, kind: str) -> Tensor:
 class Scale(Delta):
     """Δ = (diag(gain) − I)·W for ``axis="out"`` (gain: (…, out)), W·(diag(gain) − I) for ``"in"`` (gain: (…, in)).
 
-    ``other`` is the size of the axis that is not scaled, 0 where it is not known (then only shapes that ask are refused).
+    ``other`` is the size of the axis that is not scaled, 0 where it is not known; ``+`` and ``add_into`` learn it from the rest.
     """
 
     gain: Tensor
@@ -38,8 +38,8 @@ class Scale(Delta):
         n = self.gain.shape[-1]
         return torch.Size((*self.gain.shape[:-1], *((n, self.other) if self.axis == "out" else (self.other, n))))
 
-    def meta(self) -> dict[str, object]:
-        return {"axis": self.axis, "other": self.other}
+    def _sized(self, shape: torch.Size) -> Scale:
+        return self if self.other else dataclasses.replace(self, other=shape[-1] if self.axis == "out" else shape[-2])
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
         if self.axis == "out" and y is not None and self.gain.dim() == 1:
@@ -63,7 +63,7 @@ class Scale(Delta):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockAffine(Delta):
-    """Block row a of W in blocks of r×r: Δ_ab = W_ab·B_a + B_a, times ``strength``; blocks: (out/r, r, r) (Bone, "Bat")."""
+    """Block row a of W in blocks of r×r: Δ_ab = W_ab·B_a + B_a, times ``strength``; blocks: (…, out/r, r, r) (Bone, "Bat")."""
 
     blocks: Tensor
     in_features: int
@@ -72,22 +72,23 @@ class BlockAffine(Delta):
     needs_weight: bool = dataclasses.field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.blocks.dim() < 3 or self.blocks.shape[-1] != self.blocks.shape[-2]:
+            raise OptionError(f"Blocks of {tuple(self.blocks.shape)}; they are (…, out/r, r, r), one square a block row.")
         if self.in_features % self.blocks.shape[-1]:
             raise OptionError(f"Blocks of {self.blocks.shape[-1]} do not divide {self.in_features} inputs.")
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.blocks.shape[0] * self.blocks.shape[-1], self.in_features))
-
-    def meta(self) -> dict[str, object]:
-        return {"in_features": self.in_features, "strength": self.strength}
+        *lead, n, r, _ = self.blocks.shape
+        return torch.Size((*lead, n * r, self.in_features))
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
         W = _needed(weight, "block-affine")
-        n, r = self.blocks.shape[0], self.blocks.shape[-1]
-        cut = W.reshape(n, r, self.in_features // r, r).transpose(1, 2)
-        change = cut @ self.blocks[:, None] + self.blocks[:, None]
-        return change.transpose(1, 2).reshape(W.shape) * self.strength
+        dtype = torch.promote_types(W.dtype, self.dtype)
+        n, r = self.blocks.shape[-3:-1]
+        cut = W.to(dtype).reshape(*W.shape[:-2], n, r, self.in_features // r, r).transpose(-3, -2)
+        blocks = self.blocks.to(dtype).unsqueeze(-3)
+        return (cut @ blocks + blocks).transpose(-3, -2).reshape(self.shape) * self.strength
 
     def scaled(self, c: float | Tensor) -> BlockAffine:
         return dataclasses.replace(self, strength=self.strength * c)
@@ -105,9 +106,6 @@ class Replace(Delta):
     @property
     def shape(self) -> torch.Size:
         return self.new.shape
-
-    def meta(self) -> dict[str, object]:
-        return {"strength": self.strength}
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
         return (self.new - _needed(weight, "replace")) * self.strength

@@ -64,6 +64,11 @@ class Delta:
         """The rank of an exact low-rank form, or None where there is none."""
         return None
 
+    @property
+    def constant(self) -> bool:
+        """False where x decides the change, so that it is no single weight."""
+        return True
+
     def _exact(self) -> LowRank | None:
         """The exact low-rank form itself, where there is one."""
         return None
@@ -76,7 +81,7 @@ class Delta:
 
     def meta(self) -> dict[str, Any]:
         """What :func:`rebuild` needs beside the tensors, JSON-able."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         return {n: v for n, v in fields.items() if not isinstance(v, Tensor) and v is not None}
 
     @classmethod
@@ -112,9 +117,14 @@ class Delta:
         return sum(t.numel() for n, t in self.tensors().items() if (n in self.indices) == indices)
 
     def add_into(self, W: Tensor, weight: Tensor | None = None) -> Tensor:
-        """W + Δ as a new tensor: summed in fp32 (fp64 where W is), cast once to W's dtype."""
+        """W + Δ as a new tensor: Δ's own products and the sum in fp32 (fp64 where W is), cast once to W's dtype."""
+        delta = self._sized(W.shape)
+        if delta.shape != W.shape:
+            raise OptionError(f"A change of {tuple(self.shape)} does not fit a weight of {tuple(W.shape)}; give W as out×in.")
         wide = torch.float64 if W.dtype == torch.float64 else torch.float32
-        return (W.to(wide) + self.dense(W if weight is None and self.needs_weight else weight).to(wide)).to(W.dtype)
+        base = (W if weight is None else weight).to(torch.promote_types(wide, self.dtype)) if self.needs_weight else None
+        change = delta.map(lambda t: t.to(torch.promote_types(wide, t.dtype))).dense(base)
+        return (W.to(wide) + change.to(wide)).to(W.dtype)
 
     def transposed(self) -> Delta:
         """The change of Wᵀ."""
@@ -127,18 +137,34 @@ class Delta:
 
         if not isinstance(other, Delta):
             return NotImplemented
-        if self.shape != other.shape:
-            raise OptionError(
-                f"A change of {tuple(self.shape)} and one of {tuple(other.shape)} cannot be added; they are for different weights."
-            )
-        joined = self._join(other)
+        a, b = self._match(other, "added")
+        joined = a._join(b)
         if joined is None:
-            joined = other._join(self)
-        return joined if joined is not None else Sum((self, other))
+            joined = b._join(a)
+        return joined if joined is not None else Sum((a, b))
 
     def _join(self, other: Delta) -> Delta | None:
         """The sum as one value, where the kinds allow it."""
         return None
+
+    def _inner(self, other: Delta) -> Tensor | None:
+        """⟨Δ, Δ'⟩ in fp64 without an out×in matrix, where this kind knows how."""
+        return None
+
+    def _sized(self, shape: torch.Size) -> Delta:
+        """The same value for a weight of ``shape``, for a kind that may not know its own."""
+        return self
+
+    def _match(self, other: Delta, verb: str) -> tuple[Delta, Delta]:
+        a, b = self._sized(other.shape), other._sized(self.shape)
+        if a.shape != b.shape:
+            raise OptionError(
+                f"A change of {tuple(a.shape)} and one of {tuple(b.shape)} cannot be {verb}; they are for different weights."
+            )
+        return a, b
+
+    def _wide(self) -> Self:
+        return self.map(lambda t: t.double())
 
     def __neg__(self) -> Delta:
         return self.scaled(-1.0)
@@ -157,7 +183,7 @@ class Delta:
         Raises:
             OptionError: no exact form and neither given; both given; out of range.
         """
-        from rankwise.delta.lowrank import from_dense
+        from rankwise.delta.lowrank import cut
 
         if rank is not None and energy is not None:
             raise OptionError("to_lowrank takes rank or energy, not both.")
@@ -170,24 +196,35 @@ class Delta:
             return exact, 0.0
         if exact is not None:
             return exact.truncate(rank=rank, energy=energy)
-        return from_dense(self.dense(weight)).truncate(rank=rank, energy=energy)
+        W = self.dense(weight)
+        low, error = cut(*torch.linalg.svd(W.double(), full_matrices=False), rank=rank, energy=energy)
+        return low.to(W.dtype), error
 
     # --- geometry of values -------------------------------------------------------------------------------------
-    def inner(self, other: Delta) -> Tensor:
-        """⟨Δ, Δ'⟩ summed over all axes, fp64; through factors where both have them."""
-        a, b = self._exact(), other._exact()
-        if a is not None and b is not None:
-            return a.inner(b)
-        return (self.dense().double() * other.dense().double()).sum()
+    def inner(self, other: Delta, weight: Tensor | None = None) -> Tensor:
+        """⟨Δ, Δ'⟩ summed over all axes, fp64; through factors or entries where both sides allow it.
 
-    def norm(self) -> Tensor:
+        ``weight`` is the base weight, for kinds that need it.
+        """
+        a, b = self._match(other, "compared")
+        for p, q in ((a, b), (b, a)):
+            found = p._inner(q)
+            if found is not None:
+                return found
+        low = a._exact(), b._exact()
+        if low[0] is not None and low[1] is not None:
+            return low[0]._pair(low[1])
+        W = None if weight is None else weight.double()
+        return (a._wide().dense(W) * b._wide().dense(W)).sum()
+
+    def norm(self, weight: Tensor | None = None) -> Tensor:
         """‖Δ‖_F, fp64."""
-        return self.inner(self).clamp_min(0).sqrt()
+        return self.inner(self, weight).clamp_min(0).sqrt()
 
-    def cos(self, other: Delta) -> Tensor:
+    def cos(self, other: Delta, weight: Tensor | None = None) -> Tensor:
         """⟨Δ, Δ'⟩/(‖Δ‖·‖Δ'‖), fp64; 0 where one vanishes."""
-        size = self.norm() * other.norm()
-        return self.inner(other) / size if size > 0 else torch.zeros((), dtype=torch.float64)
+        size = self.norm(weight) * other.norm(weight)
+        return self.inner(other, weight) / size if size > 0 else torch.zeros((), dtype=torch.float64)
 
 
 def rebuild(kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:

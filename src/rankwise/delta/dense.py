@@ -36,12 +36,26 @@ class Dense(Delta):
         return Dense(self.value.mT)
 
     def _join(self, other: Delta) -> Delta | None:
-        return None if other.needs_weight or other.kind == "gated" else Dense(self.value + other.dense().to(self.value.dtype))
+        return None if other.needs_weight or not other.constant else Dense(self.value + other.dense())
+
+
+def _joined(parts: list[Delta]) -> list[Delta]:
+    """Each part folded into an earlier one of its own kind, where the kind can."""
+    out: list[Delta] = []
+    for p in parts:
+        for i, q in enumerate(out):
+            one = q._join(p) if type(q) is type(p) and q.shape == p.shape else None
+            if one is not None:
+                out[i] = one
+                break
+        else:
+            out.append(p)
+    return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sum(Delta):
-    """Σ parts, of unlike kinds; exact low rank where every part has one."""
+    """Σ parts; nested sums are flattened, parts of one kind joined; exact low rank where every part has one."""
 
     parts: tuple[Delta, ...]
     kind: ClassVar[str] = "sum"
@@ -50,6 +64,8 @@ class Sum(Delta):
         flat: list[Delta] = []
         for p in self.parts:
             flat += p.parts if isinstance(p, Sum) else [p]
+        known = next((p.shape for p in flat if 0 not in p.shape), None)
+        flat = _joined([p if known is None else p._sized(known) for p in flat])
         if not flat or len({p.shape for p in flat}) > 1:
             raise OptionError(f"A sum needs parts of one shape; it got {[tuple(p.shape) for p in flat]}.")
         object.__setattr__(self, "parts", tuple(flat))
@@ -67,6 +83,10 @@ class Sum(Delta):
     @property
     def device(self) -> torch.device:
         return self.parts[0].device
+
+    @property
+    def constant(self) -> bool:
+        return all(p.constant for p in self.parts)
 
     @property
     def exact_rank(self) -> int | None:

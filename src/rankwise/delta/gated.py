@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,26 @@ from rankwise.errors import MergeError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ConstantGate:
+    """The decision that does not look at x: one weight a component, (…, r); what a stored constant decision comes back as."""
+
+    weight: Tensor
+    constant: ClassVar[bool] = True
+
+    def dense(self, n: int | None = None, u: int | None = None) -> Tensor:
+        return self.weight
+
+    def gate(self) -> Tensor:
+        return self.weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Gated(Delta):
-    """Δy_n = B·(g_n ⊙ A·x_n), g from ``decision`` (anything with ``gate() -> (N, r) or (r,)`` and ``constant``), or x decides."""
+    """Δy_n = B·(g_n ⊙ A·x_n), g from ``decision``, or x decides through a router (None).
+
+    A decision has ``constant`` and ``dense(N, U)``, or ``gate()`` where its units are groups of components: (r,) or (N, r).
+    A file keeps a constant gate; one that depends on x belongs to its batch and is not kept.
+    """
 
     inner_value: LowRank
     decision: Any = None
@@ -42,13 +61,25 @@ class Gated(Delta):
         if not self.constant:
             return None
         A, B = self.inner_value.factors()
-        return LowRank(A, B * self.decision.gate())
+        return LowRank(A, B * self._gate().to(B)[..., None, :])
+
+    def _gate(self) -> Tensor:
+        d = self.decision
+        return d.gate() if hasattr(d, "gate") else d.dense(None, self.inner_value.r)
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
         if self.decision is None:
             raise MergeError("This change depends on x through a router; call the module that holds the router.")
+        exact = self._exact()
+        if exact is not None:
+            return exact.apply(x, y, op=op)
+        if op.channel_axis != -1:
+            raise MergeError(
+                "A gate for each row of a convolution has no rows to act on here; call the module that holds the router."
+            )
         A, B = self.inner_value.factors()
-        return op.pointwise(op.linear(x, A) * self.decision.gate().to(x.dtype), B)
+        h = op.linear(x, A)
+        return op.pointwise(h * self._gate().to(h.dtype), B)
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
         exact = self._exact()
@@ -61,12 +92,30 @@ class Gated(Delta):
     def scaled(self, c: float | Tensor) -> Gated:
         return dataclasses.replace(self, inner_value=self.inner_value.scaled(c))
 
-    def norm(self) -> Tensor:
-        """‖·‖ of the ungated change."""
-        return self.inner_value.norm()
+    def to_lowrank(
+        self, rank: int | None = None, energy: float | None = None, weight: Tensor | None = None
+    ) -> tuple[LowRank, float]:
+        if not self.constant:
+            self.dense()  # says what to do instead
+        return super().to_lowrank(rank, energy, weight)
+
+    def norm(self, weight: Tensor | None = None) -> Tensor:
+        """‖Δ‖ under a constant decision; else of the ungated change."""
+        exact = self._exact()
+        return self.inner_value.norm() if exact is None else exact.norm()
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.inner_value.tensors()
+        gate = {"gate": self._gate()} if self.constant else {}
+        return {**self.inner_value.tensors(), **gate}
+
+    def meta(self) -> dict[str, Any]:
+        return {"inner_value": self.inner_value.meta()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
+        pair = {n: t for n, t in tensors.items() if n != "gate"}
+        decision = ConstantGate(tensors["gate"]) if "gate" in tensors else None
+        return cls(LowRank(**{**meta["inner_value"], **pair}), decision)
 
     def map(self, fn: Any) -> Gated:  # type: ignore[override]
         return dataclasses.replace(self, inner_value=self.inner_value.map(fn))
@@ -74,11 +123,21 @@ class Gated(Delta):
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Gated:  # type: ignore[override]
         return dataclasses.replace(self, inner_value=self.inner_value.to(dtype, device))
 
-    def collapse(self, second: Tensor, cross: Tensor) -> tuple[LowRank, Tensor]:
-        """The constant core that fits best: M = G·S⁺ with S = E[z·zᵀ], G = E[(g⊙z)·zᵀ], both r×r; ΔW ≈ B·M·A.
+    def collapse(self, second: Tensor, cross: Tensor, gated: Tensor | None = None) -> tuple[LowRank, Tensor | None]:
+        """(the constant low-rank value that fits best, E‖B·(g⊙z − M·z)‖²), with z = A·x and M = G·S⁺; ΔW ≈ B·M·A.
 
-        Returns the value and what is left of E‖(g⊙z)‖² unexplained is the caller's to report from its own moments.
+        Exact where the decision is constant.  The residual needs the third moment and is None without it.
+
+        Args:
+            second: S = E[z·zᵀ], r×r.
+            cross: G = E[(g⊙z)·zᵀ], r×r.
+            gated: H = E[(g⊙z)·(g⊙z)ᵀ], r×r.
         """
-        M = cross.double() @ torch.linalg.pinv(second.double(), hermitian=True)
+        S, G = second.double(), cross.double()
+        M = G @ torch.linalg.pinv(S, hermitian=True)
         A, B = self.inner_value.factors()
-        return LowRank(A, (B.double() @ M).to(B.dtype)), M
+        wide, residual = self.inner_value._wide().factors()[1], None
+        if gated is not None:
+            left = gated.double() - M @ G.mT - G @ M.mT + M @ S @ M.mT
+            residual = ((wide.mT @ wide) * left).sum().clamp_min(0)
+        return LowRank(A, (wide @ M).to(B.dtype)), residual

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.errors import OptionError
+
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -16,17 +18,22 @@ class Geometry:
     """The geometry of a linear map on the last axis; the base of the others."""
 
     @property
+    def channel_axis(self) -> int:
+        """The axis of an output that its channels lie on."""
+        return -1
+
+    @property
     def factors(self) -> bool:
         """Whether B·A may be applied as A, then B."""
         return True
 
     def linear(self, x: Tensor, M: Tensor) -> Tensor:
-        """M: out×in applied to x (…, in) → (…, out)."""
-        return F.linear(x, M)
+        """M: out×in applied to x (…, in) → (…, out); a stack M: (E, out, in) acts on x (E, n, in), or on one x (n, in)."""
+        return F.linear(x, M) if M.dim() == 2 else x @ M.mT
 
     def pointwise(self, h: Tensor, B: Tensor) -> Tensor:
         """B: out×r applied to the result h of an earlier ``linear``."""
-        return F.linear(h, B)
+        return F.linear(h, B) if B.dim() == 2 else h @ B.mT
 
     def columns(self, x: Tensor, index: Tensor) -> Tensor | None:
         """x at input columns ``index``, or None where inputs are not columns of x."""
@@ -70,7 +77,12 @@ class Conv(Geometry):
     def factors(self) -> bool:
         return self.groups == 1
 
+    @property
+    def channel_axis(self) -> int:
+        return -1 - self.nd
+
     def linear(self, x: Tensor, M: Tensor) -> Tensor:
+        _one(M, "convolution")
         W = M.reshape(M.shape[0], -1, *self.kernel)
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -104,7 +116,13 @@ class Embedding(Geometry):
     padding_idx: int | None = None
 
     def linear(self, x: Tensor, M: Tensor) -> Tensor:
-        return F.embedding(x, M.mT, self.padding_idx)
+        return F.embedding(x, _one(M, "embedding").mT, self.padding_idx)
 
     def columns(self, x: Tensor, index: Tensor) -> Tensor | None:
         return None
+
+
+def _one(M: Tensor, what: str) -> Tensor:
+    if M.dim() != 2:
+        raise OptionError(f"A stack of changes {tuple(M.shape)} cannot act in one {what}; apply each of them, out×in, by itself.")
+    return M

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class LowRank(Delta):
             raise OptionError(
                 f"A: {tuple(self.A.shape)} and B: {tuple(self.B.shape)} do not fit; A is (…, r, in) and B (…, out, r)."
             )
+        *lead, r, _ = self.A.shape
+        if self.core is not None and tuple(self.core.shape) not in ((*lead, r), (*lead, r, r)):
+            raise OptionError(f"A core of {tuple(self.core.shape)} for A: {tuple(self.A.shape)}; it is (…, r) or (…, r, r).")
 
     @property
     def r(self) -> int:
@@ -56,7 +59,7 @@ class LowRank(Delta):
         return self.A, B if isinstance(self.scale, float) and self.scale == 1.0 else B * self.scale
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
-        if not op.factors or self.A.dim() > 2:
+        if not op.factors:  # a grouped convolution reads only a part of its input a channel: the kernel is made dense
             return op.linear(x, self.dense())
         return op.pointwise(op.linear(x, self.A) * self.scale, self._cored())
 
@@ -74,14 +77,14 @@ class LowRank(Delta):
         low = other if isinstance(other, LowRank) else None
         if low is None:
             return None
+        if self.core is None and low.core is None and isinstance(self.scale, float) and self.scale == low.scale:
+            return LowRank(torch.cat([self.A, low.A], -2), torch.cat([self.B, low.B], -1), self.scale)  # nothing is rounded
         (A, B), (C, D) = self.factors(), low.factors()
-        return LowRank(torch.cat([A, C.to(A.dtype)], -2), torch.cat([B, D.to(B.dtype)], -1))
+        return LowRank(torch.cat([A, C], -2), torch.cat([B, D], -1))
 
-    def inner(self, other: Delta) -> Tensor:
-        low = other._exact()
-        if low is None:
-            return super().inner(other)
-        (A, B), (C, D) = (tuple(t.double() for t in v.factors()) for v in (self, low))
+    def _pair(self, low: LowRank) -> Tensor:
+        """⟨Δ, Δ'⟩ through r×r' products, fp64."""
+        (A, B), (C, D) = self._wide().factors(), low._wide().factors()
         return ((B.mT @ D) * (A @ C.mT)).sum()
 
     # --- spectrum -------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ class LowRank(Delta):
         """Thin (U, S, Vh) in fp64, by QR of both factors and the SVD of the r×r core."""
         from rankwise.delta.solve import thin_svd_of_product
 
-        A, B = self.factors()
+        A, B = self._wide().factors()  # the scale is folded in fp64: the spectrum is of the value, not of a rounded copy
         return thin_svd_of_product(B, A)
 
     def singular_values(self) -> Tensor:
@@ -97,20 +100,8 @@ class LowRank(Delta):
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
         """The best value of a lower rank (per stack: one rank for all), √S on each side, and its relative error."""
-        U, S, Vh = self.svd()
-        total = S.square().sum()
-        if energy is not None:
-            if not 0 < energy <= 1:
-                raise OptionError(f"energy = {energy}; it is a share in (0, 1].")
-            held = S.square().cumsum(-1) / S.square().sum(-1, keepdim=True).clamp_min(1e-300)
-            rank = int((held < energy * (1 - 1e-12)).sum(-1).max()) + 1
-        if rank is None or rank < 1:
-            raise OptionError(f"rank = {rank}; a rank is at least 1.")
-        k = min(rank, S.shape[-1])
-        lost = S[..., k:].square().sum()
-        root = S[..., :k].sqrt()
-        A, B = root[..., :, None] * Vh[..., :k, :], U[..., :k] * root[..., None, :]
-        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype)), float((lost / total).sqrt()) if total > 0 else 0.0
+        low, error = cut(*self.svd(), rank=rank, energy=energy)
+        return LowRank(low.A.to(self.A.dtype), low.B.to(self.B.dtype)), error
 
     def canonical(self) -> LowRank:
         """The same Δ in a gauge of its own: √S on each side, the largest entry of each left vector positive."""
@@ -137,12 +128,34 @@ class LowRank(Delta):
         return LowRank(A.index_select(-2, index), B.index_select(-1, index))
 
     @classmethod
-    def zeros(cls, out: int, inp: int, r: int = 1, **kwargs: object) -> LowRank:
-        return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))  # type: ignore[arg-type]
+    def zeros(cls, out: int, inp: int, r: int = 1, **kwargs: Any) -> LowRank:
+        return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))
 
 
 def from_dense(W: Tensor) -> LowRank:
     """A full-rank pair of a dense change, by its SVD in fp64."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    root = S.sqrt()
-    return LowRank((root[..., :, None] * Vh).to(W.dtype), (U * root[..., None, :]).to(W.dtype))
+    return cut(U, S, Vh, rank=S.shape[-1])[0].to(W.dtype)
+
+
+def cut(U: Tensor, S: Tensor, Vh: Tensor, *, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
+    """The leading part of an SVD, √S on each side, and ‖what is left‖/‖Δ‖; a stack gets one rank, its largest need.
+
+    Raises:
+        OptionError: not one of rank ≥ 1 and 0 < energy ≤ 1 (the share of ‖Δ‖² that is kept).
+    """
+    if (rank is None) == (energy is None):
+        raise OptionError(f"Cutting a spectrum takes either rank or energy; it got rank = {rank}, energy = {energy}.")
+    total = S.square().sum(-1, keepdim=True)
+    if energy is not None:
+        if not 0 < energy <= 1:
+            raise OptionError(f"energy = {energy}; it is a share in (0, 1].")
+        short = S.square().cumsum(-1) < energy * (1 - 1e-12) * total  # nowhere true where Δ is zero
+        rank = int(short.sum(-1).max()) + 1
+    if rank is None or rank < 1:
+        raise OptionError(f"rank = {rank}; a rank is at least 1.")
+    k = min(rank, S.shape[-1])
+    root = S[..., :k].sqrt()
+    size = total.sum()
+    error = float((S[..., k:].square().sum() / size).sqrt()) if size > 0 else 0.0
+    return LowRank(root[..., :, None] * Vh[..., :k, :], U[..., :k] * root[..., None, :]), error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,26 @@ def _union(a: Tensor, va: Tensor, b: Tensor, vb: Tensor, axis: int) -> tuple[Ten
     index, where = torch.cat([a, b]).unique(sorted=True, return_inverse=True)
     shape = list(va.shape)
     shape[axis] = len(index)
-    values = torch.zeros(shape, dtype=va.dtype, device=va.device)
-    return index, values.index_add(axis, where, torch.cat([va, vb.to(va.dtype)], axis))
+    both = torch.cat([va, vb], axis)
+    return index, torch.zeros(shape, dtype=both.dtype, device=both.device).index_add(axis, where, both)
+
+
+class _Indexed(Delta):
+    """What the three kinds share: indices that come from a file are distinct and lie in the weight."""
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
+        value = super().from_tensors(tensors, meta)
+        index, span = value.index, value._span()  # type: ignore[attr-defined]
+        if index.is_floating_point() or index.dim() != 1:
+            raise OptionError(f"Indices are a list of integers; these are {tuple(index.shape)} of {index.dtype}.")
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < span and len(index.unique()) == len(index)):
+            raise OptionError(f"{len(index)} indices of {cls.kind} must be distinct and lie in 0…{span - 1}.")
+        return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Columns(Delta):
+class Columns(_Indexed):
     """Δ[…, :, index] = values: (…, out, k); index: (k,) int64, distinct."""
 
     index: Tensor
@@ -43,6 +58,9 @@ class Columns(Delta):
     def shape(self) -> torch.Size:
         return torch.Size((*self.values.shape[:-1], self.in_features))
 
+    def _span(self) -> int:
+        return self.in_features
+
     @property
     def exact_rank(self) -> int:
         return len(self.index)
@@ -53,7 +71,7 @@ class Columns(Delta):
         return LowRank(A.expand(*self.values.shape[:-2], *A.shape), self.values)
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
-        kept = op.columns(x, self.index) if self.values.dim() == 2 else None
+        kept = op.columns(x, self.index)
         return op.linear(x, self.dense()) if kept is None else op.linear(kept, self.values)
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
@@ -73,7 +91,7 @@ class Columns(Delta):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows(Delta):
+class Rows(_Indexed):
     """Δ[…, index, :] = values: (…, k, in)."""
 
     index: Tensor
@@ -92,12 +110,23 @@ class Rows(Delta):
     def shape(self) -> torch.Size:
         return torch.Size((*self.values.shape[:-2], self.out_features, self.values.shape[-1]))
 
+    def _span(self) -> int:
+        return self.out_features
+
     @property
     def exact_rank(self) -> int:
         return len(self.index)
 
     def _exact(self) -> LowRank:
         return self.transposed()._exact().transposed()
+
+    def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
+        if not op.factors:
+            return op.linear(x, self.dense())
+        h, axis = op.linear(x, self.values), op.channel_axis
+        shape = list(h.shape)
+        shape[axis] = self.out_features
+        return h.new_zeros(shape).index_copy(axis, self.index, h)
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
         return torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device).index_copy(-2, self.index, self.values)
@@ -116,7 +145,7 @@ class Rows(Delta):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Entries(Delta):
+class Entries(_Indexed):
     """Δ.flatten()[index] = values; index: (k,) int64, distinct, into out·in (leading axes included)."""
 
     index: Tensor
@@ -134,6 +163,9 @@ class Entries(Delta):
     def shape(self) -> torch.Size:
         return torch.Size(self.size)
 
+    def _span(self) -> int:
+        return self.shape.numel()
+
     def dense(self, weight: Tensor | None = None) -> Tensor:
         flat = torch.zeros(self.shape.numel(), dtype=self.values.dtype, device=self.values.device)
         return flat.index_copy(0, self.index, self.values).view(self.shape)
@@ -146,3 +178,20 @@ class Entries(Delta):
             return None
         index, values = _union(self.index, self.values, other.index, other.values, 0)
         return Entries(index, values, self.size)
+
+    def _inner(self, other: Delta) -> Tensor | None:
+        """Only at the entries held: those that both hold, or the rows and columns of a pair."""
+        mine = self.values.double()
+        if isinstance(other, Entries):
+            found, at = torch.cat([self.index, other.index]).unique(return_inverse=True)
+            a, b = (mine.new_zeros(len(found)) for _ in range(2))
+            k = len(self.index)
+            return a.index_copy(0, at[:k], mine) @ b.index_copy(0, at[k:], other.values.double())
+        low = other._exact()
+        if low is None:
+            return None
+        A, B = low._wide().factors()
+        out, inp = self.shape[-2:]
+        row, column = self.index // inp, self.index % inp
+        left, right = B.reshape(-1, B.shape[-1]), A.mT.reshape(-1, A.shape[-2])  # (stack·out)×r, (stack·in)×r
+        return ((left[row] * right[row // out * inp + column]).sum(-1) * mine).sum()

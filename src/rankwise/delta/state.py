@@ -26,7 +26,11 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterState:
-    """``sites``: name → Delta; ``full``: other whole tensors; ``meta``: plain data (errors made, provenance)."""
+    """``sites``: name → Delta; ``full``: other whole tensors; ``meta``: plain data (errors made, provenance).
+
+    Names are always in sorted order.  ``scaled``, ``inner``, ``norm`` and ``cos`` are of the changes at the sites; whole
+    tensors (heads, norms) are values, not changes, and stay as they are.
+    """
 
     sites: Mapping[str, Delta]
     full: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -34,6 +38,7 @@ class AdapterState:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", {n: self.sites[n] for n in sorted(self.sites)})
+        object.__setattr__(self, "full", {n: self.full[n] for n in sorted(self.full)})
 
     def map(self, fn: Callable[[Delta], Delta]) -> AdapterState:
         return AdapterState({n: fn(d) for n, d in self.sites.items()}, self.full, self.meta)
@@ -42,7 +47,15 @@ class AdapterState:
         return self.map(lambda d: d.scaled(c))
 
     def to(self, dtype: torch.dtype | None = None, device: Any = None) -> AdapterState:
-        return self.map(lambda d: d.to(dtype, device))
+        """Changes and whole tensors in another dtype (floating ones) or on another device."""
+        full = {n: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for n, t in self.full.items()}
+        return dataclasses.replace(self.map(lambda d: d.to(dtype, device)), full=full)
+
+    def detach(self) -> AdapterState:
+        return dataclasses.replace(self.map(lambda d: d.detach()), full={n: t.detach() for n, t in self.full.items()})
+
+    def clone(self) -> AdapterState:
+        return dataclasses.replace(self.map(lambda d: d.clone()), full={n: t.clone() for n, t in self.full.items()})
 
     def __add__(self, other: AdapterState) -> AdapterState:
         if self.full or other.full:
@@ -82,20 +95,34 @@ class AdapterState:
         return sum(d.numel() for d in self.sites.values()) + sum(t.numel() for t in self.full.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Floating tensors by ``site::field``, in canonical order, then the whole ones."""
-        out = {f"{n}::{k}": t for n, d in self.sites.items() for k, t in sorted(d.tensors().items()) if k not in d.indices}
-        return {**out, **{k: self.full[k] for k in sorted(self.full)}}
+        """Floating tensors by ``site::field``, in canonical order, then the whole ones; indices say where and are no numbers."""
+        out = {f"{n}::{k}": t for n, d in self.sites.items() for k, t in sorted(d.tensors().items()) if t.is_floating_point()}
+        return {**out, **self.full}
 
     def spec(self) -> TensorSpec:
         return TensorSpec(tuple((n, tuple(t.shape), t.dtype) for n, t in self.tensors().items()))
 
-    def flatten(self) -> Tensor:
-        """All floating numbers as one fp32 vector in the order of :meth:`spec`."""
-        return torch.cat([t.detach().float().reshape(-1) for t in self.tensors().values()])
+    def flatten(self, spec: TensorSpec | None = None) -> Tensor:
+        """All floating numbers as one vector in the order of ``spec`` (:meth:`spec`); fp32, or fp64 where a tensor is; keeps the graph.
 
-    def unflatten(self, vector: Tensor) -> AdapterState:
-        """The state of this shape whose numbers are ``vector``."""
-        spec = self.spec()
+        Raises:
+            OptionError: ``spec`` is another state's.
+        """
+        self._checked(spec)
+        parts = list(self.tensors().values())
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in parts) else torch.float32
+        return torch.cat([t.to(wide).reshape(-1) for t in parts]) if parts else torch.zeros(0)
+
+    def _checked(self, spec: TensorSpec | None) -> TensorSpec:
+        mine = self.spec()
+        if spec is not None and spec != mine:
+            odd = sorted({e[0] for e in set(spec.entries) ^ set(mine.entries)})
+            raise OptionError(f"The spec is not this state's: they differ at {odd[:3]}; flatten with the state's own spec().")
+        return mine
+
+    def unflatten(self, vector: Tensor, spec: TensorSpec | None = None) -> AdapterState:
+        """The state of this shape whose numbers are ``vector``, in this state's dtypes; differentiable."""
+        spec = self._checked(spec)
         if vector.numel() != spec.numel:
             raise OptionError(f"The vector has {vector.numel():,} numbers; this state has {spec.numel:,}.")
         values: dict[str, Tensor] = {}

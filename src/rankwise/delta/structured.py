@@ -10,39 +10,72 @@ import torch
 from torch import Tensor
 
 from rankwise.delta.base import Delta
-from rankwise.delta.lowrank import LowRank, from_dense
+from rankwise.delta.geometry import LINEAR, Geometry, Linear
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kron(Delta):
-    """Δ = scale·P ⊗ Q with P: p₁×p₂, Q: q₁×q₂; shape p₁q₁ × p₂q₂, rank(P)·rank(Q)."""
+    """Δ = scale·P ⊗ Q with P: (…, p₁, p₂), Q: (…, q₁, q₂); shape (…, p₁q₁, p₂q₂), rank min(p₁, p₂)·min(q₁, q₂)."""
 
     P: Tensor
     Q: Tensor
     scale: float | Tensor = 1.0
     kind: ClassVar[str] = "kron"
 
+    def __post_init__(self) -> None:
+        if self.P.dim() < 2 or self.P.shape[:-2] != self.Q.shape[:-2]:
+            raise OptionError(
+                f"P: {tuple(self.P.shape)} and Q: {tuple(self.Q.shape)} do not fit; their leading axes are one stack."
+            )
+
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.P.shape[-2] * self.Q.shape[-2], self.P.shape[-1] * self.Q.shape[-1]))
+        (*lead, p, pi), (q, qi) = self.P.shape, self.Q.shape[-2:]
+        return torch.Size((*lead, p * q, pi * qi))
 
     @property
     def exact_rank(self) -> int:
-        return min(self.P.shape) * min(self.Q.shape)
+        return min(self.P.shape[-2:]) * min(self.Q.shape[-2:])
 
     def _exact(self) -> LowRank:
-        p, q = from_dense(self.P), from_dense(self.Q)
-        return LowRank(torch.kron(p.A, q.A), torch.kron(p.B, q.B), self.scale)
+        (a, b), (c, d) = _thin(self.P), _thin(self.Q)  # (b·a) ⊗ (d·c) = (b ⊗ d)·(a ⊗ c)
+        return LowRank(_kron(a, c), _kron(b, d), self.scale)
+
+    def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
+        if not isinstance(op, Linear) or self.P.dim() > 2:
+            return op.linear(x, self.dense())
+        rows = x.unflatten(-1, (self.P.shape[1], self.Q.shape[1]))
+        return (self.P @ (rows @ self.Q.mT)).flatten(-2) * self.scale
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
-        return torch.kron(self.P, self.Q) * self.scale
+        return _kron(self.P, self.Q) * self.scale
+
+    def _inner(self, other: Delta) -> Tensor | None:
+        if not isinstance(other, Kron) or (self.P.shape, self.Q.shape) != (other.P.shape, other.Q.shape):
+            return None
+        a, b = self._wide(), other._wide()
+        return ((a.P * b.P).sum((-2, -1)) * (a.Q * b.Q).sum((-2, -1))).sum() * a.scale * b.scale
 
     def scaled(self, c: float | Tensor) -> Kron:
         return dataclasses.replace(self, scale=self.scale * c)
 
     def transposed(self) -> Kron:
         return Kron(self.P.mT.contiguous(), self.Q.mT.contiguous(), self.scale)
+
+
+def _kron(P: Tensor, Q: Tensor) -> Tensor:
+    """P ⊗ Q of the last two axes (torch.kron would take all of them)."""
+    (*lead, p, pi), (q, qi) = P.shape, Q.shape[-2:]
+    return (P[..., :, None, :, None] * Q[..., None, :, None, :]).reshape(*lead, p * q, pi * qi)
+
+
+def _thin(M: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) with B·A = M to the bit, of rank min(M.shape[-2:]): the identity on M's shorter side."""
+    rows, columns = M.shape[-2:]
+    eye = torch.eye(min(rows, columns), dtype=M.dtype, device=M.device).expand(*M.shape[:-2], -1, -1)
+    return (M, eye) if rows <= columns else (eye, M)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +109,12 @@ class Hadamard(Delta):
         rows = (A[..., :, None, :] * C[..., None, :, :]).flatten(-3, -2)
         cols = (B[..., :, :, None] * D[..., :, None, :]).flatten(-2, -1)
         return LowRank(rows, cols)
+
+    def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
+        out, inp = self.shape[-2:]
+        if op.factors and self.exact_rank * (out + inp) < out * inp:  # a row costs less through the pair
+            return self._exact().apply(x, y, op=op)
+        return op.linear(x, self.dense())
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
         return self.left.dense() * self.right.dense()
@@ -139,4 +178,4 @@ class Tile(Delta):
 
     def _join(self, other: Delta) -> Delta | None:
         same = isinstance(other, Tile) and other.D.shape == self.D.shape
-        return Tile(self.D + other.D, self.in_features) if same else None  # type: ignore[attr-defined]
+        return dataclasses.replace(self, D=self.D + other.D) if same else None  # type: ignore[attr-defined]
