@@ -190,7 +190,18 @@ class Session:
 
     # --- resume ---------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the adapter's tensors that an exact resume needs; plain data and tensors."""
+        """Everything but the adapter's tensors that an exact resume needs; plain data and tensors.
+
+        The position in the data is the loop's own: draw the batches from torch's, NumPy's or Python's generator, whose states
+        are in here, or skip what ``t`` steps have used.
+
+        Raises:
+            TrainingError: between two micro-batches of one step, for their gradients are not in it.
+        """
+        if self._micro:
+            raise TrainingError(
+                f"The step has had {self._micro} of {self.accumulate} micro-batches; save after step() has returned True."
+            )
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

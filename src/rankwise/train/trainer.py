@@ -8,7 +8,9 @@ holds the adapter, the optimiser's and the parts' state, never the base.
 from __future__ import annotations
 
 import functools
+import io
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import ArtefactError, TrainingError, need
+from rankwise.errors import TrainingError, need
 from rankwise.store.atomic import replace_file
+from rankwise.train.checkpoint import RUN_STATE, UNFINISHED, begin, check_saves, publish, restore_adapter, whole_checkpoint
 from rankwise.train.session import Session
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
-
-RUN_STATE = "rankwise_run.pt"  # written last: a checkpoint without it is not whole
 
 
 def bridge(base: type) -> type:
@@ -42,6 +43,10 @@ def _bridge(base: type) -> type:
     class Events(TrainerCallback):
         def __init__(self, trainer: Any):
             self.trainer = trainer
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0 and args.should_save and args.save_strategy != "no":
+                check_saves(self.trainer.adapter, args.output_dir)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session = self.trainer.session
@@ -70,6 +75,8 @@ def _bridge(base: type) -> type:
             self.session: Session | None = None
             self._pending: Mapping[str, Any] | None = None
             self._checked = False
+            self._hidden: Path | None = None  # where a checkpoint is filled before it gets its name
+            self._unpushed = False
 
         # --- the optimiser is the Session's ---------------------------------------------------------------
         def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -124,12 +131,24 @@ def _bridge(base: type) -> type:
             session.run.step = session.optimizer.steps + 1
             if session.losses or session.routed:
                 penalty = session.penalty(outputs, plain)
-                # a loss normalised by the tokens of all micro-batches is not divided again by the Trainer; the penalty must be
-                if getattr(self, "model_accepts_loss_kwargs", False) and kwargs.get("num_items_in_batch") is not None:
+                if self._scaled_already(kwargs.get("num_items_in_batch")):
                     penalty = penalty / max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
                 loss = loss + penalty.to(loss.device)
             session._last = plain
             return (loss, outputs) if want else loss
+
+        def _scaled_already(self, items: Any) -> bool:
+            """Whether the loss is normalised over all micro-batches, so that the Trainer will not divide it (nor a penalty)."""
+            says = getattr(self, "loss_is_scaled_for_ga", None)
+            if says is not None:
+                return bool(says)
+            return (bool(self.model_accepts_loss_kwargs) and items is not None) or self.compute_loss_func is not None
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if self.session is not None and "loss" in logs:  # the parts' own figures beside the loss
+                parts = {**self.session.logs, **self.session.run.logs}
+                logs = {**{k: float(v) for k, v in parts.items() if isinstance(v, (int, float))}, **logs}
+            super().log(logs, *args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
@@ -149,18 +168,54 @@ def _bridge(base: type) -> type:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
-        def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-            super()._save_checkpoint(model, trial)
-            assert self.session is not None
-            if self.args.should_save and not self.args.save_only_model:
-                import io
+        def _get_output_dir(self, trial: Any = None) -> str:
+            return str(self._hidden) if self._hidden is not None else super()._get_output_dir(trial)
 
-                state = self.session.state_dict()
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            self._unpushed = self._hidden is not None  # later, under its final name
+            if self._hidden is None:
+                super()._push_from_checkpoint(checkpoint_folder)
+
+        def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+            from transformers.trainer_utils import rotate_checkpoints
+
+            home = Path(self._get_output_dir(trial))
+            final = home / f"checkpoint-{self.state.global_step}"
+            hidden = home / UNFINISHED
+            if self.args.should_save:
+                begin(home)
+            self._together()
+            self._hidden = hidden
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._hidden = None
+            self._together()
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == hidden:
+                self.state.best_model_checkpoint = str(home / Path(best).name)
+            if self.args.should_save:
+                self._finish_checkpoint(hidden / final.name)
+                publish(hidden / final.name, final)
+                shutil.rmtree(hidden, ignore_errors=True)
+                rotate_checkpoints(str(home), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+                if self._unpushed:
+                    self._push_from_checkpoint(str(final))
+            self._together()
+
+        def _finish_checkpoint(self, folder: Path) -> None:
+            """What the Trainer does not know of, and its state with the final names."""
+            assert self.session is not None
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            if not self.args.save_only_model:
+                state = {"budget": self.session.state_dict()["budget"], "steps": self.session.t, "checked": self._checked}
                 buffer = io.BytesIO()
-                torch.save({"budget": state["budget"], "steps": self.session.optimizer.steps, "checked": self._checked}, buffer)
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                if folder.is_dir():  # rotation may already have taken it
-                    replace_file(folder / RUN_STATE, buffer.getvalue())
+                torch.save(state, buffer)
+                replace_file(folder / RUN_STATE, buffer.getvalue())
+
+        def _together(self) -> None:
+            if self.args.parallel_mode.value == "distributed":
+                torch.distributed.barrier()
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             restore_adapter(self.adapter, resume_from_checkpoint)
@@ -187,33 +242,6 @@ def _bridge(base: type) -> type:
 
     Bridged.__name__ = Bridged.__qualname__ = f"Rankwise{base.__name__}"
     return Bridged
-
-
-def restore_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Copy a checkpoint's tensors into an adapter that is attached; never a second wrap, never a new init."""
-    from rankwise.files import _copy_in
-    from rankwise.store.native import load_native
-
-    tensors, head = load_native(folder)
-    if head["recipe"] != adapter.recipe.to_json():
-        raise ArtefactError(
-            f"The checkpoint in {folder} was made by another recipe ({head['recipe']}); resume with the recipe it was made by."
-        )
-    _copy_in(adapter, tensors)
-
-
-def whole_checkpoint(output_dir: str, wanted: str | bool) -> str | None:
-    """The checkpoint to resume from: the one named, or the newest that is whole; TrainingError where there is none."""
-    if isinstance(wanted, str):
-        if not (Path(wanted) / RUN_STATE).exists():
-            raise TrainingError(
-                f"There is no whole checkpoint in {wanted!r} (it lacks {RUN_STATE}); name another, or leave the name out."
-            )
-        return wanted
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if (p / RUN_STATE).exists() and p.name.rpartition("-")[2].isdigit()]
-    if not found:
-        raise TrainingError(f"There is no whole checkpoint in {output_dir!r} to resume from; start without resume.")
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2])))
 
 
 def trainer_class() -> type:
