@@ -89,6 +89,7 @@ class Roster(nn.Module):
         self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → its snapshot from before the first merge
         self.moved: dict[tuple[str, str], tuple[str, Tensor | None]] = {}  # … → the adapter that moved it, and the original
         self.merged: list[str] = []
+        self.moving: list[str] = []  # adapters that train base weights in place
         self.groups: dict[str, tuple[InputGroup, list[Place]]] = {}  # sites that one tensor feeds, for the fast path
         self.frozen: list[str] = []
         self._model = (model,)  # a tuple, so that it is not a child
@@ -110,18 +111,13 @@ class Roster(nn.Module):
         for n in names:
             if n not in self.records:
                 raise unknown("adapter attached to this model", n, self.records)
-        for n, record in self.records.items():
-            moving = [d for d in record.deltas.values() if d.in_place]
-            if not moving:
-                continue
+        for n in self.moving:
             if n in strengths and float(strengths[n]) != 1.0:
                 raise ViewError(
                     f"Adapter {n!r} trains the base weights themselves, so its strength is 1 or it is left out; it got {float(strengths[n])}."
                 )
-            if n not in strengths and any(d.original is None for d in moving):
-                raise ViewError(
-                    f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out."
-                )
+            if n not in strengths and any(d.in_place and d.original is None for d in self.records[n].deltas.values()):
+                raise ViewError(f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out.")
         for n in self.merged:
             if n not in names:
                 raise ViewError(
@@ -474,6 +470,8 @@ def _install(
         roster.watch()
     roster.add_module(slot, home)
     roster.records[name] = record
+    if any(d.in_place for d in deltas.values()):
+        roster.moving.append(name)
     for site_name, delta in deltas.items():
         _tap(roster, Tap(name, delta.site, delta))
         for other in followers.get(site_name, ()):
@@ -528,6 +526,8 @@ def uninstall(roster: Roster, name: str) -> None:
         set_class(module)
     del roster._modules[record.slot]
     del roster.records[name]
+    if name in roster.moving:
+        roster.moving.remove(name)
     left = {n: s for n, s in roster.default.strengths.items() if n != name}
     roster.default = View(roster, left)
     if not roster.records:
