@@ -88,6 +88,7 @@ class Called:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         place = self._rankwise
         view, acting = place.acting()
+        acting = [(t, s) for t, s in acting if t.site.spec.mode == "called"]  # a bias of this module is read, below
         if place.must_restore(view):
             with place.base_tensors(self, view):  # type: ignore[arg-type]
                 return add_changes(super().forward(x, *args, **kwargs), x, view, acting)  # type: ignore[misc]
