@@ -41,15 +41,28 @@ def evaluate(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, batch: int = 128) -> float:
-    """Share of images whose largest logit is their label's."""
+def classify(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, batch: int = 128) -> dict[str, float]:
+    """Mean loss (nats) of the labels, the share whose logit is the largest, and the number of images.
+
+    Args:
+        pixels, labels: (N, C, H, W) floats and (N,) int64, on any device.
+    """
+    if not len(labels):
+        raise DataError("There is nothing to evaluate on.")
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
+    nats, right = 0.0, 0
     try:
-        right = sum(
-            int((model(pixel_values=p).logits.argmax(-1) == y).sum())
-            for p, y in zip(pixels.split(batch), labels.split(batch), strict=True)
-        )
+        for p, y in zip(pixels.split(batch), labels.split(batch), strict=True):
+            logits, target = model(pixel_values=p.to(device)).logits.float(), y.to(device)
+            nats += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+            right += int((logits.argmax(-1) == target).sum())
     finally:
         model.train(training)
-    return right / len(labels)
+    return {"loss": nats / len(labels), "accuracy": right / len(labels), "images": float(len(labels))}
+
+
+def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, batch: int = 128) -> float:
+    """Share of images whose largest logit is their label's."""
+    return classify(model, pixels, labels, batch=batch)["accuracy"]

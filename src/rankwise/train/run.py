@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import rankwise as rw
 from rankwise.errors import DataError, OptionError, need
 from rankwise.recipe import Recipe
 from rankwise.store.atomic import replace_file
+from rankwise.train import stages
 from rankwise.train.data import Collator, Example, check_isolation, pack, read, tokenize
-from rankwise.train.evaluate import evaluate
+from rankwise.train.evaluate import classify, evaluate
+from rankwise.train.stages import STAGES
 from rankwise.train.trainer import Reference, bridge, trainer_class
 
-STAGES = ("pt", "sft", "dpo")
 #: TrainingArguments that a run has unless it says otherwise
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4, "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "logging_steps": 5,
+    "learning_rate": 2e-4, "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5,
     "report_to": "none", "save_strategy": "epoch", "save_total_limit": 2, "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }  # fmt: skip
 
@@ -35,17 +37,18 @@ class Result:
     metrics: dict[str, Any]
     output_dir: Path
     plot: Path | None = None
+    log: Path | None = None
 
 
 def train(
     model: nn.Module,
     tokenizer: Any,
-    data: str | Path | Iterable[Mapping[str, Any]],
+    data: Any,
     recipe: Recipe | Mapping[str, Any] | str = "lora",
     *,
     output_dir: str | Path,
     stage: str = "sft",
-    eval_data: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    eval_data: Any = None,
     packing: bool = True,
     max_length: int = 512,
     overlong: str = "auto",
@@ -56,11 +59,15 @@ def train(
     """Attach an adapter, train it, and write adapter, metrics, log and plot to ``output_dir``.
 
     Args:
-        data: a file, a folder or records; see :mod:`rankwise.train.data.readers`.
+        tokenizer: for an image model its image processor, or None (pixels as they are given).
+        data: a file, a folder or records; see :mod:`rankwise.train.data.readers`.  For an image model: a folder of class
+            folders, an .npz, or pixel_values (N, C, H, W) and labels (N), as a mapping or as records.
         stage: pt (all of a text), sft (completions and the assistant's part) or dpo (preference pairs, through TRL).
-        packing: several documents a row, isolated; checked with one forward before the run.
+        eval_data: held-out data; else a tenth is kept aside (of pairs: none).
+        packing: several documents a row, isolated; checked with one forward before the run (pt and sft).
+        max_length, overlong: tokens a row, and what becomes of longer records (text; see ``tokenize``).
         resume: True for the newest whole checkpoint in ``output_dir``, or a checkpoint's path.
-        arguments: transformers' TrainingArguments.
+        arguments: transformers' TrainingArguments (TRL's DPOConfig for dpo).
 
     Returns:
         Result with ``metrics`` (loss before and after on ``eval_data``, or on a tenth kept aside).
@@ -76,9 +83,14 @@ def train(
         raise OptionError(f"stage is {', '.join(STAGES)}; it is {stage!r}.")
     recipe = Recipe.of(recipe)
     out = Path(output_dir)
+    if stages.sees(model):
+        if stage != "sft":
+            raise OptionError(f"An image model is trained with stage='sft'; stage={stage!r} is for text.")
+        return _images(model, tokenizer, data, eval_data, recipe, out, name, resume, arguments)
     records = read(data)
     if stage == "dpo":
-        return _dpo(model, tokenizer, records, recipe, out, name, max_length, arguments)
+        eval_records = None if eval_data is None else read(eval_data)
+        return _dpo(model, tokenizer, records, eval_records, recipe, out, name, max_length, overlong, resume, arguments)
     if stage == "pt" and records[0].kind != "text":
         raise DataError(
             f"stage='pt' learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use stage='sft'."
@@ -99,11 +111,12 @@ def train(
     collator = Collator.for_model(model, pad)
     args = _arguments(TrainingArguments, out, arguments, remove_unused_columns=False)
     set_seed(args.seed)
-    adapter = rw.attach(model, recipe, calibration=_calibration(rows, collator, model), name=name)
+    adapter = _attach(model, recipe, _calibration(rows, collator), name, args)
     with rw.view(model, {}):
         before = evaluate(model, eval_examples, pad_id=pad)
     trainer = trainer_class()(
         model=model, adapter=adapter, args=args, train_dataset=_Rows(rows), data_collator=collator, processing_class=tokenizer,
+        eval_dataset=_Rows(eval_examples),
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=resume)
     after = evaluate(model, eval_examples, pad_id=pad)
@@ -136,9 +149,16 @@ def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> 
     return cls(output_dir=str(out), **settings)
 
 
-def _calibration(
-    rows: Sequence[Any], collator: Collator, model: nn.Module, batches: int = 8, size: int = 4
-) -> list[dict[str, Any]]:
+def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any) -> Any:
+    """Attach, and say before step 0 what will be trained (to standard error; standard output is the caller's)."""
+    adapter = rw.attach(model, recipe, calibration=calibration, name=name)
+    if not args.disable_tqdm:
+        roles = ", ".join(f"{role} {n:,}" for role, n in adapter.by_role().items())
+        print(f"{name}: {adapter.numel():,} numbers to train at {len(adapter.sites)} places: {roles}", file=sys.stderr)
+    return adapter
+
+
+def _calibration(rows: Sequence[Any], collator: Collator, batches: int = 8, size: int = 4) -> list[dict[str, Any]]:
     chunks = [rows[i : i + size] for i in range(0, min(len(rows), batches * size), size)]
     return [collator(c) for c in chunks]
 
@@ -148,7 +168,7 @@ def _finish(adapter: Any, trainer: Any, out: Path, metrics: dict[str, Any]) -> R
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     replace_file(out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in log).encode())
     replace_file(out / "metrics.json", json.dumps(metrics, indent=2, default=float).encode())
-    return Result(adapter, metrics, out, _plot(log, out / "loss.svg"))
+    return Result(adapter, metrics, out, _plot(log, out / "loss.svg"), out / "log.jsonl")
 
 
 def _plot(log: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -172,35 +192,61 @@ def _plot(log: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     return path
 
 
-def _dpo(
-    model: nn.Module,
-    tokenizer: Any,
-    records: Sequence[Any],
-    recipe: Recipe,
-    out: Path,
-    name: str,
-    max_length: int,
+def _images(
+    model: nn.Module, processor: Any, data: Any, eval_data: Any, recipe: Recipe, out: Path, name: str, resume: bool | str,
     given: Mapping[str, Any],
-) -> Result:
+) -> Result:  # fmt: skip
+    """Image classification: loss and accuracy before and after."""
+    from transformers import TrainingArguments, set_seed
+
+    args = _arguments(TrainingArguments, out, given, remove_unused_columns=False)
+    set_seed(args.seed)
+    train_set = stages.images(data, model, processor)
+    train_set, held = (
+        stages.kept_aside(*train_set, args.seed) if eval_data is None else (train_set, stages.images(eval_data, model, processor))
+    )
+    rows, eval_rows = ([{"pixel_values": x, "labels": y} for x, y in zip(*part, strict=True)] for part in (train_set, held))
+    calibration = [{"pixel_values": x, "labels": y} for x, y in zip(*(t[:32].split(4) for t in train_set), strict=True)]
+    adapter = _attach(model, recipe, calibration, name, args)
+    with rw.view(model, {}):
+        before = classify(model, *held)
+    trainer = trainer_class()(
+        model=model,
+        adapter=adapter,
+        args=args,
+        train_dataset=_Rows(rows),
+        eval_dataset=_Rows(eval_rows),
+        processing_class=processor,
+    )
+    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = {"before": before, "after": classify(model, *held), "train": result.metrics, "trainable": adapter.by_role()}
+    return _finish(adapter, trainer, out, metrics)
+
+
+def _dpo(
+    model: nn.Module, tokenizer: Any, records: Sequence[Any], eval_records: Sequence[Any] | None, recipe: Recipe, out: Path,
+    name: str, max_length: int, overlong: Any, resume: bool | str, given: Mapping[str, Any],
+) -> Result:  # fmt: skip
     """Preference training by TRL's DPOTrainer; the reference is the same weights under the empty view."""
     try:
-        import datasets
+        from transformers import set_seed
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         raise need("trl", "rl", "stage='dpo'") from error
-    if records[0].kind != "preference":
-        raise DataError(
-            f"stage='dpo' learns preference pairs (prompt, chosen, rejected), but the data holds {records[0].kind} records ({records[0].where})."
-        )
+    examples = stages.preferences(records, tokenizer, max_length, overlong)
+    if eval_records is not None:
+        stages.preferences(eval_records, tokenizer, max_length, overlong)
     args = _arguments(
         DPOConfig, out, {"max_length": max_length, "learning_rate": 5e-5, **given}, bf16=bool(given.get("bf16", False))
     )
-    adapter = rw.attach(model, recipe, name=name)
+    set_seed(args.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    adapter = _attach(model, recipe, _calibration(examples, Collator.for_model(model, pad)), name, args)
     trainer = bridge(DPOTrainer)(
         model=model, ref_model=Reference(adapter), adapter=adapter, args=args, processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list([dict(r.fields) for r in records]),
+        train_dataset=stages.pairs(records), eval_dataset=None if eval_records is None else stages.pairs(eval_records),
     )  # fmt: skip
-    result = trainer.train()
+    result = trainer.train(resume_from_checkpoint=resume)
     log = [e for e in trainer.state.log_history if "rewards/accuracies" in e]
     metrics = {
         "train": result.metrics,
@@ -208,6 +254,8 @@ def _dpo(
         "last": log[-1] if log else {},
         "trainable": adapter.by_role(),
     }
+    if eval_records is not None:
+        metrics["held out"] = trainer.evaluate()
     return _finish(adapter, trainer, out, metrics)
 
 

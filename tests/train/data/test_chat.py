@@ -44,6 +44,16 @@ def test_both_ways_agree(tokenizer: Any) -> None:
     assert tokenize(read(rows), plain, 99) == tokenize(read(rows), marked, 99)
 
 
+def test_a_template_that_treats_the_last_turn_apart_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' and loop.last %}thought {% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert learnt(tokenize(read([chat("a", "b")]), tokenizer, 64)[0], tokenizer) == "thought b<eos>"
+    with pytest.raises(DataError, match="up to message 2 differently.*one record for each assistant's turn"):
+        tokenize(read([chat("a", "b", "c", "d")]), tokenizer, 64)
+
+
 def test_eos_is_added_where_the_template_has_no_end(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     (e,) = tokenize(read([chat("hi", "yes")]), tokenizer, 99)
@@ -63,6 +73,10 @@ def test_slow_tokenizers_are_mapped_by_prefixes(tokenizer: Any) -> None:
         def __call__(self, *args: Any, **kw: Any) -> Any:
             return self.inner(*args, **kw)
 
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="this tokenizer gives no offsets"):
+        tokenize(read([chat("x", "the c", "at")]), Slow(tokenizer), 99)
+    tokenizer.chat_template = PLAIN
     row = chat("ask", "\nok ", "two", "dos")
     assert tokenize(read([row]), Slow(tokenizer), 99) == tokenize(read([row]), tokenizer, 99)
 
@@ -106,7 +120,6 @@ def test_completions_begin_as_generation_does_and_end_once() -> None:
 
 def test_a_tokenizer_that_puts_blanks_before_its_input_puts_none_before_the_completion() -> None:
     t = make(space=True)
-    (e,) = tokenize(read([{"prompt": "the ca", "completion": "t sat"}]), t, 64)
-    assert t.decode(e.input_ids, skip_special_tokens=True) in ("the cat sat", "the ca t sat")
-    (f,) = tokenize(read([{"prompt": "the cat", "completion": " sat"}]), t, 64)
-    assert t.decode(f.input_ids, skip_special_tokens=True) == "the cat sat"
+    for prompt, answer in (("one\n", "two"), ("the cat", " sat")):
+        (e,) = tokenize(read([{"prompt": prompt, "completion": answer}]), t, 64)
+        assert t.decode(e.input_ids, skip_special_tokens=True) == prompt + answer

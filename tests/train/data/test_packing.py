@@ -187,14 +187,15 @@ def test_every_token_once_in_rows_that_fit(lengths: list[int], strategy: Any) ->
     assert seen == sorted(enumerate(lengths)) and all(len(r) <= 32 and sum(r.lengths) == len(r) for r in rows)
     assert all(r.labels[s] == -100 and r.position_ids[s] == 0 for r in rows for s in starts(r))
     if strategy == "bfd":
-        assert len(rows) == naive_best_fit(lengths, 32) <= 11 / 9 * -(-sum(lengths) // 32) * 2 + 1
+        assert sorted(32 - len(r) for r in rows) == naive_best_fit(lengths, 32)
 
 
 def starts(row: Packed) -> list[int]:
     return [sum(row.lengths[:k]) for k in range(len(row.lengths))]
 
 
-def naive_best_fit(lengths: list[int], size: int) -> int:
+def naive_best_fit(lengths: list[int], size: int) -> list[int]:
+    """The room left in each row, sorted."""
     room: list[int] = []
     for n in sorted(lengths, reverse=True):
         fits = [r for r in range(len(room)) if room[r] >= n]
@@ -202,7 +203,7 @@ def naive_best_fit(lengths: list[int], size: int) -> int:
             room[min(fits, key=lambda r: room[r])] -= n
         else:
             room.append(size - n)
-    return len(room)
+    return sorted(room)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -216,6 +217,15 @@ def test_what_does_not_fit_is_refused() -> None:
         Collator(0)([documents()[0], pack(documents(), 24)[0]])
     with pytest.raises(DataError, match="at least one row"):
         Collator(0)([])
+
+
+def test_only_labels_with_a_token_before_them_count() -> None:
+    batch = Collator(0)([Example([3, 4, 5], [3, 4, 5]), Example([3, 4], [-100, 4])])
+    assert batch["labels"].tolist() == [[-100, 4, 5], [-100, 4, -100]] and batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+    ]
+    assert tokens_of_loss(batch) == 3 == tokens_of_loss({"labels": torch.tensor([[3, 4, 5], [7, 4, -100]])})
 
 
 def test_the_mask_itself_and_rounded_lengths() -> None:

@@ -1,0 +1,97 @@
+"""What differs between kinds of data: preference pairs go through TRL's DPOTrainer, images are classified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise import seeds
+from rankwise.errors import DataError, OptionError
+from rankwise.train.data import Example, Record, read_images, tokenize
+from rankwise.train.data.tokens import Overlong
+
+STAGES = ("pt", "sft", "dpo")
+
+
+def sees(model: nn.Module) -> bool:
+    """Whether a model takes images (transformers' ``main_input_name``)."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+# --- images -------------------------------------------------------------------------------------------------
+def images(data: Any, model: nn.Module, processor: Any = None) -> tuple[Tensor, Tensor]:
+    """(pixel_values float (N, C, H, W), labels int64 (N,)) of a path, a mapping of the two, or records of the two.
+
+    Raises:
+        DataError: neither of these, lengths that differ, or a label that the model has no output for.
+    """
+    config: Any = getattr(model, "config", None)
+    if isinstance(data, (str, Path)):
+        pixels, labels, _ = read_images(data, config.image_size, config.num_channels, processor)
+    else:
+        if not isinstance(data, Mapping):
+            rows = list(data)
+            if not rows or not all(isinstance(r, Mapping) and {"pixel_values", "labels"} <= set(r) for r in rows):
+                raise DataError(
+                    "An image model learns records of pixel_values and labels, a mapping of both, or a path; got neither."
+                )
+            data = {
+                "pixel_values": torch.stack([torch.as_tensor(r["pixel_values"]) for r in rows]),
+                "labels": [int(r["labels"]) for r in rows],
+            }
+        if not {"pixel_values", "labels"} <= set(data):
+            raise DataError(f"Images need pixel_values and labels; the mapping holds {sorted(data)}.")
+        pixels, labels = torch.as_tensor(data["pixel_values"]).float(), torch.as_tensor(data["labels"]).long()
+    if pixels.dim() != 4 or len(pixels) != len(labels) or not len(labels):
+        raise DataError(f"Expected N×C×H×W pixel_values and N labels, N ≥ 1; got {tuple(pixels.shape)} and {len(labels)}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= config.num_labels:
+        raise DataError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model tells {config.num_labels} classes apart (num_labels)."
+        )
+    return pixels, labels
+
+
+def kept_aside(pixels: Tensor, labels: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(train, held out): a tenth drawn at random, since folders come class by class."""
+    order = torch.randperm(len(labels), generator=seeds.generator(seed, "held-out", "images"))
+    cut = max(1, len(labels) // 10)
+    rest, held = (order[cut:], order[:cut]) if len(labels) > 1 else (order, order)
+    return (pixels[rest], labels[rest]), (pixels[held], labels[held])
+
+
+# --- preference pairs ---------------------------------------------------------------------------------------
+def preferences(records: Sequence[Record], tokenizer: Any, max_length: int, overlong: Overlong) -> list[Example]:
+    """Prompt with chosen answer of every pair, tokenised: to be sure that TRL will cut none, and as calibration.
+
+    Raises:
+        DataError: records of another kind, or a pair longer than ``max_length`` (unless ``overlong="truncate"``).
+    """
+    odd = next((r for r in records if r.kind != "preference"), None)
+    if odd is not None:
+        raise DataError(f"stage='dpo' learns preference pairs (prompt, chosen, rejected), but {odd.where} is a {odd.kind} record.")
+    if overlong == "split":
+        raise OptionError("overlong='split' is for texts; for stage='dpo' it is auto, error or truncate.")
+    both = [_half(r, side) for side in ("chosen", "rejected") for r in records]
+    return tokenize(both, tokenizer, max_length, overlong="error" if overlong == "auto" else overlong)[: len(records)]
+
+
+def _half(record: Record, side: str) -> Record:
+    prompt, answer = record.fields.get("prompt"), record.fields[side]
+    if isinstance(answer, str):
+        fields: dict[str, Any] = {"text": answer} if prompt is None else {"prompt": prompt, "completion": answer}
+        return Record("text" if prompt is None else "completion", fields, record.where)
+    return Record("messages", {"messages": [*(prompt or ()), *answer]}, record.where)
+
+
+def pairs(records: Iterable[Record]) -> Any:
+    """The records as the dataset that TRL reads."""
+    import datasets
+
+    return datasets.Dataset.from_list([dict(r.fields) for r in records])
+
+
+__all__ = ["STAGES", "images", "kept_aside", "pairs", "preferences", "sees"]
