@@ -32,10 +32,11 @@ bench: $(VENV)/.installed  ## measure beside PEFT; results in benchmarks/results
 	$(PY) -m benchmarks.many_adapters
 	$(PY) -m benchmarks.inits
 	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.import_time
 	$(PY) -m benchmarks.table
 
 docs: $(VENV)/.installed  ## the catalogue as a page
-	$(PY) -m rankwise.cli.docs > docs/methods.md
+	$(PY) -m rankwise.cli.main methods --markdown > docs/methods.md
 
 soak: $(VENV)/.installed  ## the long counts
 	$(PY) -m pytest -m soak --timeout 7200

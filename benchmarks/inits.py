@@ -6,6 +6,7 @@ python -m benchmarks.inits [--rounds 3] [--hidden 512]
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
@@ -28,6 +29,9 @@ def batches(n: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 def child(who: str, init: str, hidden: int) -> dict[str, float]:
+    importlib.import_module(who)  # its time and memory are another benchmark's
+    if who == "rankwise":
+        importlib.import_module("rankwise.catalogue").methods()
     model = llama(hidden, 4)
     data = batches()
     model(**data[0]).loss.backward() if init == "lora_ga" else None
@@ -45,19 +49,22 @@ def ours(model: Any, init: str, data: Any) -> None:
     rw.attach(model, {"init": init, "r": 8}, calibration=data)
 
 
+# PEFT's EVA goes round its data until every direction has settled (tau 0.99: many minutes on a random model), so here
+# it stops after its least work, two batches; ours reads the four once.
 def theirs(model: Any, init: str, data: Any) -> None:
     import peft
 
     if init == "pissa":
         peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="pissa"))
     elif init == "eva":
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0))
+        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.0))
         net = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(net, data)
     else:
         from peft.tuners.lora import loraga
 
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # it takes no "all-linear" here
+        config = peft.LoraConfig(r=8, target_modules=names, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
         def step() -> None:
             for b in data:
@@ -85,7 +92,7 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     print(f"{who} {init}: {done.stderr.strip().splitlines()[-1]}", flush=True)
-                    break
+                    sys.exit(1)
                 seen[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
         for who, runs in seen.items():
             if runs:

@@ -29,7 +29,7 @@ def main() -> None:
     for n in a.counts:
         model = llama(512, 8)
         added = clock(lambda m=model, n=n: [rw.attach(m, {"r": 8}, name=f"a{i}") for i in range(n)])
-        switch = statistics.median(clock(lambda i=i, m=model: rw.activate(m, f"a{i % n}")) for i in range(50))
+        switch = statistics.median(clock(lambda i=i, m=model, n=n: rw.activate(m, f"a{i % n}")) for i in range(50))
         rows.append({"what": "rankwise", "adapters": n, "added in s": added, "switch ms": 1e3 * switch})
         print(rows[-1], flush=True)
         if n in a.peft:
@@ -38,7 +38,7 @@ def main() -> None:
             config = peft.LoraConfig(r=8, target_modules="all-linear")
             net = peft.get_peft_model(llama(512, 8), config, adapter_name="a0")
             added = clock(lambda net=net, n=n, config=config: [net.add_adapter(f"a{i}", config) for i in range(1, n)])
-            switch = statistics.median(clock(lambda i=i, net=net: net.set_adapter(f"a{i % n}")) for i in range(10))
+            switch = statistics.median(clock(lambda i=i, net=net, n=n: net.set_adapter(f"a{i % n}")) for i in range(10))
             rows.append({"what": "peft", "adapters": n, "added in s": added, "switch ms": 1e3 * switch})
             print(rows[-1], flush=True)
     write("many_adapters", rows)

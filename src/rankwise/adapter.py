@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import Record, Roster, roster_of, uninstall
+from rankwise.attach import uninstall
 from rankwise.delta import AdapterState, Delta
 from rankwise.errors import AttachError, MergeError, unknown
 from rankwise.forms.base import SiteDelta
+from rankwise.roster import Record, Roster, roster_of
 from rankwise.sites import Site
 from rankwise.view import View, entered
 
@@ -304,7 +305,8 @@ def _restore(roster: Roster, record: Record) -> None:
 
 
 def _retap(roster: Roster, record: Record) -> None:
-    from rankwise.attach import Tap, _tap
+    from rankwise.attach import _tap
+    from rankwise.place import Tap
 
     for name, delta in record.deltas.items():
         _tap(roster, Tap(record.name, delta.site, delta))

@@ -6,230 +6,25 @@ dict and ``deepcopy`` stay as they were.  All adapter tensors live on the model'
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from rankwise.errors import AttachError, ViewError, unknown
+from rankwise.errors import AttachError
 from rankwise.forms.base import Form, Plan, SiteDelta
 from rankwise.forms.fused import InputGroup
 from rankwise.inits.base import Fill, Init
 from rankwise.place import Place, Tap, adapted_class
 from rankwise.recipe import Part, Recipe, build
+from rankwise.roster import AdapterModule, Installed, Record, Roster, roster_of
 from rankwise.seeds import generator
-from rankwise.sites import Site, block_site, find_sites, resolve
+from rankwise.sites import Site, block_site, resolve
 from rankwise.store.names import check_name
-from rankwise.view import HERE, View, current, entered, keep_view
+from rankwise.view import View, entered
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
-
-
-class Shelf(nn.Module):
-    """Modules by free name: a dot, a slash or a method's name in a key is no harm."""
-
-    def put(self, name: str, module: nn.Module) -> None:
-        self._modules[name.replace(".", "/")] = module
-
-    def get(self, name: str) -> nn.Module:
-        found = self._modules[name.replace(".", "/")]
-        assert found is not None
-        return found
-
-    def take(self, name: str) -> None:
-        del self._modules[name.replace(".", "/")]
-
-
-class AdapterModule(nn.Module):
-    """One adapter's tensors: a SiteDelta each site, banks, and copies of modules it trains whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites = Shelf()
-        self.banks = Shelf()
-
-
-@dataclasses.dataclass
-class Installed:
-    """One part as it stands in the model."""
-
-    part: Part
-    form: Form
-    plan: Plan
-    sites: dict[str, Site]
-
-
-@dataclasses.dataclass
-class Record:
-    """What the roster knows of one adapter."""
-
-    name: str
-    slot: str
-    recipe: Recipe
-    parts: list[Installed]
-    deltas: dict[str, SiteDelta]
-    followers: dict[str, list[str]]  # site → names of the sites at the other ends of its tie
-    merged: bool = False
-    checked: bool = False
-
-    def site_of(self) -> dict[str, Site]:
-        return {n: s for p in self.parts for n, s in p.sites.items()}
-
-
-class Roster(nn.Module):
-    """The model's one added child: its adapters, the default view, and the journal of what was done to base weights."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.records: dict[str, Record] = {}
-        self.known: dict[str, Site] = find_sites(model)
-        self.journal: dict[tuple[str, str], Any] = {}  # (module, parameter) → its snapshot from before the first merge
-        self.moved: dict[tuple[str, str], tuple[str, Tensor | None]] = {}  # … → the adapter that moved it, and the original
-        self.merged: list[str] = []
-        self.moving: list[str] = []  # adapters that train base weights in place
-        self.groups: dict[str, tuple[InputGroup, list[Place]]] = {}  # sites that one tensor feeds, for the fast path
-        self.frozen: list[str] = []
-        self._model = (model,)  # a tuple, so that it is not a child
-        self._count = 0
-        self._hooks: list[Any] = []
-        self.default = View(self, {})
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model[0]
-
-    def forward(self, *args: Any) -> Any:
-        """The identity: an nn.Sequential calls every child, this one last."""
-        return args[0] if len(args) == 1 else args
-
-    # --- views --------------------------------------------------------------------------------------------
-    def check_view(self, strengths: Mapping[str, Any]) -> None:
-        names = list(strengths)
-        for n in names:
-            if n not in self.records:
-                raise unknown("adapter attached to this model", n, self.records)
-        for n in self.moving:
-            if n in strengths and float(strengths[n]) != 1.0:
-                raise ViewError(
-                    f"Adapter {n!r} trains the base weights themselves, so its strength is 1 or it is left out; it got {float(strengths[n])}."
-                )
-            if n not in strengths and any(d.in_place and d.original is None for d in self.records[n].deltas.values()):
-                raise ViewError(f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out.")
-        for n in self.merged:
-            if n not in names:
-                raise ViewError(
-                    f"Adapter {n!r} is merged into the weights and acts in every view; include it, or unmerge() it first."
-                )
-
-    def unmaskable(self, names: Iterable[str]) -> str | None:
-        """The first site of these adapters that no row mask can reach."""
-        for n in names:
-            for name, site in self.records[n].site_of().items():
-                if site.spec.mode in ("read", "plain"):
-                    return name
-        return None
-
-    def prepare(self) -> None:
-        """Make the model's checkpointing functions carry the view in force into the recompute."""
-        for module in self._checkpointed():
-            fn = module._gradient_checkpointing_func
-            if not getattr(fn, "keeps_view", False):
-                module._gradient_checkpointing_func = _carrying(self, fn)
-
-    def _checkpointed(self) -> list[Any]:
-        return [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
-
-    # --- the journal of moved weights -----------------------------------------------------------------------
-    @torch.no_grad()
-    def replace(self, site: Site, record: Record, weight: Tensor) -> None:
-        """Write ``weight`` over a site's W for one adapter; the original acts wherever that adapter does not."""
-        key = (site.spec.module, site.spec.param)
-        if key in self.moved:
-            raise AttachError(f"{site.name!r} was already replaced by adapter {self.moved[key][0]!r}; detach() that one first.")
-        original = nn.Parameter(site.param.detach().clone(), requires_grad=False)
-        self.moved[key] = (record.name, original.detach())
-        for end in [site, *(self.known[f] for f in record.followers.get(site.name, ()))]:
-            end.module.__dict__["_rankwise"].originals.setdefault(record.name, {})[end.spec.param] = original
-        site.write(weight)
-
-    @torch.no_grad()
-    def put_back(self, site: Site, record: Record) -> None:
-        """Undo :meth:`replace`, to the bit."""
-        key = (site.spec.module, site.spec.param)
-        if key in self.moved and self.moved[key][0] == record.name:
-            site.restore(self.moved.pop(key)[1])
-
-    # --- hooks on the root: the batch a forward sees --------------------------------------------------------
-    def watch(self) -> None:
-        if not self._hooks:
-            self._hooks = [
-                self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-                self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-            ]
-
-    def unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if torch.is_grad_enabled() and module.training:
-            self.prepare()
-        first = next((t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-        if first is not None:
-            HERE.batch = (first.shape[0], first.shape[1] if first.dim() > 1 else 1)
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if not torch.compiler.is_compiling():
-            HERE.batch = None
-
-    def check_acted(self, names: Iterable[str]) -> None:
-        """Refuse to go on when a site of these adapters took no part in a forward that has run."""
-        for n in names:
-            record = self.records[n]
-            idle = [t.site.name for t in self._taps(n) if not t.acted]
-            if idle and not record.checked:
-                raise AttachError(
-                    f"Adapter {n!r}: {len(idle)} of its places took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
-                    "their module was not called. Leave them out with exclude=[…], or feed the inputs that reach them."
-                )
-            record.checked = True
-
-    def _taps(self, name: str) -> list[Tap]:
-        places = {id(m._rankwise): m._rankwise for m in self._places(name)}
-        return [t for p in places.values() for t in p.taps.get(name, ())]
-
-    def _places(self, name: str) -> list[Any]:
-        record = self.records[name]
-        out = [s.module for s in record.site_of().values()]
-        out += [self.known[f].module for fs in record.followers.values() for f in fs]
-        return [m for m in out if "_rankwise" in m.__dict__]
-
-    def module_of(self, name: str) -> AdapterModule:
-        return self._modules[self.records[name].slot]  # type: ignore[return-value]
-
-
-def roster_of(model: nn.Module, *, create: bool = False) -> Roster:
-    """The model's roster; an AttachError where nothing is attached and none is to be made."""
-    found = model._modules.get("rankwise")
-    if isinstance(found, Roster):
-        return found
-    inner = getattr(model, "module", None)  # DDP and the like
-    if isinstance(inner, nn.Module) and isinstance(inner._modules.get("rankwise"), Roster):
-        return inner._modules["rankwise"]  # type: ignore[return-value]
-    if not create:
-        raise AttachError("No adapter is attached to this model; call rw.attach(model, recipe) first.")
-    if found is not None or hasattr(model, "rankwise"):
-        raise AttachError("The model already has a child or attribute called 'rankwise'; rename it before attaching.")
-    _refuse_sharded(model)
-    roster = Roster(model)
-    model.add_module("rankwise", roster)
-    return roster
 
 
 def attach(
@@ -544,20 +339,3 @@ def _freeze(roster: Roster) -> None:
         if not path.startswith("rankwise.") and p.requires_grad:
             roster.frozen.append(path)
             p.requires_grad_(False)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
-    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "FSDP"):
-        if wrapper in kinds:
-            raise AttachError(
-                f"The model is already wrapped by {wrapper}, so an adapter's gradients would never be reduced; attach first, then wrap."
-            )
-
-
-def _carrying(roster: Roster, fn: Any) -> Any:
-    def checkpointed(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        return fn(keep_view(inner, current(roster)), *args, **kwargs)
-
-    checkpointed.keeps_view = True  # type: ignore[attr-defined]
-    return checkpointed

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.attach import Installed, _install, activate_adapters, choose_sites, make_deltas, roster_of
+from rankwise.attach import _install, activate_adapters, choose_sites, make_deltas
 from rankwise.delta import Delta
 from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
 from rankwise.forms.base import Form
 from rankwise.recipe import Part, Recipe, build
+from rankwise.roster import Installed, roster_of
 from rankwise.sites import Site
 from rankwise.store.fingerprint import compare, fingerprint
 from rankwise.store.names import check_name

@@ -21,7 +21,7 @@ from rankwise.sites.site import Site
 from rankwise.view import HERE, View, current
 
 if TYPE_CHECKING:
-    from rankwise.attach import Roster
+    from rankwise.roster import Roster
 
 
 class Tap:

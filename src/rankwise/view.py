@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankwise.errors import ViewError, unknown
 
 if TYPE_CHECKING:
-    from rankwise.attach import Roster
+    from rankwise.roster import Roster
 
 Rows = Sequence[str | None] | Mapping[str, Any]
 

@@ -109,7 +109,7 @@ def test_plan_methods_and_doctor(capsys: Any) -> None:
     assert (
         code == 0
         and plan["trainable"] == sum(r["trainable"] for r in plan["roles"])
-        and {r["role"] for r in plan["roles"]} == set(["q", "k", "v", "o", "gate", "up", "down"])
+        and {r["role"] for r in plan["roles"]} == {"q", "k", "v", "o", "gate", "up", "down"}
     )
     code, text, _ = call(capsys, "methods", "--json")
     found = {m["name"]: m for m in json.loads(text)}
@@ -119,6 +119,8 @@ def test_plan_methods_and_doctor(capsys: Any) -> None:
     assert {"lora", "dora", "lora_xs", "bottleneck", "loftq", "loraplus", "arrow", "linear", "ties"} <= set(found)
     assert all(len(m["title"]) > 2 for m in found.values())
     assert "‖W" in call(capsys, "methods", "dora")[1]
+    page = call(capsys, "methods", "--markdown")[1]
+    assert all(f"### {m['name']}" in page for m in json.loads(text)) and "| `r` |" not in page.split("## init")[1].split("### eva")[0]
     code, text, _ = call(capsys, "doctor", "--json")
     check = json.loads(text)["self_check"]
     assert code == 0 and check["detach"] == check["save and load"] == "bit-exact"

@@ -130,6 +130,8 @@ def _run(
                     if value is None:
                         raise DataError("This init needs gradients, but the calibration batch has no labels; add 'labels' to it.")
                     value.backward()
+                    del value
+                del out  # its graph, with this batch's activations, must not outlive the next forward
             if all(a.done() for a in accs.values()):
                 break
     if not seen:
@@ -201,9 +203,9 @@ def unfold(site: Site, x: Tensor) -> Tensor:
 
 def _grad_hook(site: Site, acc: Accumulator) -> Callable[..., Tensor]:
     def seen(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        x = args[0].detach()
+        held = [args[0].detach()]  # popped when used, so that activations are freed as the backward goes, as autograd's are
         y = out if out.requires_grad else out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
-        y.register_hook(lambda dy: acc.update(_weight_grad(site, x, dy.detach())))
+        y.register_hook(lambda dy: acc.update(_weight_grad(site, held.pop(), dy.detach())))
         return y
 
     return seen

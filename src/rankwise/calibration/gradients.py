@@ -12,7 +12,7 @@ from rankwise.sites.site import Site
 
 
 class MeanGradient(Accumulator):
-    """Ḡ = (1/n)·Σ ∂L/∂W over n batches: fp32, out×in (E×out×in); merging adds sums and counts."""
+    """Ḡ = (1/n)·Σ ∂L/∂W over n batches: fp32, out×in (E×out×in); merging adds sums and counts; finishing empties it."""
 
     hook: ClassVar[Literal["input", "weight_grad"]] = "weight_grad"
 
@@ -21,7 +21,10 @@ class MeanGradient(Accumulator):
         self.n = 0
 
     def update(self, value: Tensor) -> None:
-        self.sum = value.clone() if self.sum is None else self.sum.add_(value)
+        if self.sum is None:  # a view would keep the whole gradient it looks into
+            self.sum = value.clone() if value._is_view() else value
+        else:
+            self.sum.add_(value)
         self.n += 1
 
     def merge(self, other: Any) -> None:
@@ -34,7 +37,8 @@ class MeanGradient(Accumulator):
             raise DataError(
                 "A place got no gradient in calibration: its output does not reach the loss, or its module was not called."
             )
-        return self.sum / self.n
+        mean, self.sum = self.sum.div_(self.n), None  # in place: a second copy of every gradient would double the peak
+        return mean
 
     def memory(self, site: Site) -> int:
         return 4 * site.spec.out * site.spec.inp * max(site.spec.stack, 1)

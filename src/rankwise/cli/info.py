@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import platform
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its page.")] = None,
     kind: Annotated[str | None, typer.Option(help="form, init, router, budget, optimizer, loss, merge or codec.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print every page as one Markdown document.")] = False,
 ) -> None:
     """List every method, or show one's page.
 
@@ -39,6 +41,9 @@ def methods(
         return
     if json:
         emit_json([_row(m) for m in found])
+        return
+    if markdown:
+        typer.echo(_markdown(found))
         return
     rows = [(m.kind, m.name, m.reference or "", m.title, m.mergeable, m.exports_to_peft) for m in found]
     table(f"{len(found)} methods", ["kind", "name", "card", "title", "merges", "to PEFT"], rows)
@@ -63,6 +68,26 @@ def _page(m: Any) -> None:
     if m.options:
         table("options", ["name", "default"], [(k, repr(v)) for k, v in m.options.items()])
     out.print()
+
+
+def _markdown(found: list[Any]) -> str:
+    """The catalogue as one page: a table of contents by kind, then each method with formula and options."""
+    kinds: dict[str, list[Any]] = {}
+    for m in found:
+        kinds.setdefault(m.kind, []).append(m)
+    lines = ["# Methods", "", "Made by `make docs` from the catalogue.", ""]
+    lines += [f"- **{kind}**: {', '.join(f'[{m.name}](#{kind}-{m.name})' for m in ms)}" for kind, ms in kinds.items()]
+    for kind, ms in kinds.items():
+        lines += ["", f"## {kind}"]
+        for m in ms:
+            lines += ["", f'<a id="{kind}-{m.name}"></a>', f"### {m.name}", ""]
+            lines += [" · ".join(x for x in (m.title, m.paper, f"card {m.reference}" if m.reference else None) if x), ""]
+            lines += ["```text", inspect.cleandoc(m.doc), "```"]
+            if m.needs:
+                lines += ["", f"Needs a form that gives: {', '.join(m.needs)}."]
+            if m.options:
+                lines += ["", "| option | default |", "|---|---|", *(f"| `{k}` | `{v!r}` |" for k, v in m.options.items())]
+    return "\n".join(lines)
 
 
 #: module, what it is for, how to get it

@@ -82,7 +82,7 @@ class Arrow(Router):
             raise OptionError("The router 'arrow' routes over adapters you have: give adapters=[folder, folder, …].")
 
     def _library(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        from rankwise.attach import roster_of
+        from rankwise.roster import roster_of
         from rankwise.store.peft import read_peft
 
         found: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
