@@ -1,0 +1,79 @@
+"""Arrow: prototypes are dominant directions, and PEFT's gives the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rankwise as rw
+from rankwise.errors import OptionError, TargetError
+from tests.models import batch_for, llama, logits, move
+
+
+@pytest.fixture
+def library(tmp_path: Any) -> list[str]:
+    out = []
+    for i, r in enumerate((2, 4, 3)):
+        adapter = rw.attach(llama(), {"r": r, "alpha": 2 * r, "targets": ["q_proj", "up_proj"]})
+        move(adapter, std=0.3, seed=i)
+        adapter.export(tmp_path / f"a{i}")
+        out.append(str(tmp_path / f"a{i}"))
+    return out
+
+
+def test_arrow_follows_the_dominant_directions(library: list[str]) -> None:
+    model = llama()
+    adapter = rw.attach(model, {"targets": ["q_proj", "up_proj"], "router": {"name": "arrow", "adapters": library, "top_k": 2}})
+    assert not adapter.named_parameters(), "nothing trains"
+    name = "model.layers.0.self_attn.q_proj"
+    d = adapter.sites[name]
+    experts = [rw.load(llama(), p).delta(name).dense() for p in library]
+    for v, W in zip(d.router.V, experts, strict=True):
+        assert abs(torch.linalg.svd(W)[2][0] @ v) == pytest.approx(1.0, abs=1e-4)
+    x = torch.randn(6, 32)
+    score = torch.stack([(x @ v).abs() for v in d.router.V], 1)
+    top = score.topk(2).indices
+    weight = torch.zeros_like(score).scatter(1, top, score.gather(1, top).softmax(-1))
+    want = sum(weight[:, e : e + 1] * (x @ experts[e].T) for e in range(3))
+    assert torch.allclose(d(x, torch.zeros(6, 32)), want, atol=1e-5)
+
+
+def test_one_adapter_is_itself_and_files_keep_the_library(library: list[str], tmp_path: Any) -> None:
+    batch = batch_for(llama())
+    model = llama()
+    adapter = rw.attach(model, {"targets": ["q_proj", "up_proj"], "router": {"name": "arrow", "adapters": library[:1]}})
+    assert torch.allclose(logits(model, batch), logits(rw.load(llama(), library[0]).model, batch), atol=1e-5)
+    many = rw.attach(llama(), {"targets": ["q_proj", "up_proj"], "router": {"name": "arrow", "adapters": library}})
+    many.save(tmp_path / "n")
+    assert torch.equal(logits(rw.load(llama(), tmp_path / "n").model, batch), logits(many.model, batch))
+    assert adapter.numel() == 0
+
+
+def test_arrow_equals_peft(library: list[str], tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    same = []
+    for i in range(3):
+        adapter = rw.attach(llama(), {"r": 2, "targets": ["q_proj"]})
+        with torch.no_grad():
+            for d in adapter.sites.values():  # a clear σ₁, so that their power iteration has converged
+                g = torch.Generator().manual_seed(i)
+                d.A.copy_(torch.randn(2, 32, generator=g) * torch.tensor([[3.0], [0.1]]))
+                d.B.copy_(torch.randn(32, 2, generator=g))
+        adapter.export(tmp_path / f"s{i}")
+        same.append(str(tmp_path / f"s{i}"))
+    model = llama()
+    rw.attach(model, {"targets": ["q_proj"], "router": {"name": "arrow", "adapters": same, "top_k": 2}})
+    theirs = peft.create_arrow_model(
+        base_model=llama(), task_specific_adapter_paths=same, arrow_config=peft.ArrowConfig(top_k=2, rng_seed=0)
+    )
+    batch = batch_for(model)
+    assert torch.allclose(logits(theirs, batch), logits(model, batch), atol=1e-4)
+
+
+def test_arrow_needs_adapters_that_reach_its_targets(library: list[str]) -> None:
+    with pytest.raises(OptionError, match="adapters="):
+        rw.Recipe(router="arrow")
+    with pytest.raises(TargetError, match="no adapter has a change"):
+        rw.attach(llama(), {"targets": ["k_proj"], "router": {"name": "arrow", "adapters": library}})

@@ -1,0 +1,71 @@
+"""SMoRA: gates that sum to k, a bias that balances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rankwise as rw
+from rankwise.errors import OptionError
+from rankwise.routers.base import recording
+from tests.forms.helpers import one
+
+
+def smora(r: int = 8, k: int = 4, **options: Any) -> tuple[Any, Any, Any]:
+    model, adapter, d = one({"r": r, "alpha": 16, "router": {"name": "smora", "k": k, **options}})
+    with torch.no_grad():
+        d.inner.B.normal_()
+    return model, adapter, d
+
+
+def test_gates_sum_to_k_and_count() -> None:
+    _, adapter, d = smora()
+    decision = d.router.route(torch.randn(50, 12))
+    assert torch.allclose(decision.dense().sum(-1), torch.full((50,), 4.0), atol=1e-5)
+    assert (decision.dense() > 0).sum(-1).eq(4).all()
+    assert adapter.numel() == 8 * 22 + 8 * 12
+
+
+def test_all_on_with_a_flat_router_is_lora_at_alpha_over_k() -> None:
+    model, _, d = smora(k=8)
+    with torch.no_grad():
+        d.router.weight.zero_()
+    x = torch.randn(5, 12)
+    want = torch.nn.functional.linear(x, model[0].weight, model[0].bias) + 16 / 8 * x @ d.inner.A.T @ d.inner.B.T
+    assert torch.allclose(model(x), want, atol=1e-5)
+
+
+def test_blocks_share_a_score() -> None:
+    _, _, d = smora(r=8, k=4, p=4)
+    gate = d.router.route(torch.randn(20, 12)).dense()
+    assert d.router.weight.shape == (2, 12) and torch.allclose(gate[:, :4], gate[:, :1].expand(-1, 4))
+
+
+def test_bias_moves_by_u_once_a_step_and_only_in_training() -> None:
+    model, adapter, d = smora(u=0.01)
+    session = rw.Session(model, adapter, lr=1e-3, total_steps=3, accumulate=2, check=False)
+    x = torch.randn(40, 12)
+    counts = torch.zeros(8)
+    for _ in range(2):
+        session.step_begin()
+        model.train()
+        y = model(x)
+        counts += d.router.route(x).counts()
+        (y.square().mean() + session.penalty(y, {})).backward()
+        before = d.router.bias.clone()
+        session.step()
+    assert torch.equal(d.router.bias - before, 0.01 * torch.sign(counts.mean() - counts))
+    now = d.router.bias.clone()
+    model.eval()
+    with recording(adapter.module):
+        model(x)
+    model(x)
+    assert torch.equal(d.router.bias, now) and not d.router.records
+
+
+@pytest.mark.parametrize("options", [{"k": 9}, {"k": 0}, {"p": 3}, {"u": -1}])
+def test_smora_refuses(options: dict) -> None:
+    with pytest.raises(OptionError, match="'smora'"):
+        smora(**options)
