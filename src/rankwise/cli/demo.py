@@ -28,8 +28,8 @@ def add(app: typer.Typer) -> None:
 
 def demo(
     to: Annotated[str, typer.Option("--out", "-o", help="Folder for everything the demo makes.")] = "demo-output",
-    steps: Annotated[int, typer.Option(help="Optimiser steps a method.")] = 50,
-    data: Annotated[str, typer.Option(help="Shipped domain to adapt to.")] = "email",
+    steps: Annotated[int, typer.Option(help="Optimiser steps a method.")] = 80,
+    data: Annotated[str, typer.Option(help="Shipped domain to adapt to.")] = "prose",
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
 ) -> None:
     """Adapt the shipped base to unseen text with six methods, compare them, merge the best, export it.
@@ -47,7 +47,7 @@ def demo(
     net, tokenizer = assets.load_base()
     train, test = tasks.domains()[data]
     out.print(
-        f"A Llama of {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, pretrained on Python's standard library, meets a package it has never read: [bold]{data}[/].\n",
+        f"A Llama of {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, pretrained on Python's standard library, meets text it has never read: [bold]{data}[/].\n",
         highlight=False,
     )
     recipes = {name: (Recipe(**fields), lr) for name, (fields, lr) in METHODS.items()}
@@ -55,7 +55,7 @@ def demo(
 
     def samples(rows: list[Any]) -> list[tuple[str, str, str]]:
         winner = best(rows)
-        prompts = [prompt_of(test[0]), prompt_of(test[-1])]
+        prompts = prompts_of(test)
         before = [generate(net, tokenizer, p) for p in prompts]
         adapter = rw.load(net, adapters / winner.name)
         after = [generate(net, tokenizer, p) for p in prompts]
@@ -106,19 +106,27 @@ def finish(net: Any, tokenizer: Any, rows: list[Any], folder: Path) -> dict[str,
     return {"best": winner.name, "merged": str(folder / "merged"), "peft": str(peft), "logit_gap": report.logit_gap}
 
 
-def prompt_of(text: str) -> str:
-    """The first function's head in a text, as a prompt."""
-    at = max(text.find("\n    def "), 0)
-    return text[at : at + 60].split(":")[0].strip() + ":"
+def prompts_of(texts: list[str], count: int = 2, length: int = 60) -> list[str]:
+    """Openings of sentences from different documents, cut at a word: lines long enough to be prose or code, not rules or marks."""
+    found = []
+    for text in texts:
+        lines = [line.strip() for line in text.splitlines()]
+        line = next((x for x in lines if len(x) > length and sum(c.isalpha() for c in x) > 0.7 * len(x)), None)
+        if line:
+            found.append(line[:length].rsplit(" ", 1)[0])
+        if len(found) == count:
+            break
+    return found
 
 
-def generate(net: Any, tokenizer: Any, prompt: str, tokens: int = 60) -> str:
-    """Greedy continuation."""
+def generate(net: Any, tokenizer: Any, prompt: str, tokens: int = 60, seed: int = 0) -> str:
+    """A sampled continuation (nucleus 0.9, temperature 0.7): greedy text of a model this small runs in circles."""
     import torch
 
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         made = net.generate(
-            ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.1
+            ids, max_new_tokens=tokens, do_sample=True, top_p=0.9, temperature=0.7, pad_token_id=tokenizer.pad_token_id
         )
     return tokenizer.decode(made[0][ids.shape[1] :], skip_special_tokens=True)

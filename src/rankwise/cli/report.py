@@ -60,7 +60,7 @@ def _page(rows: Sequence[Row], info: Mapping[str, Any], samples: Sequence[tuple[
         f"<p class=sub>{html.escape(str(info.get('what', '')))}</p>",
         _table(rows, unit),
         "".join(f"<p>{html.escape(n)}</p>" for n in notes),
-        f"<h2>Quality against size</h2><img alt='quality against trainable parameters' src='{_scatter(rows, unit)}'>",
+        f"<h2>Quality and size</h2><img alt='score and trainable parameters of each method' src='{_quality(rows, unit)}'>",
         f"<h2>Loss while training</h2><img alt='training loss' src='{_curves(rows)}'>",
         f"<h2>Where the memory goes</h2><img alt='memory by category' src='{_memory(rows)}'>",
     ]
@@ -110,25 +110,24 @@ def _uri(plt: Any, fig: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _scatter(rows: Sequence[Row], unit: str) -> str:
-    plt, fig, ax = _figure(9.5, 4.2)
-    for i, r in enumerate(rows):
+def _quality(rows: Sequence[Row], unit: str) -> str:
+    """One line a row, best first: the score as a dot, trainable parameters in the margin, the base as a dashed line."""
+    order = sorted(rows, key=lambda r: -r.after)
+    plt, fig, ax = _figure(9.5, 0.9 + 0.34 * len(rows))
+    for y, r in enumerate(order):
         peer = r.by != "rankwise"
-        ax.scatter(r.trainable, r.after, s=46, marker="x" if peer else "o", color="#8a94a3" if peer else f"C{i % 10}", zorder=3)
+        ax.plot([r.after, r.before], [y, y], color="#dde2e9", lw=2, zorder=1)
+        ax.scatter(r.after, y, s=46, marker="x" if peer else "o", color="#8a94a3" if peer else "C0", zorder=3)
+        ax.annotate(f"{r.trainable:,}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#5b6675")
+    if order:
+        ax.axvline(order[0].before, color="#c44", lw=1, ls="--")
         ax.annotate(
-            f"{r.name}{' (' + r.by + ')' if peer else ''}",
-            (r.trainable, r.after),
-            xytext=(6, -12 if peer else 5),
-            textcoords="offset points",
-            fontsize=8.5,
+            "base", (order[0].before, 1), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8.5, color="#c44"
         )
-    if rows:
-        ax.axhline(rows[0].before, color="#c44", lw=1, ls="--")
-        ax.annotate(
-            "base", (1, rows[0].before), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color="#c44"
-        )
-    ax.set(xscale="log", xlabel="trainable parameters", ylabel=f"{unit} (lower is better)")
-    ax.grid(alpha=0.25)
+    ax.annotate("trainable", (1.01, 1), xycoords="axes fraction", va="bottom", fontsize=8.5, color="#5b6675")
+    ax.set_yticks(range(len(order)), [f"{r.name} ({r.by})" if r.by != "rankwise" else r.name for r in order])
+    ax.set(xlabel=f"{unit} (lower is better)")
+    ax.grid(axis="x", alpha=0.25)
     return _uri(plt, fig)
 
 

@@ -1,5 +1,10 @@
-"""Several adapters into one: lift, sparsify, weigh, combine, lower.  One file a family; a named merge is a row of it."""
+"""Several adapters (or whole models) into one: lift, sparsify, weigh, combine, lower.
 
-from rankwise.merge.base import Merge, attach_merged, attach_state, merge_states, read_state
+``base`` the seam · ``stack`` one tensor of all sources, by blocks · ``sums`` cat, svd, linear · ``weighings`` one number a
+source · ``entries``, ``selections`` entry by entry · ``knots`` a joint basis · ``lego`` clusters of units · ``files`` values and models.
+"""
+
+from rankwise.merge.base import Merge, merge_states
+from rankwise.merge.files import attach_merged, attach_state, read_state
 
 __all__ = ["Merge", "attach_merged", "attach_state", "merge_states", "read_state"]

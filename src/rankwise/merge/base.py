@@ -1,108 +1,159 @@
-"""The seam of merges: every source is a value (an AdapterState); a method combines one site's deltas at a time.
+"""The seam of merges: sources are values, a method combines one tensor's stack at a time, the result is lowered again.
 
-Sums are made in fp64 and cast once.  A site that only some sources have counts as zero in the others.  Every merge
-reports, site by site, how far its result is from the weighted sum Σ w_t·ΔW_t, so that what it approximates is seen.
+Lift (a :class:`~rankwise.merge.stack.Stack` of factors or of whole tensors) → sparsify → weigh → combine → lower.  A
+method is either a *weighing* (T numbers from inner products: exact, low-rank stays low-rank), an *entry-wise* rule
+(blocks of rows), or something of its own (clusters, a joint basis).  Every merge reports, tensor by tensor, how far its
+result is from the weighted sum Σ w_t·ΔW_t, and what cutting it to a rank cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.catalogue import MethodInfo, make
 from rankwise.delta import AdapterState, Delta, LowRank
+from rankwise.delta.lowrank import cut
+from rankwise.delta.solve import randomized_svd
 from rankwise.errors import MergeError, OptionError
+from rankwise.merge.stack import FactorStack, Pair, Stack, one_shape
 from rankwise.seeds import generator
 
-if TYPE_CHECKING:
-    from rankwise.adapter import Adapter
+
+class Source(Protocol):
+    """What is merged: an :class:`AdapterState`, or a folder read one site at a time."""
+
+    @property
+    def full(self) -> Any: ...
+
+    @property
+    def sites(self) -> Any:
+        """name → Delta; a mapping that may read on demand."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Lifted:
-    """One site's sources as fp64 factors with √s of their scales on each side: A_t (r_t, in), B_t (out, r_t); None where absent."""
+class Merged:
+    """One tensor's result: low-rank or out×in, and the share of it that cutting to a rank lost."""
 
-    site: str
-    pairs: tuple[tuple[Tensor, Tensor] | None, ...]
-    weights: tuple[float, ...]
-
-    def present(self) -> list[tuple[Tensor, Tensor, float]]:
-        return [(p[0], p[1], w) for p, w in zip(self.pairs, self.weights, strict=True) if p is not None]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        A, B, _ = self.present()[0]
-        return B.shape[0], A.shape[1]
-
-    def total(self) -> LowRank:
-        """The exact weighted sum, of rank Σ r_t."""
-        return LowRank(torch.cat([A for A, _, _ in self.present()]), torch.cat([w * B for _, B, w in self.present()], dim=1))
-
-    def rank(self, rank: int | None) -> int:
-        return min(rank or max(A.shape[0] for A, _, _ in self.present()), *self.shape)
+    value: LowRank | Tensor
+    truncation: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge:
     """Base of all merges; dataclass fields are options.
 
-    ``gauge_invariant``: the result does not change when a source's (A, B) becomes (G·A, B·G⁻¹).
+    Attributes:
+        gauge_invariant: the result does not change when a source's (A, B) becomes (G·A, B·G⁻¹).
+        breaks: names of laws (tests/merge) that do not hold for it, by design.
+        count: exactly so many sources, or None.
+        works_on: what a whole checkpoint's tensors are lifted to: "changes" from a base, or the "weights" themselves.
+        adapters, checkpoints: what it takes.
     """
 
     info: ClassVar[MethodInfo]
     gauge_invariant: ClassVar[bool] = True
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    count: ClassVar[int | None] = None
+    works_on: ClassVar[str] = "changes"
+    adapters: ClassVar[bool] = True
+    checkpoints: ClassVar[bool] = True
 
-    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
-        """One site's merged delta (fp64 or fp32 low-rank)."""
+    def combine(self, stack: Stack, seed: int) -> Merged:
+        """One tensor's merged value."""
         raise NotImplementedError(f"The merge {type(self).__name__} must combine.")
 
 
 def merge_states(
-    states: Sequence[AdapterState],
+    states: Sequence[Source],
     weights: Sequence[float] | None = None,
     method: str | Merge = "cat",
     *,
     seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> AdapterState:
-    """The merged value.
+    """The merged value of adapters.
 
     Args:
-        states: low-rank values (``adapter.lower()``).
+        states: low-rank values (``adapter.lower()``), or anything whose ``sites`` gives them, one at a time.
         weights: one a source; default 1/T each.
         method: a registered merge or its name with ``options``.
+        progress: called with each site's name when it is done.
 
     Returns:
-        A state whose ``meta["errors"]`` has ‖merged − Σ w·ΔW‖/‖Σ w·ΔW‖ by site.
+        A state whose ``meta`` has, by site, ``errors``: ‖merged − Σ w·ΔW‖/‖Σ w·ΔW‖, and ``truncation``: what cutting to
+        a rank lost of the merged change.
 
     Raises:
-        MergeError: no source, a site that is not low-rank, shapes that differ between sources.
+        MergeError: no source, a site that is not low-rank, shapes that differ, whole tensors that only a vote could merge.
+        OptionError: a wrong option or number of weights or sources.
     """
-    if not states:
-        raise MergeError("There is nothing to merge; give at least one adapter.")
-    weights = tuple(1 / len(states) for _ in states) if weights is None else tuple(weights)
-    if len(weights) != len(states):
-        raise OptionError(f"{len(weights)} weights for {len(states)} adapters; give one each.")
-    rule = make("merge", method, **options) if isinstance(method, str) else method
+    rule = rule_of(method, options, len(states))
+    if not rule.adapters:
+        raise OptionError(
+            f"The merge {rule.info.name!r} takes whole checkpoints, not adapters; see rankwise methods {rule.info.name}."
+        )
+    weights = weights_of(weights, len(states))
     sites: dict[str, Delta] = {}
     errors: dict[str, float] = {}
+    lost: dict[str, float] = {}
     for name in sorted({n for s in states for n in s.sites}):
-        lifted = Lifted(name, tuple(_factors(s.sites.get(name), name) for s in states), weights)
-        _same_shape(lifted)
-        merged = rule.combine(lifted, generator(seed, f"merge:{rule.info.name}", name))
-        errors[name] = _distance(merged, lifted.total())
-        A, B = merged.factors()
+        stack = FactorStack(name, weights, pairs=tuple(_factors(s.sites.get(name), name) for s in states))
+        one_shape(stack)
+        made = rule.combine(stack, seed)
+        if not isinstance(made.value, LowRank):
+            raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
+        errors[name], lost[name] = distance(made.value, stack.total()), made.truncation
+        A, B = made.value.factors()
         sites[name] = LowRank(A.float(), B.float(), 1.0)
-    return AdapterState(sites, meta={"errors": errors, "method": rule.info.name, "weights": list(weights)})
+        progress(name)
+    meta = {"errors": errors, "truncation": lost, "method": rule.info.name, "weights": list(weights)}
+    return AdapterState(sites, full=_whole(states), meta=meta)
 
 
-def _factors(d: Delta | None, name: str) -> tuple[Tensor, Tensor] | None:
+def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge:
+    """The method, checked against the number of sources."""
+    if sources < 1:
+        raise MergeError("There is nothing to merge; give at least one adapter.")
+    rule: Merge = make("merge", method, **options) if isinstance(method, str) else method
+    if rule.count is not None and sources != rule.count:
+        raise OptionError(f"The merge {rule.info.name!r} is between {rule.count} sources; it got {sources}.")
+    return rule
+
+
+def weights_of(weights: Sequence[float] | None, sources: int) -> tuple[float, ...]:
+    """One finite number a source; 1/T each by default."""
+    given = tuple(1 / sources for _ in range(sources)) if weights is None else tuple(float(w) for w in weights)
+    if len(given) != sources:
+        raise OptionError(f"{len(given)} weights for {sources} adapters; give one each.")
+    if not all(math.isfinite(w) for w in given):
+        raise OptionError(f"The weights {list(given)} must be finite numbers.")
+    return given
+
+
+def _whole(states: Sequence[Source]) -> dict[str, Tensor]:
+    """Whole tensors (heads, norms): kept where only one source has them or all agree to the bit, else refused."""
+    out: dict[str, Tensor] = {}
+    for i, s in enumerate(states):
+        for name, tensor in (s.full or {}).items():
+            if name in out and not torch.equal(out[name], tensor):
+                raise MergeError(
+                    f"Source {i} and one before it both hold {name!r} whole and differ: such a tensor (a head, a norm) may stand "
+                    "for different labels, so it is not averaged. Leave it out of all but one."
+                )
+            out[name] = tensor
+    return out
+
+
+def _factors(d: Delta | None, name: str) -> Pair | None:
+    """fp64 factors with √|s| on each side."""
     if d is None:
         return None
     if not isinstance(d, LowRank):
@@ -112,17 +163,11 @@ def _factors(d: Delta | None, name: str) -> tuple[Tensor, Tensor] | None:
     if d.core is not None:
         A, B = d.factors()
         return A.double(), B.double()
-    s = float(d.scale)  # √|s| on each side, which factor-wise rules can tell
+    s = float(d.scale)
     return d.A.double() * abs(s) ** 0.5, d.B.double() * math.copysign(abs(s) ** 0.5, s)
 
 
-def _same_shape(lifted: Lifted) -> None:
-    shapes = {(B.shape[0], A.shape[1]) for A, B, _ in lifted.present()}
-    if len(shapes) > 1:
-        raise MergeError(f"The sources at {lifted.site!r} have shapes {sorted(shapes)}; they were made for different bases.")
-
-
-def _distance(a: LowRank, b: LowRank) -> float:
+def distance(a: LowRank, b: LowRank) -> float:
     """‖a − b‖/‖b‖ in fp64, from r-wide products; 0 where both vanish."""
     (A, B), (C, D) = a.factors(), b.factors()
     A, B, C, D = (t.double() for t in (A, B, C, D))
@@ -132,58 +177,35 @@ def _distance(a: LowRank, b: LowRank) -> float:
     return float(gap / size) if size > 0 else float(gap > 0)
 
 
-def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None) -> AdapterState:
-    """A folder's adapter as a value against the untouched base of ``model``, which is left as it was.
-
-    ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.
-    """
-    from rankwise.files import load
-
-    name = f"__reading {folder}".replace("/", " ").replace("\\", " ")[:120]
-    adapter = load(model, folder, name=name, activate=False)
-    try:
-        return adapter.lower(rank=rank)
-    except OptionError as error:
-        raise MergeError(f"{folder}: {error}") from error
-    finally:
-        adapter.detach()
+def truncated(total: LowRank, rank: int) -> Merged:
+    """The best rank-``rank`` part of a low-rank value (QR + small SVD), √S on each side, and what it lost."""
+    low, lost = total.to_lowrank(rank=min(rank, *total.shape[-2:]))
+    return Merged(low, lost)
 
 
-def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged", activate: bool = True) -> Adapter:
-    """Attach a low-rank value as an ordinary ``lora`` adapter of uneven ranks."""
-    from rankwise.files import rebuild
-    from rankwise.recipe import Recipe
-
-    ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
-    recipe = Recipe(form="lora", targets=list(ranks), r=max(ranks.values()))
-    entry = {
-        "part": {"form": "lora", "targets": list(ranks), "r": max(ranks.values())},
-        "ranks": ranks,
-        "scales": dict.fromkeys(ranks, 1.0),
-    }
-    tensors: dict[str, Tensor] = {}
-    for n, d in state.sites.items():
-        A, B = d.factors()  # type: ignore[attr-defined]
-        tensors |= {f"{n}::A": A, f"{n}::B": B}
-    return rebuild(model, recipe, {"parts": [entry], "states": {}}, tensors, name, activate)
+def lowered(W: Tensor, rank: int, g: torch.Generator) -> Merged:
+    """A merged out×in change cut to ``rank``, √S on each side; by a randomised SVD where the rank is far below full."""
+    if 8 * rank < min(W.shape):
+        low, _ = cut(*(t.double() for t in randomized_svd(W, rank, oversample=rank, generator=g)), rank=rank)
+    else:
+        low, _ = cut(*torch.linalg.svd(W.double(), full_matrices=False), rank=rank)
+    size = float(W.double().norm())
+    A, B = low.factors()
+    gap = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=-1).double().norm()
+    return Merged(low, float(gap) / size if size else 0.0)
 
 
-def attach_merged(
-    model: nn.Module,
-    folders: Sequence[str],
-    method: str = "cat",
-    weights: Sequence[float] | None = None,
-    *,
-    name: str = "merged",
-    source_rank: int | None = None,
-    **options: Any,
-) -> Adapter:
-    """Read adapter folders (cut to ``source_rank`` where given), merge them, attach the result."""
-    states = [read_state(model, f, rank=source_rank) for f in folders]
-    return attach_state(model, merge_states(states, weights, method, **options), name=name)
+def draws(rule: Merge, stack: Stack, seed: int) -> torch.Generator:
+    """The generator of one method at one tensor."""
+    return generator(seed, f"merge:{rule.info.name}", stack.name)
 
 
-def truncated(total: LowRank, rank: int) -> LowRank:
-    """The best rank-``rank`` part of a low-rank value (QR + small SVD), √S on each side."""
-    low, _ = total.to_lowrank(rank=rank)
-    return low
+def share(name: str, option: str, value: float, *, zero: bool = False) -> None:
+    """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``)."""
+    if not (0 <= value <= 1 if zero else 0 < value <= 1):
+        raise OptionError(f"The merge {name!r} takes {option} as a share in {'[' if zero else '('}0, 1]; it got {value}.")
+
+
+def one_of(name: str, option: str, value: str, among: Iterable[str]) -> None:
+    if value not in among:
+        raise OptionError(f"The merge {name!r} has {option} in {sorted(among)}; it got {value!r}.")

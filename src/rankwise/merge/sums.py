@@ -11,7 +11,8 @@ import torch
 from rankwise.catalogue import register
 from rankwise.delta import LowRank
 from rankwise.errors import MergeError
-from rankwise.merge.base import Lifted, Merge, truncated
+from rankwise.merge.base import Merge, Merged, truncated
+from rankwise.merge.stack import FactorStack, Stack
 
 
 @register("merge", "cat", title="Concatenation: the exact weighted sum", exports_to_peft=True)
@@ -19,8 +20,11 @@ from rankwise.merge.base import Lifted, Merge, truncated
 class Cat(Merge):
     """Â = stack(A_t): (Σ r_t)×in, B̂ = [w_t·s_t·B_t]: out×(Σ r_t); exactly Σ w_t·ΔW_t.  Source: HF PEFT, ``cat``."""
 
-    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
-        return lifted.total()
+    checkpoints: ClassVar[bool] = False
+
+    def combine(self, stack: Stack, seed: int) -> Merged:
+        assert isinstance(stack, FactorStack)
+        return Merged(stack.total())
 
 
 @register("merge", "svd", title="Weighted sum cut to a rank", exports_to_peft=True)
@@ -32,10 +36,12 @@ class SVD(Merge):
     of the error.
     """
 
+    checkpoints: ClassVar[bool] = False
     rank: int | None = None
 
-    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
-        return truncated(lifted.total(), lifted.rank(self.rank))
+    def combine(self, stack: Stack, seed: int) -> Merged:
+        assert isinstance(stack, FactorStack)
+        return truncated(stack.total(), self.rank or stack.rank())
 
 
 @register("merge", "linear", title="Factor-wise weighted sum, with its cross terms", exports_to_peft=True)
@@ -49,14 +55,16 @@ class Linear(Merge):
     """
 
     gauge_invariant: ClassVar[bool] = False
+    checkpoints: ClassVar[bool] = False
+    breaks: ClassVar[frozenset[str]] = frozenset({"twins"})
 
-    def combine(self, lifted: Lifted, g: torch.Generator) -> LowRank:
-        sources = lifted.present()
-        ranks = {A.shape[0] for A, _, _ in sources}
-        if len(ranks) > 1 or len(sources) < len(lifted.pairs):
+    def combine(self, stack: Stack, seed: int) -> Merged:
+        assert isinstance(stack, FactorStack)
+        sources = stack.sources()
+        if len({A.shape[0] for A, _, _ in sources}) > 1 or not all(stack.present):
             raise MergeError(
-                f"The merge 'linear' adds factors, so every source needs {lifted.site!r} at one rank; use 'cat' or 'svd'."
+                f"The merge 'linear' adds factors, so every source needs {stack.name!r} at one rank; use 'cat' or 'svd'."
             )
         A = torch.stack([math.copysign(math.sqrt(abs(w)), w) * A for A, _, w in sources]).sum(0)
         B = torch.stack([math.sqrt(abs(w)) * B for _, B, w in sources]).sum(0)
-        return LowRank(A, B)
+        return Merged(LowRank(A, B))

@@ -1,0 +1,74 @@
+"""cat, svd and linear: Eckart–Young, exactness, cross terms; PEFT's combinations by the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rankwise as rw
+from rankwise.delta import AdapterState
+from rankwise.errors import MergeError
+from rankwise.merge import attach_merged, attach_state, merge_states
+from tests.merge.tools import dense, source
+from tests.models import batch_for, llama, logits, move
+
+
+def test_svd_is_eckart_young_and_cat_exact() -> None:
+    a, b = source(0), source(1)
+    total = 0.7 * dense(a) + 0.3 * dense(b)
+    S = torch.linalg.svdvals(total)
+    cut = merge_states([a, b], [0.7, 0.3], "svd", rank=2)
+    assert (dense(cut) - total).norm() == pytest.approx(S[2:].norm().item(), abs=1e-5)
+    assert cut.meta["truncation"]["x"] == pytest.approx((S[2:].norm() / S.norm()).item(), abs=1e-6)
+    assert torch.allclose(dense(merge_states([a, b], [0.7, -0.3], "cat")), 0.7 * dense(a) - 0.3 * dense(b), atol=1e-6)
+
+
+def test_linear_has_the_cross_terms() -> None:
+    a, b = source(0), source(1)
+    (A1, B1), (A2, B2) = a.sites["x"].factors(), b.sites["x"].factors()
+    want = 0.6 * B1 @ A1 + 0.4 * B2 @ A2 + (0.6 * 0.4) ** 0.5 * (B1 @ A2 + B2 @ A1)
+    assert torch.allclose(dense(merge_states([a, b], [0.6, 0.4], "linear")), want.double(), atol=1e-5)
+    with pytest.raises(MergeError, match="every source needs 'y'"):
+        merge_states([a, AdapterState({"x": b.sites["x"]})], None, "linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "kind", "theirs"),
+    [
+        ("cat", {}, "cat", {}),
+        ("svd", {"rank": 4}, "svd", {"svd_rank": 4}),
+        ("linear", {}, "linear", {}),
+        ("ties", {"rank": 4, "density": 0.5, "divide": "count"}, "ties_svd", {"svd_rank": 4, "density": 0.5}),
+        ("magnitude_prune", {"rank": 4, "density": 0.5}, "magnitude_prune_svd", {"svd_rank": 4, "density": 0.5}),
+    ],
+)
+def test_agreement_with_peft(name: str, ours: dict[str, Any], kind: str, theirs: dict[str, Any], tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    folders = []
+    for i in range(2):
+        adapter = rw.attach(llama(), {"r": 4, "alpha": 8})
+        move(adapter, seed=i)
+        folders.append(str(adapter.export(tmp_path / f"p{i}")))
+        adapter.detach()
+    net = peft.PeftModel.from_pretrained(llama(), folders[0], adapter_name="0")
+    net.load_adapter(folders[1], adapter_name="1")
+    net.add_weighted_adapter(["0", "1"], [0.7, 0.3], "m", combination_type=kind, **theirs)
+    net.set_adapter("m")
+    model = llama()
+    attach_merged(model, folders, name, [0.7, 0.3], **ours)
+    batch = batch_for(model)
+    assert torch.allclose(logits(net, batch), logits(model, batch), atol=1e-4)
+
+
+def test_merged_values_attach_and_act() -> None:
+    model = llama()
+    adapter = rw.attach(model, {"r": 2})
+    move(adapter)
+    batch = batch_for(model)
+    want = logits(model, batch)
+    state = adapter.lower()
+    adapter.detach()
+    attach_state(model, state)
+    assert torch.allclose(logits(model, batch), want, atol=1e-5)
