@@ -31,3 +31,11 @@ class LossTerm:
     def term(self, outputs: Any, reference: Any | None, batch: Mapping[str, Any], adapter: Adapter, step: int) -> dict[str, Tensor]:
         """Named scalars whose sum is added to the task's loss; each is reported apart."""
         raise NotImplementedError(f"The loss {type(self).__name__} must give its terms.")
+
+    def grad_extra(self, adapter: Adapter, step: int) -> Mapping[str, Tensor]:
+        """What this term adds to gradients itself, once a step, where autograd is not the way (a subgradient).
+
+        Parameter name → tensor of its shape, of the parameters alone (so that data-parallel ranks agree), unscaled and
+        not divided by micro-batches.  Frozen parameters' entries are left out of the step.
+        """
+        return {}

@@ -4,7 +4,7 @@ Order of one optimiser step, the same in every loop::
 
     step_begin      budget: allocate, sample, probe
     micro-batch     forward (yours) → penalty(out, batch) → backward (yours)   … `accumulate` times
-    step            gradients finite? → clip → observe (budget) → transforms, update → after_update (budget, resync)
+    step            gradients finite? → grad_extra of the losses → clip → observe (budget) → transforms, update → after_update (budget, resync)
                     → routers' after_step → gradients cleared
 """
 
@@ -152,6 +152,7 @@ class Session:
             self._check = False
             self.adapter._roster.check_acted([self.adapter.name])
             check_first_backward(self.adapter, params)
+        self.add_gradients()
         if self.max_grad_norm is not None:
             self.logs["grad_norm"] = float(nn.utils.clip_grad_norm_(list(params.values()), self.max_grad_norm))
         self.logs["lr"] = float(self.optimizer.param_groups[0]["lr"])
@@ -162,6 +163,26 @@ class Session:
         self.logs.update(self.run.logs)
         self.optimizer.zero_grad(set_to_none=True)
         return True
+
+    @torch.no_grad()
+    def add_gradients(self, scale: float = 1.0) -> None:
+        """Add what the losses give as ``grad_extra``, after the last backward; ``scale`` is the loss scale, if there is one.
+
+        Raises:
+            TrainingError: a name or shape that is no parameter's, or values that are not finite (the step is not taken).
+        """
+        for loss in self.losses:
+            for name, extra in loss.grad_extra(self.adapter, self.run.step).items():
+                known = self.optimizer.params.get(name)
+                if known is None or known.tensor.shape != extra.shape or not torch.isfinite(extra).all():
+                    self.optimizer.zero_grad(set_to_none=True)
+                    raise TrainingError(
+                        f"The loss {loss.info.name!r} adds to the gradient of {name!r} a tensor of shape {tuple(extra.shape)}; expected finite "
+                        f"values, of the shape of a parameter in training. The step was not taken; mend its grad_extra."
+                    )
+                p = known.tensor
+                if p.requires_grad:
+                    p.grad = extra.to(p.dtype) * scale if p.grad is None else p.grad.add_(extra, alpha=scale)
 
     def refuse_nonfinite(self, params: Mapping[str, Tensor]) -> None:
         """Stop before the update where a gradient is NaN or infinite; parameters and state are as before the step."""

@@ -158,6 +158,9 @@ def _bridge(base: type) -> type:
                 self._checked = True
                 self.adapter._roster.check_acted([self.adapter.name])
                 check_first_backward(self.adapter, self.adapter.named_parameters())
+            if self.session is not None and self.session.losses and self.accelerator.sync_gradients:
+                scaler = self.accelerator.scaler
+                self.session.add_gradients(1.0 if scaler is None else scaler.get_scale())
             return loss
 
         # --- checkpoints ------------------------------------------------------------------------------------
