@@ -267,13 +267,19 @@ def _install(
     roster.records[name] = record
     if any(d.in_place for d in deltas.values()):
         roster.moving.append(name)
-    for site_name, delta in deltas.items():
-        _tap(roster, Tap(name, delta.site, delta))
-        for other in followers.get(site_name, ()):
-            far = roster.known[other]
-            flipped = (far.spec.kind == "embedding") != (delta.site.spec.kind == "embedding")
-            _tap(roster, Tap(name, far, delta, transposed=flipped))
-        delta.on_attach(roster, record)
+    attached: list[SiteDelta] = []
+    try:
+        for site_name, delta in deltas.items():
+            _tap(roster, Tap(name, delta.site, delta))
+            for other in followers.get(site_name, ()):
+                far = roster.known[other]
+                flipped = (far.spec.kind == "embedding") != (delta.site.spec.kind == "embedding")
+                _tap(roster, Tap(name, far, delta, transposed=flipped))
+            delta.on_attach(roster, record)
+            attached.append(delta)
+    except BaseException:
+        uninstall(roster, name, attached)  # an adapter is attached whole or not at all
+        raise
 
 
 def _tap(roster: Roster, tap: Tap) -> None:
@@ -310,10 +316,13 @@ def set_class(module: Any) -> None:
     module.__class__ = adapted_class(place.base, mode, reads)
 
 
-def uninstall(roster: Roster, name: str) -> None:
-    """Take an adapter out: its taps, its class swaps, its tensors; the last one takes the roster along."""
+def uninstall(roster: Roster, name: str, attached: Iterable[SiteDelta] | None = None) -> None:
+    """Take an adapter out: its taps, its class swaps, its tensors; the last one takes the roster along.
+
+    ``attached``: the deltas that had come as far as ``on_attach``, where installing stopped half-way.
+    """
     record = roster.records[name]
-    for delta in record.deltas.values():
+    for delta in record.deltas.values() if attached is None else attached:
         delta.on_detach(roster, record)
     for module in dict.fromkeys(roster._places(name)):
         module._rankwise.taps.pop(name, None)

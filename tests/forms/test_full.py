@@ -41,3 +41,17 @@ def test_one_a_weight_and_no_strengths() -> None:
         rw.attach(model, {"form": "full", "targets": ["q"]}, name="b")
     with pytest.raises(ViewError, match="strength is 1"), rw.view(model, {"a": 0.5}):
         pass
+
+
+def test_an_adapter_that_stops_half_way_leaves_nothing() -> None:
+    """The second adapter's first weight is free, its second is taken: neither is touched."""
+    model = llama().requires_grad_(False)
+    rw.attach(model, {"form": "full", "targets": ["down_proj"]}, name="first")
+    with pytest.raises(AttachError, match="already moved by adapter 'first'"):
+        rw.attach(model, {"form": "full", "targets": ["up_proj", "down_proj"]}, name="second")
+    assert list(rw.adapters(model)) == ["first"]
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[0].mlp.down_proj.weight.requires_grad, "the first one's is still trained"
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
+    rw.adapters(model)["first"].detach()
+    assert not hasattr(model, "rankwise")

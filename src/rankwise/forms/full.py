@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -87,6 +87,15 @@ class Full(Form):
     def __post_init__(self) -> None:
         if self.keep not in ("copy", "none"):
             raise OptionError(f"The form 'full' keeps 'copy' or 'none' of the base; it got {self.keep!r}.")
+
+    def plan(self, sites: Sequence[Site], plan: Plan) -> Plan:
+        part = next((s for s in sites if s.spec.rows is not None), None)
+        if part is not None:
+            raise AttachError(
+                f"The form 'full' trains whole weights, and {part.name!r} is some rows of one; target "
+                f"{part.spec.module.rpartition('.')[2]!r}, or use 'dense' for a part."
+            )
+        return plan
 
     def build(self, site: Site, plan: Plan) -> Trained:
         return Trained(site, self.keep == "copy")
