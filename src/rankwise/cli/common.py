@@ -159,6 +159,11 @@ def emit_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def count(n: int) -> str:
+    """A number of parameters: 224 k, 4.42 M."""
+    return f"{n:,}" if n < 10_000 else f"{n / 1e3:.3g} k" if n < 1e6 else f"{n / 1e6:.3g} M" if n < 1e9 else f"{n / 1e9:.3g} B"
+
+
 def size(n: float) -> str:
     """Bytes for people: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -168,4 +173,4 @@ def size(n: float) -> str:
     return ""
 
 
-__all__ = ["RankwiseError", "emit_json", "err", "fmt", "load_model", "out", "quiet", "recipe_from", "size", "table"]
+__all__ = ["RankwiseError", "count", "emit_json", "err", "fmt", "load_model", "out", "quiet", "recipe_from", "size", "table"]
