@@ -87,23 +87,27 @@ def _normed(c: Tensor, gram: Tensor, name: str) -> Tensor:
     return c / size
 
 
-def multislerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
+def _sphere(rule: Any, gram: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """Shares, unit vectors, their normalised mean and the mean norm; None where every source vanishes."""
     w = _shares(rule, w)
     units, size = _units(gram)
     if not bool(size.any()):
+        return None
+    return w, units, _normed(w @ units, gram, rule.info.name), float(w @ size)
+
+
+def multislerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
+    if (found := _sphere(rule, gram, w)) is None:
         return w
-    m = _normed(w @ units, gram, rule.info.name)
+    w, units, m, size = found
     along = units @ gram @ m  # cosines to the mean
-    tangent = w @ (units - along[:, None] * m)
-    return _exp(m, tangent, gram) * float(w @ size)
+    return _exp(m, w @ (units - along[:, None] * m), gram) * size
 
 
 def karcher(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
-    w = _shares(rule, w)
-    units, size = _units(gram)
-    if not bool(size.any()):
+    if (found := _sphere(rule, gram, w)) is None:
         return w
-    m = _normed(w @ units, gram, rule.info.name)
+    w, units, m, size = found
     for _ in range(rule.iterations):
         cos = (units @ gram @ m).clamp(-1, 1)
         angle = cos.acos()
@@ -112,7 +116,7 @@ def karcher(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
         m = _normed(_exp(m, tangent, gram), gram, rule.info.name)
         if float((tangent @ gram @ tangent).clamp_min(0).sqrt()) < rule.tol:
             break
-    return m * float(w @ size)
+    return m * size
 
 
 def _shares(rule: Any, w: Tensor) -> Tensor:
