@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.allocation import Allocation, cubic, top_k
-from rankwise.budgets.base import Budget, Run
+from rankwise.budgets.base import Budget, Run, agreed
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
 from rankwise.recipe import preset
@@ -76,7 +76,16 @@ class AdaLoRA(Budget):
             )
 
     def _components(self, run: Run) -> dict[str, int]:
-        return {n: d.core.numel() for n, d in run.adapter.sites.items() if "core" in d.components}
+        return {n: core.numel() for n, core in self._cores(run).items()}
+
+    def _cores(self, run: Run) -> dict[str, Tensor]:
+        """λ of every site that has triplets."""
+        out: dict[str, Tensor] = {}
+        for name, d in run.adapter.sites.items():
+            if "core" in d.components:
+                assert isinstance(d.core, Tensor)
+                out[name] = d.core
+        return out
 
     def budget(self, step: int) -> int:
         """Number of triplets at ``step``."""
@@ -114,9 +123,10 @@ class AdaLoRA(Budget):
         if not settled or self.allocation is None or t == self._total - self._final:
             kept = set(top_k(self.scores(run), self.budget(t)))
             masks = {site: tuple((site, i) in kept for i in range(n)) for site, n in self._components(run).items()}
-            self.allocation = Allocation(masks=masks, ranks={n: sum(m) for n, m in masks.items()})
+            self.allocation = agreed(run, Allocation(masks=masks, ranks={n: sum(m) for n, m in masks.items()}))
+        cores = self._cores(run)
         for site, mask in self.allocation.masks.items():
-            core = run.adapter.sites[site].core
+            core = cores[site]
             core.mul_(torch.tensor(mask, dtype=core.dtype, device=core.device).view(core.shape))
         run.logs["budget"] = float(self.budget(t))
 

@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
+from rankwise.allocation import Allocation
 from rankwise.catalogue import MethodInfo
 
 if TYPE_CHECKING:
@@ -32,6 +35,19 @@ class Run:
     step: int = 0
     ddp: bool = False
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def agreed(run: Run, allocation: Allocation) -> Allocation:
+    """Rank 0's allocation, on every rank of a data-parallel run (``run.ddp``); the same one where there is one process.
+
+    Every budget's decision goes through here: scores or seeds that differ by a rank must not let their adapters drift apart.
+    """
+    parallel = run.ddp and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not parallel or torch.distributed.get_world_size() == 1:
+        return allocation
+    sent = [allocation.to_json()]
+    torch.distributed.broadcast_object_list(sent, src=0)
+    return Allocation.from_json(sent[0])
 
 
 @dataclasses.dataclass(kw_only=True)

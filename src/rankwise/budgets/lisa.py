@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rankwise.allocation import Allocation, sample
-from rankwise.budgets.base import Budget, Run
+from rankwise.budgets.base import Budget, Run, agreed
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
 from rankwise.seeds import generator
@@ -62,7 +62,8 @@ class LISA(Budget):
             return
         g = generator(run.seed, "lisa", str(run.step))
         picked = {int(b) for b in sample([str(b) for b in self._blocks], self.blocks, g)}
-        self.allocation = Allocation(trainable=tuple(n for n, layer in self._layer.items() if layer < 0 or layer in picked))
+        live = tuple(n for n, layer in self._layer.items() if layer < 0 or layer in picked)
+        self.allocation = agreed(run, Allocation(trainable=live))
         self._apply(run)
 
     def _apply(self, run: Run) -> None:
