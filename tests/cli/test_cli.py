@@ -11,38 +11,7 @@ from typing import Any
 import pytest
 
 from rankwise.cli import common
-from rankwise.cli.main import main
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    """The verb in this process; (status, out, err)."""
-    code = 0
-    try:
-        main(list(args))
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    got = capsys.readouterr()
-    return code, got.out, got.err
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    class Live(Console):  # write to whatever stdout is at the time, so that pytest sees it
-        @property
-        def file(self) -> Any:
-            return sys.stderr if self.stderr else sys.stdout
-
-        @file.setter
-        def file(self, value: Any) -> None: ...
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("rankwise.cli"):
-            if hasattr(module, "out"):
-                monkeypatch.setattr(module, "out", Live(width=200))
-            if hasattr(module, "err"):
-                monkeypatch.setattr(module, "err", Live(stderr=True, width=200))
+from tests.cli.tools import call
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +89,9 @@ def test_plan_methods_and_doctor(capsys: Any) -> None:
     assert all(len(m["title"]) > 2 for m in found.values())
     assert "‖W" in call(capsys, "methods", "dora")[1]
     page = call(capsys, "methods", "--markdown")[1]
-    assert all(f"### {m['name']}" in page for m in json.loads(text)) and "| `r` |" not in page.split("## init")[1].split("### eva")[0]
+    assert (
+        all(f"### {m['name']}" in page for m in json.loads(text)) and "| `r` |" not in page.split("## init")[1].split("### eva")[0]
+    )
     code, text, _ = call(capsys, "doctor", "--json")
     check = json.loads(text)["self_check"]
     assert code == 0 and check["detach"] == check["save and load"] == "bit-exact"

@@ -31,7 +31,7 @@ def quiet() -> None:
 
 
 def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
-    """(model in fp32, tokenizer or None) from a folder, a hub id, or ``base`` / ``digits`` for the shipped ones.
+    """(model in fp32, its tokenizer or image processor, or None) from a folder, a hub id, or ``base`` / ``digits`` for the shipped ones.
 
     Raises:
         RankwiseError: no such folder or id; the message has the loader's own reason.
@@ -46,7 +46,8 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
     if name == "base":
         return assets.load_base()
     if name == "digits":
-        return assets.load_digits_vit(), None
+        # its pixels lie in 0…1, unlike a ViT's
+        return assets.load_digits_vit(), transformers.ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
     path = Path(name)
     if not path.exists() and name.count("/") != 1:
         raise OptionError(f"The model {name!r} is neither a folder here, nor a hub id (owner/name), nor 'base' or 'digits'.")
@@ -62,10 +63,18 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
         model = cls.from_pretrained(name, dtype="float32")
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    reader = transformers.AutoImageProcessor if model.main_input_name == "pixel_values" else transformers.AutoTokenizer
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return model, reader.from_pretrained(name)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
+        return model, None
+
+
+def load_text_model(name: str) -> tuple[Any, Any]:
+    """:func:`load_model` for a verb that reads or writes text.  Raises OptionError where the model has no tokenizer."""
+    model, tokenizer = load_model(name)
+    if tokenizer is None or model.main_input_name == "pixel_values":
+        raise OptionError(f"{name} has no tokenizer, so text cannot be read for it; images are for train and eval.")
     return model, tokenizer
 
 
@@ -173,4 +182,17 @@ def size(n: float) -> str:
     return ""
 
 
-__all__ = ["RankwiseError", "count", "emit_json", "err", "fmt", "load_model", "out", "quiet", "recipe_from", "size", "table"]
+__all__ = [
+    "RankwiseError",
+    "count",
+    "emit_json",
+    "err",
+    "fmt",
+    "load_model",
+    "load_text_model",
+    "out",
+    "quiet",
+    "recipe_from",
+    "size",
+    "table",
+]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import count, emit_json, load_model, out, recipe_from, size, table
+from rankwise.cli.common import count, emit_json, load_text_model, out, recipe_from, size, table
 from rankwise.cli.plan import Model
 from rankwise.errors import DataError, OptionError
 
@@ -39,7 +39,7 @@ def compare(
     """
     if not recipes:
         raise OptionError("compare needs recipes: give -r lora -r dora, or files.")
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_text_model(model)
     chosen = {
         Path(r).stem: (recipe_from(r) if r.endswith((".yaml", ".yml", ".json")) else recipe_from(None, r), lr) for r in recipes
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import _value, emit_json, load_model, out, recipe_from, table
+from rankwise.cli.common import _value, emit_json, load_model, load_text_model, out, recipe_from, table
 from rankwise.cli.plan import FormName, InitName, Model, RecipeFile, Settings
 from rankwise.errors import OptionError
 
@@ -20,7 +21,9 @@ def add(app: typer.Typer) -> None:
 
 def train(
     model: Model,
-    data: Annotated[str, typer.Option(help="File or folder: text, .jsonl, .json, or a saved dataset.")],
+    data: Annotated[
+        str, typer.Option(help="File or folder: text, .jsonl, .json, .csv, .parquet, a saved dataset; class folders of images.")
+    ],
     to: Annotated[str, typer.Option("--out", "-o", help="Folder for the adapter, metrics, log and checkpoints.")],
     stage: Annotated[str, typer.Option(help="pt (all of a text), sft (completions, chats) or dpo (preferences).")] = "sft",
     recipe: RecipeFile = None,
@@ -28,6 +31,9 @@ def train(
     init: InitName = None,
     set: Settings = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out data; default a tenth kept aside.")] = None,
+    format: Annotated[str, typer.Option(help="auto, text, completion, alpaca, messages, sharegpt or preference.")] = "auto",
+    split: Annotated[str | None, typer.Option(help="Split of a saved dataset to train on.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split of it (or of --eval-data) that is held out.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -43,14 +49,13 @@ def train(
     Example: rankwise train --model base --data notes.txt --stage pt --form dora --out run
     """
     import rankwise as rw
+    from rankwise.train import stages
 
     chosen = recipe_from(recipe, form, init, set or ())
-    net, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise OptionError(
-            f"{model} has no tokenizer, so text cannot be read for it; image models are trained in Python (see examples/)."
-        )
-    arguments = {
+    net, reader = load_model(model)
+    if not stages.sees(net) and reader is None:
+        raise OptionError(f"{model} has no tokenizer, so text cannot be read for it.")
+    arguments: dict[str, Any] = {
         k: v
         for k, v in {
             "learning_rate": lr,
@@ -66,7 +71,8 @@ def train(
             raise OptionError(f"--arg takes field=value; it got {a!r}.")
         arguments[key] = _value(raw)
     result = rw.train(
-        net, tokenizer, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, packing=packing, max_length=max_length, resume=resume, disable_tqdm=json, **arguments
+        net, reader, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split,
+        packing=packing, max_length=max_length, resume=resume, disable_tqdm=json, **arguments,
     )  # fmt: skip
     if json:
         emit_json(result.metrics)
@@ -74,7 +80,8 @@ def train(
     out.print()
     table("trainable by role", ["role", "numbers"], result.metrics["trainable"].items(), right=["numbers"])
     if "before" in result.metrics:
-        rows = [(k, result.metrics["before"][k], result.metrics["after"][k]) for k in ("loss", "perplexity")]
+        before, after = result.metrics["before"], result.metrics["after"]
+        rows = [(k, before[k], after[k]) for k in ("loss", "perplexity", "accuracy") if k in before]
         out.print()
         table("held out", ["", "before", "after"], rows, right=["before", "after"])
     out.print(f"\nadapter: {Path(to) / 'adapter'}", highlight=False)
@@ -86,37 +93,54 @@ def evaluate(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder; repeatable. The base is always shown.")
     ] = None,
+    format: Annotated[str, typer.Option(help="auto, text, completion, alpaca, messages or sharegpt.")] = "auto",
+    split: Annotated[str | None, typer.Option(help="Split of a saved dataset.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Loss, perplexity and bits a byte on held-out data, of the base and of each adapter.
+    """Loss, perplexity and bits a byte (of images: accuracy) on held-out data, of the base and of each adapter.
 
     Example: rankwise eval --model base --adapter run/adapter --data notes.txt
     """
     import rankwise as rw
-    from rankwise.train.data import read, tokenize
-    from rankwise.train.evaluate import evaluate as score
 
-    net, tokenizer = load_model(model)
-    records: Any = data
-    if not Path(data).exists():
-        from rankwise.cli.compare import texts_of
-
-        records = [{"text": t} for t in texts_of(data)[1]]
-    read_ = read(records)
-    examples = tokenize(read_, tokenizer, max_length)
-    size = sum(len(r.fields["text"].encode()) for r in read_) if read_[0].kind == "text" else None
-    pad = tokenizer.pad_token_id or 0
-    rows: dict[str, dict[str, float]] = {"base": score(net, examples, pad_id=pad, bytes_=size)}
+    net, reader = load_model(model)
+    score, size = _scorer(net, reader, model, data, format, split, max_length)
+    rows: dict[str, dict[str, float]] = {"base": score()}
     for folder in adapter or ():
         loaded = rw.load(net, folder, name=folder.replace("/", " ").strip(". ") or "adapter")
-        rows[folder] = score(net, examples, pad_id=pad, bytes_=size)
+        rows[folder] = score()
         loaded.detach()
     if json:
         emit_json(rows)
         return
     keys = list(rows["base"])
-    table(f"{len(examples)} rows of {data}", ["model", *keys], [(n, *(r[k] for k in keys)) for n, r in rows.items()], right=keys)
+    table(f"{size} rows of {data}", ["model", *keys], [(n, *(r[k] for k in keys)) for n, r in rows.items()], right=keys)
+
+
+def _scorer(
+    net: Any, reader: Any, model: str, data: str, fmt: str, split: str | None, max_length: int
+) -> tuple[Callable[[], dict[str, float]], int]:
+    """(what scores the model under the view of the moment, number of rows)."""
+    from rankwise.train import stages
+    from rankwise.train.data import read, tokenize
+    from rankwise.train.evaluate import classify, evaluate
+
+    if stages.sees(net):
+        stages.refuse_text_options(fmt, split)
+        pixels, labels = stages.images(data, net, reader)
+        return lambda: classify(net, pixels, labels), len(labels)
+    if reader is None:
+        raise OptionError(f"{model} has no tokenizer, so text cannot be read for it.")
+    source: Any = data
+    if not Path(data).exists():
+        from rankwise.cli.compare import texts_of
+
+        source = [{"text": t} for t in texts_of(data)[1]]
+    records = read(source, fmt, split)
+    examples = tokenize(records, reader, max_length)
+    size = sum(len(r.fields["text"].encode()) for r in records) if records[0].kind == "text" else None
+    return lambda: evaluate(net, examples, pad_id=reader.pad_token_id or 0, bytes_=size), len(examples)
 
 
 def generate(
@@ -138,7 +162,7 @@ def generate(
 
     import rankwise as rw
 
-    net, tokenizer = load_model(model)
+    net, tokenizer = load_text_model(model)
     strengths: dict[str, float] = {}
     for i, a in enumerate(adapter or ()):
         folder, _, c = a.partition("=")

@@ -52,6 +52,9 @@ def train(
     packing: bool = True,
     max_length: int = 512,
     overlong: str = "auto",
+    fmt: str = "auto",
+    split: str | None = None,
+    eval_split: str | None = None,
     name: str = "default",
     resume: bool | str = False,
     **arguments: Any,
@@ -66,6 +69,8 @@ def train(
         eval_data: held-out data; else a tenth is kept aside (of pairs: none).
         packing: several documents a row, isolated; checked with one forward before the run (pt and sft).
         max_length, overlong: tokens a row, and what becomes of longer records (text; see ``tokenize``).
+        fmt, split: layout of the records, and the split of a saved dataset that holds several; see ``read``.
+        eval_split: the split of ``eval_data`` (or of ``data``, where that is not given) that is held out.
         resume: True for the newest whole checkpoint in ``output_dir``, or a checkpoint's path.
         arguments: transformers' TrainingArguments (TRL's DPOConfig for dpo).
 
@@ -86,20 +91,23 @@ def train(
     if stages.sees(model):
         if stage != "sft":
             raise OptionError(f"An image model is trained with stage='sft'; stage={stage!r} is for text.")
+        stages.refuse_text_options(fmt, split, eval_split)
         return _images(model, tokenizer, data, eval_data, recipe, out, name, resume, arguments)
-    records = read(data)
+    records = read(data, fmt, split)
+    held = None
+    if eval_data is not None or eval_split is not None:
+        held = read(data if eval_data is None else eval_data, fmt, eval_split)
     if stage == "dpo":
-        eval_records = None if eval_data is None else read(eval_data)
-        return _dpo(model, tokenizer, records, eval_records, recipe, out, name, max_length, overlong, resume, arguments)
+        return _dpo(model, tokenizer, records, held, recipe, out, name, max_length, overlong, resume, arguments)
     if stage == "pt" and records[0].kind != "text":
         raise DataError(
             f"stage='pt' learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use stage='sft'."
         )
     examples = tokenize(records, tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
-    if len(examples) == 1 and records[0].kind == "text" and eval_data is None:
+    if len(examples) == 1 and records[0].kind == "text" and held is None:
         eval_examples = examples
-    elif eval_data is not None:
-        eval_examples = tokenize(read(eval_data), tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
+    elif held is not None:
+        eval_examples = tokenize(held, tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
     else:
         cut = max(1, len(examples) // 10)
         examples, eval_examples = (examples[:-cut], examples[-cut:]) if len(examples) > 1 else (examples, examples)

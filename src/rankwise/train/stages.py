@@ -31,7 +31,8 @@ def images(data: Any, model: nn.Module, processor: Any = None) -> tuple[Tensor, 
     """
     config: Any = getattr(model, "config", None)
     if isinstance(data, (str, Path)):
-        pixels, labels, _ = read_images(data, config.image_size, config.num_channels, processor)
+        pixels, labels, names = read_images(data, config.image_size, config.num_channels, processor)
+        labels = torch.tensor(_outputs(names, config, str(data)))[labels]
     else:
         if not isinstance(data, Mapping):
             rows = list(data)
@@ -53,6 +54,27 @@ def images(data: Any, model: nn.Module, processor: Any = None) -> tuple[Tensor, 
             f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model tells {config.num_labels} classes apart (num_labels)."
         )
     return pixels, labels
+
+
+def _outputs(names: Sequence[str], config: Any, source: str) -> list[int]:
+    """The model's output for each class name: as its label2id has it, else as numbered, else in order if they are all there."""
+    known = getattr(config, "label2id", None) or {}
+    if set(names) <= set(known):
+        return [int(known[n]) for n in names]
+    if all(n.isdecimal() for n in names):
+        return [int(n) for n in names]
+    if len(names) == config.num_labels:
+        return list(range(len(names)))
+    raise DataError(
+        f"{source} has {len(names)} classes ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), but the model tells "
+        f"{config.num_labels} apart and does not know them by name; give all of them, or call them as its label2id does."
+    )
+
+
+def refuse_text_options(fmt: str = "auto", split: str | None = None, eval_split: str | None = None) -> None:
+    """Raise OptionError where a layout or split of text records is asked for with an image model."""
+    if fmt != "auto" or split is not None or eval_split is not None:
+        raise OptionError("fmt, split and eval_split choose among text records; an image model reads class folders or arrays.")
 
 
 def kept_aside(pixels: Tensor, labels: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -94,4 +116,4 @@ def pairs(records: Iterable[Record]) -> Any:
     return datasets.Dataset.from_list([dict(r.fields) for r in records])
 
 
-__all__ = ["STAGES", "images", "kept_aside", "pairs", "preferences", "sees"]
+__all__ = ["STAGES", "images", "kept_aside", "pairs", "preferences", "refuse_text_options", "sees"]
