@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Protocol, TypedDict, cast
 
 import torch
 from torch import nn
@@ -12,10 +13,31 @@ from torch import nn
 from rankwise.codecs.library import find_bridge
 from rankwise.errors import TargetError
 from rankwise.sites.roles import input_key, layer_of, parts_of, role_of
-from rankwise.sites.site import Site
+from rankwise.sites.site import CONVS, Site
 from rankwise.sites.spec import SiteSpec
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+class _Place(TypedDict):
+    """The fields of a :class:`SiteSpec` that any weight of one module has."""
+
+    module: str
+    layer: int
+    parent: str
+    quantised: str
+
+
+class _Stored(_Place):
+    """… and those of its ``weight``."""
+
+    dtype: str
+    bias: bool
+
+
+class _Features(Protocol):
+    """What a linear says of its shape, of whichever library it is."""
+
+    in_features: int
+    out_features: int
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
@@ -103,7 +125,7 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
     if refusal:
         return SiteSpec(name=path or "weight", module=path, role=role_of(path, "linear"), out=1, inp=1, layer=layer_of(path),
                         parent=type(module).__name__, refusal=refusal)  # fmt: skip
-    known = {
+    place: _Place = {
         "module": path,
         "layer": layer_of(path),
         "parent": type(module).__name__,
@@ -112,15 +134,20 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         out, inp = module.in_proj_weight.shape
         return SiteSpec(name=f"{path}.in_proj_weight".lstrip("."), param="in_proj_weight", mode="read", role="qkv", out=out, inp=inp,
-                        dtype=_dtype(module.in_proj_weight), bias=module.in_proj_bias is not None, **known)  # fmt: skip
+                        dtype=_dtype(module.in_proj_weight), bias=module.in_proj_bias is not None, **place)  # fmt: skip
     if weight is None:
         return None
-    known |= {"dtype": bridge.name if bridge else _dtype(weight), "bias": module._parameters.get("bias") is not None}
+    known: _Stored = {
+        **place,
+        "dtype": bridge.name if bridge else _dtype(weight),
+        "bias": module._parameters.get("bias") is not None,
+    }
     cls = type(module)
     name = path or "weight"
     if isinstance(module, nn.Linear) or (bridge is not None and not isinstance(module, nn.Embedding)):
         called = not read and (bridge is not None or cls.forward is nn.Linear.forward)
-        out, inp = module.out_features, module.in_features
+        linear = cast("_Features", module)
+        out, inp = linear.out_features, linear.in_features
         role = role_of(path, "linear")
         head = role == "head" or _is_head(model, module)
         return SiteSpec(name=name, kind="linear", mode="called" if called else "read", role="head" if head else role, out=out, inp=inp,
@@ -128,8 +155,8 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
         inp, out = weight.shape
         return SiteSpec(name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known)
-    if isinstance(module, _CONVS):
-        plain = not read and cls.forward in {c.forward for c in _CONVS}
+    if isinstance(module, CONVS):
+        plain = not read and cls.forward in {c.forward for c in CONVS}
         return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
                         inp=weight[0].numel(), kernel=tuple(module.kernel_size), groups=module.groups, **known)  # fmt: skip
     if isinstance(module, nn.Embedding):

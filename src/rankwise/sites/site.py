@@ -16,6 +16,8 @@ from rankwise.delta.geometry import LINEAR, Conv, Embedding, Geometry
 from rankwise.errors import AttachError
 from rankwise.sites.spec import SiteSpec
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Site:
     """One adaptable place of a live model: its :class:`SiteSpec` and the module that holds the weight."""
@@ -30,9 +32,11 @@ class Site:
         return self.spec.name
 
     @property
-    def param(self) -> Tensor:
+    def param(self) -> nn.Parameter:
         """The stored tensor, as the module holds it (under tensor parallelism or FSDP2: what it holds now)."""
-        return self.module._parameters[self.spec.param]  # past any property of an adapted class
+        param = self.module._parameters[self.spec.param]  # past any property of an adapted class
+        assert param is not None
+        return param
 
     @property
     def device(self) -> torch.device:
@@ -63,11 +67,13 @@ class Site:
         if self._op is None:
             m = self.module
             if self.spec.kind == "conv":
+                assert isinstance(m, CONVS)
                 self._op = Conv(
                     kernel=tuple(m.kernel_size), stride=tuple(m.stride), padding=m.padding,
                     dilation=tuple(m.dilation), groups=m.groups, padding_mode=m.padding_mode, nd=len(m.kernel_size),
                 )  # fmt: skip
             elif self.spec.kind == "embedding":
+                assert isinstance(m, nn.Embedding)
                 self._op = Embedding(padding_idx=m.padding_idx)
             else:
                 self._op = LINEAR
