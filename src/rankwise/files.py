@@ -29,7 +29,7 @@ FORMATS = ("peft", "native")
 def base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The base's own parameters by name, as they were before any adapter moved them."""
     roster = model._modules.get("rankwise")
-    out = [(n, p) for n, p in model.named_parameters() if not n.startswith("rankwise.")]
+    out: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if not n.startswith("rankwise.")]
     if roster is None:
         return out
     journal = {**roster.journal, **{k: t for k, (_, t) in roster.moved.items() if t is not None}}  # type: ignore[union-attr,dict-item,operator]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ViewError
 from rankwise.forms.base import SiteDelta
+from rankwise.forms.bottleneck import BlockDelta
 from rankwise.forms.fast import Fast, fast_forward
 from rankwise.sites.site import Site
 from rankwise.view import HERE, View, current
@@ -51,7 +52,7 @@ class Place:
     A plain object, not a module, so the model's own tree and state dict stay as they were.
     """
 
-    def __init__(self, roster: Roster, base: type):
+    def __init__(self, roster: Roster, base: type[nn.Module]):
         self.roster = roster
         self.base = base
         self.taps: dict[str, list[Tap]] = {}
@@ -172,6 +173,12 @@ def in_storage(tap: Tap, strength: Tensor, W: Tensor) -> Tensor:
     return tap.site.stored(change, torch.zeros_like(W))
 
 
+def wrapping(tap: Tap) -> BlockDelta:
+    """A tap's form where it wraps a block, as every form at a block does."""
+    assert isinstance(tap.form, BlockDelta)
+    return tap.form
+
+
 class Block:
     """Mixin of a module that forms wrap as a whole; a form sees the block's own input and output."""
 
@@ -183,8 +190,8 @@ class Block:
         view, acting = place.acting()
         if not acting:
             return base(*args, **kwargs)
-        changing = [(t, s) for t, s in acting if not t.form.replaces]  # type: ignore[attr-defined]
-        replacing = [(t, s) for t, s in acting if t.form.replaces]  # type: ignore[attr-defined]
+        changing = [(t, s) for t, s in acting if not wrapping(t).replaces]
+        replacing = [(t, s) for t, s in acting if wrapping(t).replaces]
         if len(replacing) > 1:
             raise ViewError(
                 f"Adapters {replacing[0][0].name!r} and {replacing[1][0].name!r} both replace this block; let one act at a time."
@@ -193,13 +200,14 @@ class Block:
             tap.acted = True
         if replacing and not changing:
             tap, strength = replacing[0]
-            return tap.form.block(base, args, kwargs, None, strength, view.rows or view.tokens)  # type: ignore[attr-defined]
+            return wrapping(tap).block(base, args, kwargs, None, strength, view.rows or view.tokens)
         y = base(*args, **kwargs)
         first, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         total = first
         for tap, strength in acting:
-            change = tap.form.block(base, args, kwargs, first, strength, False)  # type: ignore[attr-defined]
-            if tap.form.replaces:  # type: ignore[attr-defined]
+            form = wrapping(tap)
+            change = form.block(base, args, kwargs, first, strength, False)
+            if form.replaces:
                 change = (change[0] if isinstance(change, tuple) else change) - first
             mask = view.mask(tap.name, change, False)
             total = total + (change if mask is None else change * mask)
@@ -207,10 +215,10 @@ class Block:
 
 
 _MIXINS = {"called": Called, "read": Read, "block": Block, "plain": Read}
-_classes: dict[tuple[type, str, tuple[str, ...]], type] = {}
+_classes: dict[tuple[type[nn.Module], str, tuple[str, ...]], type[nn.Module]] = {}
 
 
-def adapted_class(base: type, mode: str, reads: tuple[str, ...]) -> type:
+def adapted_class(base: type[nn.Module], mode: str, reads: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of ``base`` that an adapted module is swapped to; made once for each (base, mode, read parameters)."""
     key = (base, mode, reads)
     if key not in _classes:
@@ -224,6 +232,6 @@ def _reduce(module: Any, protocol: int) -> Any:
     return _revive, module._rankwise_key, module.__dict__
 
 
-def _revive(base: type, mode: str, reads: tuple[str, ...]) -> Any:
+def _revive(base: type[nn.Module], mode: str, reads: tuple[str, ...]) -> Any:
     cls = adapted_class(base, mode, reads)
     return cls.__new__(cls)

@@ -77,6 +77,10 @@ class SiteDelta(nn.Module):
     fills: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[Mapping[str, str]] = {}
 
+    A0: Tensor  # these three only where ``residual`` is True
+    B0: Tensor
+    start_scale: float
+
     def __init__(self, site: Site, *, scale: float = 1.0, dropout: float = 0.0):
         super().__init__()
         self.site = site

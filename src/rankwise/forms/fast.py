@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Fast:
     """What the fast path keeps at a place: how its product runs, and the group of sites that the same tensor feeds."""
 
-    def __init__(self, base: type):
+    def __init__(self, base: type[nn.Module]):
         self.plain = base.forward is nn.Linear.forward
         self.product = Product()
         self.group: InputGroup | None = None

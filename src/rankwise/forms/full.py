@@ -21,6 +21,7 @@ class Trained(SiteDelta):
 
     in_place: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, str]] = {"weight": "weight"}
+    original: nn.Parameter | None
 
     def __init__(self, site: Site, keep: bool):
         super().__init__(site)
@@ -31,7 +32,7 @@ class Trained(SiteDelta):
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The base's own parameter, which this adapter trains."""
-        return {"weight": self.site.param}  # type: ignore[dict-item]
+        return {"weight": self.site.param}
 
     def on_attach(self, roster: Any, record: Any) -> None:
         key = (self.site.spec.module, self.site.spec.param)

@@ -41,7 +41,7 @@ class Pair(SiteDelta):
 
     def factors(self) -> list[tuple[Tensor, Tensor, float]]:
         """The (A, B, scale) triples whose sum is :meth:`effective`; what the fused executor takes."""
-        own = [(self.A, self.B, self.scale)]
+        own: list[tuple[Tensor, Tensor, float]] = [(self.A, self.B, self.scale)]
         return [*own, (self.A0, self.B0, -self.start_scale)] if self.residual else own
 
 

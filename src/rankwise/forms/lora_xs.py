@@ -22,6 +22,8 @@ class Core(SiteDelta):
     components: ClassVar[Mapping[str, int]] = {}
     fills: ClassVar[tuple[str, ...]] = ("A", "B", "core")
     roles: ClassVar[Mapping[str, str]] = {"core": "core"}
+    A: Tensor
+    B: Tensor
 
     def __init__(self, site: Site, r: int, plan: Plan, *, iterations: int, std: float):
         super().__init__(site, scale=plan.scales[site.name], dropout=plan.dropout)

@@ -17,12 +17,22 @@ from rankwise.forms.base import Bank, Form, Plan, SiteDelta, factor, index_buffe
 from rankwise.sites.site import Site
 
 
+class Pools(Bank):
+    """One role's pools: PA: N×(in/l), PB: N×(out/l)."""
+
+    PA: Tensor
+    PB: Tensor
+
+
 class Shards(SiteDelta):
     """A: r×in and B: out×r put together from the role's pools by frozen indices (r·l shards each)."""
 
     roles: ClassVar[Mapping[str, str]] = {}
+    bank: Pools
+    index_a: Tensor
+    index_b: Tensor
 
-    def __init__(self, site: Site, bank: Bank, index_a: Tensor, index_b: Tensor, plan: Plan, shards: int):
+    def __init__(self, site: Site, bank: Pools, index_a: Tensor, index_b: Tensor, plan: Plan, shards: int):
         super().__init__(site, scale=plan.scales[site.name], dropout=plan.dropout)
         self.__dict__["bank"] = bank  # registered once, on the adapter; read through the module at each call
         self.shards = shards
@@ -71,7 +81,7 @@ class MoS(Form):
             self._check(key, members, plan)
             n, first = len(members) * self.budget_rank * self.shards, members[0]
             A = factor((n, first.spec.inp // self.shards), plan.generator("PA", key), fan_in=first.spec.inp, device=first.device)
-            plan.banks[key] = Bank({"PA": A, "PB": torch.zeros(n, first.spec.out // self.shards, device=first.device)})
+            plan.banks[key] = Pools({"PA": A, "PB": torch.zeros(n, first.spec.out // self.shards, device=first.device)})
             for k, s in enumerate(members):
                 plan.notes[s.name] = (key, k, len(members))
         return plan
@@ -81,7 +91,9 @@ class MoS(Form):
         r = plan.ranks[site.name]
         a = self._draw(plan.generator("shards:A", site.name), k, layers, r)
         b = self._draw(plan.generator("shards:B", site.name), k, layers, r) if self.dissociate else a
-        return Shards(site, plan.banks[key], a.to(site.device), b.to(site.device), plan, self.shards)
+        bank = plan.banks[key]
+        assert isinstance(bank, Pools)
+        return Shards(site, bank, a.to(site.device), b.to(site.device), plan, self.shards)
 
     def _draw(self, g: torch.Generator, k: int, layers: int, r: int) -> Tensor:
         """(r·l) indices: a sample without replacement of the public shards, then this layer's private block."""

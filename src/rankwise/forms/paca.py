@@ -21,6 +21,7 @@ class PartialColumns(SiteDelta):
     components: ClassVar[Mapping[str, int]] = {"V": -1}
     fills: ClassVar[tuple[str, ...]] = ("V",)
     roles: ClassVar[Mapping[str, str]] = {"V": "other"}
+    index: torch.Tensor
 
     def __init__(self, site: Site, index: torch.Tensor, plan: Plan):
         super().__init__(site, scale=plan.scales[site.name], dropout=plan.dropout)
