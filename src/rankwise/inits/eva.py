@@ -50,7 +50,7 @@ class EVA(Init):
         return {s.name: StreamingPCA(shared[s.spec.input_group or s.name], self.tau) for s in sites}
 
     def allocate(self, sites: Sequence[Site], stats: Stats, ranks: Mapping[str, int]) -> dict[str, int]:
-        scores = {}
+        scores: dict[tuple[str, int], float] = {}
         for s in sites:
             k = min(round(self.rho * ranks[s.name]), s.spec.max_rank)
             scores |= {(s.name, i): float(e) for i, e in enumerate(stats[s.name].ratios()[:k])}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankwise.catalogue import register
 from rankwise.errors import OptionError, TargetError
 from rankwise.forms.base import Plan, SiteDelta
+from rankwise.forms.lora import Pair
 from rankwise.routers.base import Routed, Router, RouterModule
 from rankwise.routers.decision import Decision
 from rankwise.sites.site import Site
@@ -19,6 +20,8 @@ from rankwise.sites.site import Site
 
 class Prototypes(RouterModule):
     """V: E×in, unit rows; weights are softmax over the top-k of |x·v_e| / T."""
+
+    V: Tensor
 
     def __init__(self, V: Tensor, sizes: list[int], k: int, temperature: float):
         super().__init__()
@@ -33,6 +36,8 @@ class Prototypes(RouterModule):
 class Library(Routed):
     """Frozen experts of ragged ranks, gated by their prototypes."""
 
+    router: Prototypes
+
     def __init__(self, inner: SiteDelta, router: Prototypes):
         super().__init__(inner, router, 1.0)
         for p in inner.parameters():
@@ -43,8 +48,7 @@ class Library(Routed):
 
     def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
         sizes = list(state["sizes"])
-        router: Any = self.router
-        router.sizes, router.V = sizes, torch.zeros(len(sizes), self.site.spec.inp)
+        self.router.sizes, self.router.V = sizes, torch.zeros(len(sizes), self.site.spec.inp)
 
 
 @register(
@@ -111,6 +115,7 @@ class Arrow(Router):
             inner = made[s.name]
             inner.scale = 1.0
             if experts:
+                assert isinstance(inner, Pair)  # the one form with the word "gate", which this router needs
                 with torch.no_grad():
                     inner.A.copy_(torch.cat([A for A, _ in experts]))
                     inner.B.copy_(torch.cat([B for _, B in experts], dim=1))

@@ -33,6 +33,7 @@ class RouterModule(nn.Module):
         super().__init__()
         self.recording = False
         self.records: list[Record] = []
+        self._read = 0  # records whose losses were collected
 
     def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
         """The decision for rows x (N, in); z = x·Aᵀ (N, R) where the executor has it."""
@@ -137,7 +138,7 @@ def collect_losses(module: nn.Module) -> dict[str, Tensor]:
     """The routers' losses over the records of the micro-batch, summed by name; records stay for ``after_step``."""
     total: dict[str, Tensor] = {}
     for r in routers_in(module):
-        fresh = r.records[getattr(r, "_read", 0) :]
+        fresh = r.records[r._read :]
         r._read = len(r.records)
         for name, value in (r.losses(fresh) if fresh else {}).items():
             total[name] = total[name] + value if name in total else value
@@ -150,4 +151,4 @@ def finish_step(module: nn.Module) -> None:
     for r in routers_in(module):
         if r.records:
             r.after_step(r.records)
-        r.records, r._read = [], 0  # type: ignore[assignment]
+        r.records, r._read = [], 0

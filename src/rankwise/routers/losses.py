@@ -27,5 +27,9 @@ def switch(records: Sequence[Record], *, per: Literal["choice", "row"] = "choice
 
 def z_loss(records: Sequence[Record]) -> Tensor:
     """Mean of logsumexp(logits)²."""
-    values = [torch.logsumexp(r.decision.logits if r.mask is None else r.decision.logits[r.mask], -1) for r in records]  # type: ignore[index]
+    values = []
+    for r in records:
+        logits = r.decision.logits
+        assert logits is not None
+        values.append(torch.logsumexp(logits if r.mask is None else logits[r.mask], -1))
     return torch.cat(values).square().mean()

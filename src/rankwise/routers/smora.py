@@ -21,6 +21,8 @@ from rankwise.sites.site import Site
 class RankRouter(RouterModule):
     """W_g: (R/p)×in trained, b: R a buffer that only the balance rule moves."""
 
+    bias: Tensor
+
     def __init__(self, inp: int, r: int, k: int, p: int, u: float, bias_in_value: bool, g: torch.Generator, device: torch.device):
         super().__init__()
         self.r, self.k, self.p, self.u, self.bias_in_value = r, k, p, u, bias_in_value
