@@ -148,3 +148,31 @@ def _moved(adapter: Any) -> list[Any]:
         torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(len(site)))
         out.append(tensor)
     return out
+
+
+def test_class_folders_go_to_the_models_own_outputs(tmp_path: Path) -> None:
+    """By name where label2id knows it, by number where they are numbers, in order only if every class is there; else refused."""
+    from PIL import Image
+
+    def folder(names: list[str]) -> Path:
+        home = tmp_path / "-".join(names)
+        for i, name in enumerate(names):
+            (home / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 10 * i).save(home / name / "x.png")
+        return home
+
+    def outputs(names: list[str], labels: int, label2id: dict[str, int] | None = None) -> dict[str, int]:
+        model = vit()
+        model.config.num_labels = labels
+        if label2id is not None:
+            model.config.label2id, model.config.id2label = label2id, {i: n for n, i in label2id.items()}
+        pixels, ids = images(folder(names), model)
+        return {names[round(float((x.mean() + 1) * 127.5) / 10)]: int(y) for x, y in zip(pixels, ids, strict=True)}
+
+    assert outputs(["cat", "dog"], 3, {"dog": 0, "bird": 1, "cat": 2}) == {"cat": 2, "dog": 0}
+    assert outputs(["1", "10", "2"], 11) == {"1": 1, "10": 10, "2": 2}
+    assert outputs(["ape", "bee"], 2) == {"ape": 0, "bee": 1}
+    with pytest.raises(DataError, match=r"has 2 classes \(eel, fox\), but the model tells 3 apart"):
+        outputs(["eel", "fox"], 3)
+    with pytest.raises(DataError, match="tells 3 classes apart"):
+        outputs(["4", "5"], 3)

@@ -69,7 +69,7 @@ def train(
         key, sep, raw = a.partition("=")
         if not sep:
             raise OptionError(f"--arg takes field=value; it got {a!r}.")
-        arguments[key] = _value(raw)
+        arguments[key] = raw if key.endswith("_strategy") else _value(raw)  # YAML reads their 'no' as false
     result = rw.train(
         net, reader, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split,
         packing=packing, max_length=max_length, resume=resume, disable_tqdm=json, **arguments,

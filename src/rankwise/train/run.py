@@ -154,7 +154,10 @@ def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> 
     settings = {k: v for k, v in DEFAULTS.items() if k in fields} | dict(given) | fixed
     if not torch.cuda.is_available() and "use_cpu" in fields:
         settings.setdefault("use_cpu", True)
-    return cls(output_dir=str(out), **settings)
+    try:
+        return cls(output_dir=str(out), **settings)
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"The training arguments are refused by {cls.__name__}: {error}") from error
 
 
 def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any) -> Any:

@@ -1,0 +1,160 @@
+"""``train`` and ``eval`` from a folder: a saved dataset with its splits, and digits as a folder of PNGs for each class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.tools import call
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    datasets = pytest.importorskip("datasets")
+    from rankwise.assets import tasks
+
+    rows = tasks.docstring_task()[0][:12]
+    folder = tmp_path_factory.mktemp("data") / "saved"
+    parts = {"train": rows[:8], "test": rows[8:]}
+    datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()}).save_to_disk(folder)
+    return folder
+
+
+TRAIN = ["train", "--model", "base", "--set", "form.r=2", "--set", "targets=q_proj", "--steps", "3", "--lr", "0.005", "--batch", "2", "--max-length", "64"]  # fmt: skip
+
+
+def test_a_saved_dataset_by_its_splits(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    code, text, err = call(
+        capsys, *TRAIN, "--data", str(saved), "--split", "train", "--eval-split", "test", "--out", str(run), "--json"
+    )
+    assert code == 0, err
+    got = json.loads(text)
+    assert got["after"]["loss"] < got["before"]["loss"]
+    where = ["--model", "base", "--data", str(saved), "--split", "test", "--max-length", "64", "--json"]
+    code, text, err = call(capsys, "eval", *where, "--adapter", str(run / "adapter"), "--format", "completion")
+    scores = json.loads(text)
+    assert code == 0, err
+    for name, phase in (("base", "before"), (str(run / "adapter"), "after")):
+        assert scores[name] == pytest.approx(got[phase], rel=1e-5), "eval reads the split that training held out"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "holds the splits train, test; give split="),
+        (["--split", "dev"], "there is no 'dev'"),
+        (["--split", "train", "--eval-split", "dev"], "there is no 'dev'"),
+        (["--split", "train", "--format", "messages"], "needs messages too"),
+        (["--split", "train", "--format", "chat"], "fmt is one of auto, text"),
+        (["--split", "train", "--stage", "pt"], "stage='pt' learns whole texts"),
+        (["--split", "train", "--stage", "dpo"], "preference pairs"),
+        (["--split", "train", "--arg", "save_strategy=never"], "refused by TrainingArguments"),
+        (["--split", "train", "--arg", "bf16=true", "--arg", "fp16=true"], "refused by TrainingArguments"),
+    ],
+)
+def test_a_split_or_layout_that_is_not_there(args: list[str], says: str, saved: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = call(capsys, *TRAIN, "--data", str(saved), "--out", str(tmp_path / "run"), *args)
+    assert code == 2 and says in err and "Traceback" not in err, err
+    assert not (tmp_path / "run").exists()
+
+
+# --- images -------------------------------------------------------------------------------------------------
+def pngs(folder: Path, images: Any) -> Path:
+    """scikit-learn's digits, 8×8 grey, a folder for each class."""
+    from PIL import Image
+
+    for i, (x, y) in enumerate(zip(*images, strict=True)):
+        home = folder / str(int(y))
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((x[0] * 255).round().to(torch.uint8).numpy()).save(home / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("PIL")
+    from rankwise.assets.digits import digits as load
+
+    home = tmp_path_factory.mktemp("digits")
+    out: dict[str, Any] = {}
+    for shift in ("none", "inverted"):
+        train, test = load(shift)
+        out[shift] = test
+        out[f"{shift} train"] = pngs(home / shift / "train", [t[:320] for t in train])
+        out[f"{shift} test"] = pngs(home / shift / "test", test)
+    return out
+
+
+def test_a_folder_of_digits_is_what_the_model_was_made_for(digits: Any, capsys: Any) -> None:
+    from rankwise import assets
+    from rankwise.assets.digits import accuracy
+
+    code, text, err = call(capsys, "eval", "--model", "digits", "--data", str(digits["none test"]), "--json")
+    assert code == 0, err
+    got = json.loads(text)["base"]
+    assert got["images"] == 449 and got["accuracy"] > 0.95
+    assert got["accuracy"] == pytest.approx(accuracy(assets.load_digits_vit(), digits["none"]), abs=1 / 449)
+    code, text, _ = call(capsys, "eval", "--model", "digits", "--data", str(digits["none test"]))
+    assert code == 0 and "accuracy" in text and "449 rows" in text
+
+
+def test_digits_are_learnt_saved_and_scored(digits: Any, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    args = [
+        "train", "--model", "digits", "--data", str(digits["inverted train"]), "--eval-data", str(digits["inverted test"]),
+        "--set", "form.r=4", "--set", "targets=all-linear", "--lr", "0.01", "--steps", "120", "--batch", "16",
+    ]  # fmt: skip
+    code, text, err = call(capsys, *args, "--out", str(run), "--arg", "save_strategy=no", "--json")
+    assert code == 0, err
+    got = json.loads(text)
+    assert got["before"]["accuracy"] < 0.1 and got["after"]["accuracy"] > 0.5
+    code, text, err = call(
+        capsys, "eval", "--model", "digits", "--adapter", str(run / "adapter"), "--data", str(digits["inverted test"]), "--json"
+    )
+    scores = json.loads(text)
+    assert code == 0, err
+    assert scores["base"] == pytest.approx(got["before"], rel=1e-5)
+    assert scores[str(run / "adapter")] == pytest.approx(got["after"], rel=1e-5)
+    code, text, err = call(
+        capsys, "merge", str(run / "adapter"), "--model", "digits", "--into-base", "--out", str(tmp_path / "merged")
+    )
+    assert code == 0, err
+    code, text, err = call(capsys, "eval", "--model", str(tmp_path / "merged"), "--data", str(digits["inverted test"]), "--json")
+    assert code == 0, err
+    assert json.loads(text)["base"]["loss"] == pytest.approx(got["after"]["loss"], rel=1e-4), "its image processor came along"
+
+
+def test_a_table_of_a_run_on_images(digits: Any, tmp_path: Path, capsys: Any) -> None:
+    args = ["train", "--model", "digits", "--data", str(digits["none train"]), "--steps", "1", "--out", str(tmp_path / "run")]
+    code, text, err = call(capsys, *args)
+    assert code == 0, err
+    assert "accuracy" in text and "perplexity" not in text and "numbers to train" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["train", "--out", "OUT", "--split", "train"], "choose among text records"),
+        (["train", "--out", "OUT", "--format", "text"], "choose among text records"),
+        (["train", "--out", "OUT", "--stage", "pt"], "An image model is trained with stage='sft'"),
+        (["eval", "--split", "test"], "choose among text records"),
+        (["compare", "-r", "lora"], "digits has no tokenizer"),
+    ],
+)
+def test_what_is_for_text_is_refused_for_images(args: list[str], says: str, digits: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    given = [str(out) if a == "OUT" else a for a in args]
+    code, _, err = call(capsys, given[0], "--model", "digits", "--data", str(digits["none test"]), *given[1:])
+    assert code == 2 and says in err and "Traceback" not in err, err
+    assert not out.exists()
+
+
+def test_an_image_model_generates_no_text(capsys: Any) -> None:
+    code, _, err = call(capsys, "generate", "--model", "digits", "--prompt", "7")
+    assert code == 2 and "digits has no tokenizer" in err
