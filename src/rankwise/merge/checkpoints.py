@@ -1,0 +1,155 @@
+"""Whole models merged folder to folder: one tensor of every source at a time, memory-mapped, written once.
+
+A :class:`~rankwise.merge.model_folder.Checkpoint` is a folder's table of tensors; here they are matched, by name and
+shape, and what does not match is refused or dealt with as told; :mod:`~rankwise.merge.jobs` runs and writes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.errors import MergeError, OptionError
+from rankwise.merge.base import Merge, one_of, rule_of, weights_of
+from rankwise.merge.jobs import CheckpointReport, Job, Read, write
+from rankwise.merge.model_folder import EMBEDDING, HEAD, Checkpoint
+
+
+def merge_checkpoints(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    method: str | Merge = "average",
+    weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    *,
+    on: str | None = None,
+    missing: str = "refuse",
+    vocabulary: str = "refuse",
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> CheckpointReport:
+    """Merge whole models, tensor by tensor, into the new folder ``out``.
+
+    Args:
+        folders: Hugging Face folders of safetensors, in shards or not.
+        weights: one a source; default 1/T each.
+        base: what changes are measured from; required where the method works on "changes".
+        on: "changes" or "weights" where it should not be the method's own.
+        missing: a tensor that only some have: "refuse" it, "copy" it from the base or the first that has it, or count a
+            source without it as unchanged ("zero": changes only).
+        vocabulary: embeddings of other lengths: "refuse", or "base": cut or filled to the base's (or first's) rows.
+        untie: allow sources of which only some tie their embeddings; the result is untied.
+        dtype: of the result; default each tensor's in the base, or in the first.  Sums are fp32 (fp64 for fp64).
+        force: keep a result that equals its base.
+
+    Raises:
+        OptionError: a method that takes no whole models, or needs a base that was not given.
+        MergeError: tensors that do not fit, integers that differ, values that are not finite, a result equal to its base.
+        ArtefactError: a folder that cannot be read or written.
+    """
+    rule = rule_of(method, options, len(folders))
+    name = rule.info.name
+    if not rule.checkpoints:
+        raise OptionError(f"The merge {name!r} takes adapters, not whole models; for models use 'average' or 'task_arithmetic'.")
+    on = on or rule.works_on
+    one_of(name, "on", on, ("changes", "weights"))
+    if on == "changes" and base is None:
+        raise OptionError(f"The merge {name!r} works on changes from a base model; give the folder of that base (base=…).")
+    sources = [Checkpoint(f) for f in folders]
+    origin = Checkpoint(base) if base is not None else None
+    everyone = [*([origin] if origin else []), *sources]
+    untied = same_ties(everyone, untie)
+    aligned = Aligned(missing, vocabulary, on)
+    given = weights_of(weights, len(sources))
+    jobs = [
+        aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, given)
+        for n in dict.fromkeys(n for c in everyone for n in c.table)
+    ]
+    return write(
+        jobs, out, everyone[0], {"tie_word_embeddings": False} if untied else {}, method=name, dtype=dtype, shard_bytes=shard_bytes,
+        seed=seed, force=force, progress=progress,
+    )  # fmt: skip
+
+
+def same_ties(checkpoints: Sequence[Checkpoint], untie: bool) -> bool:
+    """Whether the result is untied by ``untie``; refuses a mixture without it, and gives tied sources their head's name with it."""
+    if len({c.tied for c in checkpoints}) == 1:
+        return False
+    head = next((h for c in checkpoints if not c.tied and (h := c.first(HEAD))), None)
+    if not untie or head is None:
+        which = {c.folder.name: "tied" if c.tied else "untied" for c in checkpoints}
+        raise MergeError(
+            f"Some of these models tie their output to the embedding and some do not: {which}; untie=True merges both ends."
+        )
+    for c in checkpoints:
+        if c.tied and (embedding := c.first(EMBEDDING)):
+            c.table[head] = c.table[embedding]
+            c.alias[head] = embedding
+    return True
+
+
+Place = tuple[Checkpoint, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """What to do with tensors that do not match; makes the jobs."""
+
+    missing: str = "refuse"
+    vocabulary: str = "refuse"
+    on: str = "weights"
+
+    def __post_init__(self) -> None:
+        for option, among in (("missing", ("refuse", "copy", "zero")), ("vocabulary", ("refuse", "base"))):
+            if getattr(self, option) not in among:
+                raise OptionError(f"{option} is one of {', '.join(among)}; it got {getattr(self, option)!r}.")
+        if self.missing == "zero" and self.on != "changes":
+            raise OptionError("missing='zero' counts a source as unchanged, which needs a method that works on changes.")
+
+    def job(self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]) -> Job:
+        """The job of one tensor of the result from each source's (checkpoint, its name there)."""
+        have = [(c, n) for c, n in [*([base] if base else []), *sources] if n in c.table]
+        if not have:
+            raise MergeError(f"No source has {name!r}.")
+        lead, original = have[0]
+        shape, dtype = lead.shape(original), lead.dtype(original)
+        lacking = [c.folder.name for c, n in [*([base] if base else []), *sources] if n not in c.table]
+        if lacking and self.missing == "refuse":
+            raise MergeError(
+                f"{', '.join(sorted(set(lacking)))} has no {name!r}, which {lead.folder.name} has; missing='copy' takes it over unmerged."
+            )
+        copy = bool(lacking) and (self.missing == "copy" or (base is not None and base[1] not in base[0].table))
+        if not dtype.is_floating_point and not lacking:
+            return Job(name, shape, dtype, tuple(self._reader(c, n, shape, lead, original) for c, n in have), (), None)
+        if copy or rule is None:
+            return Job(name, shape, dtype, (self._reader(lead, original, shape, lead, original),), (1.0,), None)
+        readers = tuple(self._reader(c, n, shape, lead, original) if n in c.table else None for c, n in sources)
+        origin = self._reader(base[0], base[1], shape, lead, original) if base else None
+        return Job(name, shape, dtype, readers, tuple(weights), rule, self.on, origin)
+
+    def _reader(self, c: Checkpoint, name: str, shape: tuple[int, ...], lead: Checkpoint, original: str) -> Read:
+        mine = c.shape(name)
+        if mine == shape:
+            return lambda: c.read(name)
+        resized = mine[1:] == shape[1:] and mine[0] == c.vocabulary and shape[0] == lead.vocabulary
+        if not resized or self.vocabulary == "refuse":
+            why = (
+                "their vocabularies differ; vocabulary='base' keeps the rows of the first, if token numbers mean the same"
+                if resized
+                else "they are of different architectures"
+            )
+            raise MergeError(f"{name!r} is {_say(mine)} in {c.folder.name} and {_say(shape)} in {lead.folder.name}: {why}.")
+        return lambda: torch.cat([c.read(name)[: shape[0]], lead.read(original)[mine[0] :].to(c.dtype(name))])
+
+
+def _say(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
