@@ -149,7 +149,7 @@ def run_peft(
     except ImportError:
         return None
     torch.manual_seed(recipe.seed)
-    alpha = recipe.alpha if recipe.alpha is not None else recipe.r
+    alpha: Any = recipe.alpha if recipe.alpha is not None else recipe.r  # PEFT divides any number, though its hint says int
     config = peft.LoraConfig(
         r=recipe.r, lora_alpha=alpha, target_modules=recipe.targets, use_rslora=recipe.scale == "alpha/sqrt_r", **twin
     )

@@ -61,7 +61,7 @@ def _bridge(base: type) -> type:
     class Bridged(base):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, adapter: Adapter, **kwargs: Any):
             self.adapter = adapter
-            model = adapter.model
+            model: Any = adapter.model  # the mark is transformers', not nn.Module's
             vouched = getattr(model, "_hf_peft_config_loaded", None)
             if getattr(model, "is_quantized", False):
                 model._hf_peft_config_loaded = True  # an adapter is attached, so a quantised base may be trained on
