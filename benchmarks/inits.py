@@ -57,7 +57,9 @@ def theirs(model: Any, init: str, data: Any) -> None:
     if init == "pissa":
         peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="pissa"))
     elif init == "eva":
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.0))
+        config = peft.LoraConfig(
+            r=8, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.0)
+        )
         net = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(net, data)
     else:
