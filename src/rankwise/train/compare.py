@@ -142,6 +142,8 @@ def run_peft(
 
     twin = PEFT_TWINS.get((_named(recipe.form) or "lora", _named(recipe.init)))
     plain = recipe.budget is None and recipe.router is None and not recipe.losses and _named(recipe.optimizer) == "adamw"
+    plain = plain and not (recipe.parts or recipe.modules_to_save or recipe.layers or recipe.rank_pattern or recipe.alpha_pattern)
+    plain = plain and not (recipe.exclude or recipe.dropout) and recipe.scale in ("alpha/r", "alpha/sqrt_r")
     if twin is None or not plain:
         return None
     try:
