@@ -65,7 +65,7 @@ def slerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
 def nuslerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
     if abs(float(w.sum())) < 1e-8:
         raise OptionError("The merge 'nuslerp' divides by the sum of the weights, which is 0.")
-    return _pair(gram, float(w[1] / w.sum()))
+    return _pair(gram, float(w[1] / w.sum()), flat=1 - 1e-15)  # mergekit's nuslerp goes straight only where the two are parallel
 
 
 def _units(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,8 @@ def model_stock(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
     both = size[:, None] * size[None]
     cos = torch.where(both > 0, gram / both.clamp_min(1e-300), torch.zeros_like(gram))
     mean = float((cos.sum() - cos.diagonal().sum()) / (n * (n - 1)))
-    t = n * mean / (1 + (n - 1) * mean)
+    below = 1 + (n - 1) * mean
+    t = n * mean / below if abs(below) > 1e-6 else 0.0  # changes that cancel say nothing: the base
     return torch.full((n,), t / n, dtype=torch.float64)
 
 

@@ -1,0 +1,419 @@
+"""mergekit's YAML: its methods as rows of ours, with its own conventions for signs, divisors and rescaling.
+
+    merge_method: ties                  # linear, task_arithmetic, dare_*, della*, breadcrumbs*, sce, slerp, nuslerp, …
+    base_model: path/to/base
+    models:
+      - model: path/to/a
+        parameters: {weight: 0.5, density: [0.2, 0.8]}        # a list is a gradient over the layers
+    parameters:
+      lambda: 0.9
+      weight: [{filter: mlp, value: 1.0}, {value: 0.5}]       # the first filter that is part of the tensor's name
+    dtype: bfloat16
+
+or ``slices``, each with ``sources`` of a ``model`` and a ``layer_range``.  A gradient's position is the layer's in its slice,
+0 … 1, and 0 outside the layers.  What is not listed here is refused by name.  Where the two part ways: sums are fp32
+whatever ``dtype``, weights that add up to 0 are refused instead of left undivided, SCE's energies are used however small.
+Source: the README and behaviour of mergekit 0.1.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from rankwise.catalogue import make
+from rankwise.errors import MergeError, OptionError, nearest, need
+from rankwise.merge.base import Merge, Merged
+from rankwise.merge.checkpoints import Aligned
+from rankwise.merge.entries import Entrywise
+from rankwise.merge.jobs import CheckpointReport, Job, write
+from rankwise.merge.model_folder import EMBEDDING, Checkpoint
+from rankwise.merge.stack import Stack
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LAYER = re.compile(r"^(?P<before>.*?(?:^|\.)(?:layers|h|blocks|layer))\.(?P<index>\d+)\.(?P<after>.*)$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Each(Merge):
+    """An entry-wise row whose sparsifier may differ from source to source; the first rule's way to join is all's."""
+
+    rules: tuple[Entrywise, ...] = ()
+    info: ClassVar[Any] = None
+
+    def combine(self, stack: Stack, seed: int) -> Merged:
+        keep = [r.sparsifier().keep(stack, t, seed) for t, r in enumerate(self.rules)]
+        made, w = torch.empty(stack.shape, dtype=stack.dtype), stack.column()
+        for rows in stack.blocks():
+            kept = torch.stack([k(stack.block(t, rows), rows.start) for t, k in enumerate(keep)])
+            made[rows] = self.rules[0].join(kept, w)
+        return Merged(self.rules[0].lam * made)
+
+
+Shared: TypeAlias = Mapping[str, Any]
+PerSource: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One of mergekit's: what it takes, and our rule for one tensor's values of it.
+
+    ``shared`` and ``own`` are parameters with their defaults (None: it must be given) of the whole merge and of a source;
+    ``base``: "changes" are measured from it, it is a "source" (the "first" of two), or it is only allowed ("optional").
+    """
+
+    rule: Callable[[Shared, PerSource], Merge]
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base: str = "changes"
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # parameters of which only this value is known
+
+
+def _entrywise(
+    name: str, vote: bool, normalize: bool, rescale: bool | None, *, gamma: bool = False, epsilon: bool = False
+) -> Method:
+    """A row of the generalised task arithmetic: sparsify, weigh, perhaps elect signs by weighted values, perhaps divide."""
+
+    def rule(shared: Shared, own: PerSource) -> Merge:
+        options: dict[str, Any] = {"lam": shared["lambda"]}
+        options |= (
+            {"elect": "weighted", "divide": "weights" if shared["normalize"] else "none"}
+            if vote
+            else {"normalize": shared["normalize"]}
+        )
+        if rescale is not None:
+            options["rescale"] = "l1" if shared["rescale"] else "none"
+        rules = []
+        for values in own:
+            density = values["density"]
+            each: dict[str, Any] = {"density": density}
+            if gamma:  # mergekit keeps all at density 1, and drops fewer outliers where density and gamma overlap
+                each["gamma"] = 0.0 if density >= 1 else min(values["gamma"], 1 - density)
+            if epsilon:
+                each["epsilon"] = values["epsilon"]
+            rules.append(make("merge", name, **options, **each))
+        return Each(rules=tuple(rules))
+
+    more = ({"gamma": 0.01} if gamma else {}) | ({"epsilon": 0.15} if epsilon else {})
+    shared = {"lambda": 1.0, "normalize": normalize} | ({} if rescale is None else {"rescale": rescale})
+    only = {"int8_mask": False} | ({"rescale": False} if rescale is None else {})
+    return Method(rule, shared, {"weight": None, "density": 1.0, **more}, only=only)
+
+
+def _row(name: str, options: Mapping[str, str], **fields: Any) -> Method:
+    """A row whose options are shared parameters, by another name."""
+    return Method(lambda shared, own: make("merge", name, **{ours: shared[k] for k, ours in options.items()}), **fields)
+
+
+_WEIGHT: dict[str, Any] = {"weight": None}
+METHODS: dict[str, Method] = {
+    "linear": _row("average", {"normalize": "normalize"}, shared={"normalize": True}, own=_WEIGHT, base="source"),
+    "task_arithmetic": _row("task_arithmetic", {"lambda": "lam", "normalize": "normalize"}, shared={"lambda": 1.0, "normalize": False}, own=_WEIGHT,
+                            only={"int8_mask": False, "density": 1.0, "rescale": False}),
+    "ties": _entrywise("ties", True, True, None),
+    "dare_linear": _entrywise("dare_linear", False, False, True),
+    "dare_ties": _entrywise("dare_ties", True, False, True),
+    "della": _entrywise("della", True, True, True, epsilon=True),
+    "della_linear": _entrywise("della_linear", False, False, True, epsilon=True),
+    "breadcrumbs": _entrywise("breadcrumbs", False, False, None, gamma=True),
+    "breadcrumbs_ties": _entrywise("breadcrumbs_ties", True, False, None, gamma=True),
+    "sce": _row("sce", {"select_topk": "density"}, shared={"select_topk": 1.0}, only={"int8_mask": False}),
+    "slerp": _row("slerp", {"t": "t"}, shared={"t": None}, base="first"),
+    "nearswap": _row("nearswap", {"t": "t"}, shared={"t": None}, base="first"),
+    "nuslerp": _row("nuslerp", {}, own=_WEIGHT, base="optional", only={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
+    "multislerp": _row("multislerp", {}, own=_WEIGHT, base="optional", only={"normalize_weights": True, "eps": 1e-8}),
+    "karcher": _row("karcher", {"max_iter": "iterations", "tol": "tol"}, shared={"max_iter": 10, "tol": 1e-5}, base="source"),
+    "model_stock": _row("model_stock", {}, only={"filter_wise": False}),
+    "passthrough": Method(lambda shared, own: make("merge", "average", lam=own[0]["scale"], normalize=False), own={"scale": 1.0}, base="source"),
+}  # fmt: skip
+_KEYS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source"}
+Loaded = Callable[[str], Checkpoint]
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A source of a slice: its model, its first layer there, its own settings."""
+
+    model: str
+    start: int
+    parameters: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some layers of the result and what they are made of."""
+
+    sources: tuple[Input, ...]
+    layers: int
+    settings: tuple[Mapping[str, Any], ...]  # of the slice, then of the whole file
+
+
+def merge_yaml(
+    config: str | Path | Mapping[str, Any], out: str | Path, *, seed: int = 0, shard_bytes: int = 5 * 10**9, missing: str = "refuse",
+    force: bool = False, progress: Callable[[str], None] = lambda name: None,
+) -> CheckpointReport:  # fmt: skip
+    """Run a mergekit file (or its content) into the new folder ``out``; paths in it are as the process sees them.
+
+    Raises:
+        OptionError: a method, key or value that is not known here, named.
+        MergeError, ArtefactError: as :func:`~rankwise.merge.checkpoints.merge_checkpoints`.
+    """
+    jobs, template, changes, method, dtype = plan(_loaded(config), missing=missing)
+    return write(
+        jobs, out, template, changes, method=method, dtype=dtype, seed=seed, shard_bytes=shard_bytes, force=force, progress=progress
+    )
+
+
+def plan(
+    data: Mapping[str, Any], *, missing: str = "refuse"
+) -> tuple[list[Job], Checkpoint, dict[str, Any], str, torch.dtype | None]:
+    """(jobs, whose config and tokenizer, changes of the config, method, dtype) of a mergekit file's content."""
+    name = data.get("merge_method")
+    if name not in METHODS:
+        raise OptionError(f"merge_method {name!r} is not known here; {nearest(str(name), METHODS)}")
+    if unknown := sorted(set(data) - _KEYS):
+        raise OptionError(f"The key {unknown[0]!r} of a mergekit file is not supported here; known: {', '.join(sorted(_KEYS))}.")
+    kept: dict[str, Checkpoint] = {}
+
+    def load(model: str) -> Checkpoint:
+        if model not in kept:
+            kept[model] = _checkpoint(model)
+        return kept[model]
+
+    base = data.get("base_model")
+    slices = _slices(data, base, load, METHODS[name])
+    if len({load(s.model).tied for part in slices for s in part.sources}) > 1:
+        raise MergeError("Some of these models tie their output to the embedding and some do not; untie them all first.")
+    template = load(base or slices[0].sources[0].model)
+    _same_tokenizer(data.get("tokenizer_source"), template, kept)
+    made = _Planner(name, base, load, missing)
+    jobs = made.outside(slices[0], slices[-1])
+    at = 0
+    for part in slices:
+        for j in range(part.layers):
+            jobs += made.layer(part, j, at)
+            at += 1
+    changes = _depth(template, slices, load) if "slices" in data else {}
+    return jobs, template, changes, name, _dtype(data.get("out_dtype") or data.get("dtype"))
+
+
+class _Planner:
+    """Jobs of the tensors of a slice, each with its own values of the parameters."""
+
+    def __init__(self, method: str, base: str | None, load: Loaded, missing: str):
+        self.name, self.method, self.base, self.load = method, METHODS[method], base, load
+        changes = self.method.base == "changes" or (self.method.base == "optional" and base is not None)
+        self.aligned = Aligned(missing, "refuse", "changes" if changes else "weights")
+
+    def outside(self, first: Slice, last: Slice) -> list[Job]:
+        """Embeddings from the first slice's sources, norms and heads from the last's."""
+        out = []
+        for part, wanted in ((first, True), (last, False)):
+            names = {n: None for s in part.sources for n in self.load(s.model).table if not _LAYER.match(n)}
+            out += [self._job(n, part, [n] * len(part.sources), n, 0.0) for n in names if bool(EMBEDDING.search(n)) == wanted]
+        return out
+
+    def layer(self, part: Slice, j: int, at: int) -> list[Job]:
+        """Layer ``at`` of the result, the ``j``-th of its slice."""
+        t = j / (part.layers - 1) if part.layers > 1 else 1.0
+        named: dict[tuple[str, str], None] = {}
+        for s in part.sources:
+            for n in self.load(s.model).table:
+                if (m := _LAYER.match(n)) and int(m["index"]) == s.start + j:
+                    named[m["before"], m["after"]] = None
+        return [
+            self._job(
+                f"{a}.{at}.{b}", part, [f"{a}.{s.start + j}.{b}" for s in part.sources], f"{a}.{part.sources[0].start + j}.{b}", t
+            )
+            for a, b in named
+        ]
+
+    def _job(self, name: str, part: Slice, theirs: Sequence[str], in_base: str, t: float) -> Job:
+        method = self.method
+        placed = list(zip(part.sources, theirs, strict=True))
+        if method.base in ("changes", "optional") and self.base is not None:
+            placed = [(s, n) for s, n in placed if s.model != self.base]
+        elif method.base == "first":
+            placed = sorted(placed, key=lambda p: p[0].model != self.base)
+        shared = {k: self._value(k, d, name, t, part.settings) for k, d in method.shared.items()}
+        own = [{k: self._value(k, d, name, t, (s.parameters, *part.settings)) for k, d in method.own.items()} for s, _ in placed]
+        rule = method.rule(shared, own)
+        if rule.count is not None and len(placed) != rule.count:
+            raise OptionError(f"merge_method {self.name!r} is between {rule.count} models; it got {len(placed)}.")
+        weights = [values.get("weight", 1 / len(placed)) for values in own]
+        origin = (self.load(self.base), in_base) if self.aligned.on == "changes" and self.base else None
+        return self.aligned.job(name, [(self.load(s.model), n) for s, n in placed], origin, rule, weights)
+
+    def _value(self, key: str, default: Any, tensor: str, t: float, levels: Sequence[Mapping[str, Any]]) -> Any:
+        """The first level that says something of this tensor; checked against the sort of ``default``."""
+        flag = isinstance(default, bool)
+        for level in levels:
+            if key in level and (found := resolve(level[key], tensor, t, flag, f"{self.name}.{key}")) is not None:
+                return round(found) if isinstance(default, int) and not flag else found
+        if default is None:
+            raise OptionError(
+                f"merge_method {self.name!r} needs the parameter {key!r} for {tensor!r}; give a value without a filter."
+            )
+        return default
+
+
+def resolve(setting: Any, tensor: str, t: float, flag: bool, where: str) -> Any:
+    """A setting's value at a tensor: a number, a list as a gradient at ``t`` in [0, 1], or entries of ``filter`` and ``value``."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return _scalar(setting, flag, where)
+    if setting and all(isinstance(e, Mapping) for e in setting):
+        for entry in setting:
+            if unknown := sorted(set(entry) - {"filter", "value"}):
+                raise OptionError(f"{where} has an entry with {unknown[0]!r}; entries have 'filter' and 'value'.")
+            chosen = entry.get("filter")
+            if chosen in (None, "*") or str(chosen) in tensor:
+                return resolve(entry.get("value"), tensor, t, flag, where)
+        return None
+    values = [_scalar(v, flag, where) for v in setting]
+    if not values:
+        raise OptionError(f"{where} is an empty list.")
+    at = t * (len(values) - 1)
+    if flag:
+        return values[int(at)]
+    low = int(at)
+    high = min(low + 1, len(values) - 1)
+    return (1 - (at - low)) * values[low] + (at - low) * values[high]
+
+
+def _scalar(value: Any, flag: bool, where: str) -> Any:
+    if flag and isinstance(value, bool):
+        return value
+    try:  # YAML reads 1e-5 as a string
+        if not flag and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise OptionError(f"{where} takes {'true or false' if flag else 'a number'}; it got {value!r}.")
+
+
+# --- the file --------------------------------------------------------------------------------------------------
+def _loaded(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    try:
+        import yaml
+    except ImportError as e:
+        raise need("yaml", "cli", "Reading a mergekit file") from e
+    try:
+        data = yaml.safe_load(Path(config).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise OptionError(f"{config} cannot be read as YAML: {str(e).splitlines()[0]}") from e
+    if not isinstance(data, dict):
+        raise OptionError(f"{config} is no mergekit file: it has no keys.")
+    return data
+
+
+def _checkpoint(model: str) -> Checkpoint:
+    if "+" in model and not Path(model).is_dir():
+        raise OptionError(f"{model!r} is a model with an adapter on it; write that model first (rankwise merge --into-base).")
+    if not Path(model).is_dir():
+        raise OptionError(f"There is no folder {model!r}; download the model and give its path.")
+    return Checkpoint(model)
+
+
+def _slices(data: Mapping[str, Any], base: str | None, load: Loaded, method: Method) -> list[Slice]:
+    """The file's slices; ``models`` are one slice of all layers."""
+    name = data["merge_method"]
+    whole = _parameters(data, method, name)
+    if bool(data.get("models")) == bool(data.get("slices")):
+        raise OptionError("A mergekit file has either 'models' or 'slices'.")
+    if base is None and method.base in ("changes", "first"):
+        raise OptionError(f"merge_method {name!r} needs base_model.")
+    made = []
+    for part in data["slices"] if data.get("slices") else [{"sources": data["models"]}]:
+        _only(part, {"sources", "parameters"}, "a slice")
+        entries, ranges = list(part["sources"]), []
+        for e in entries:
+            _only(e, {"model", "parameters"} | ({"layer_range"} if "slices" in data else set()), "a source")
+            ranges.append(_range(e, load))
+        if base is not None and base not in [e["model"] for e in entries]:
+            if "slices" not in data and method.base in ("source", "first"):
+                entries.append({"model": base})
+                ranges.append((0, _layers(load(base))))
+            elif "slices" in data and method.base == "first":
+                raise OptionError(f"Each slice of {name!r} has the base and one other model; {base!r} is not among its sources.")
+        if len({b - a for a, b in ranges}) > 1:
+            raise OptionError(f"The sources of a slice have {sorted({b - a for a, b in ranges})} layers; they must be as many.")
+        if name == "passthrough" and len(entries) > 1:
+            raise OptionError("merge_method 'passthrough' takes one source a slice.")
+        if len({e["model"] for e in entries}) < len(entries):
+            raise OptionError("A slice names a model twice.")
+        sources = tuple(Input(e["model"], a, _parameters(e, method, name)) for e, (a, _) in zip(entries, ranges, strict=True))
+        if method.base in ("changes", "optional") and all(s.model == base for s in sources):
+            raise OptionError(f"merge_method {name!r} needs a model beside its base.")
+        made.append(Slice(sources, ranges[0][1] - ranges[0][0], (_parameters(part, method, name), whole)))
+    return made
+
+
+def _only(entry: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(set(entry) - known):
+        raise OptionError(f"The key {unknown[0]!r} of {what} is not supported here; known: {', '.join(sorted(known))}.")
+
+
+def _parameters(entry: Mapping[str, Any], method: Method, name: str) -> Mapping[str, Any]:
+    """Its ``parameters``, every one known to the method; those that only one value has here are taken off."""
+    given = dict(entry.get("parameters") or {})
+    for key, value in list(given.items()):
+        if key in method.only:
+            if value != method.only[key]:
+                raise OptionError(f"merge_method {name!r} with {key}: {value!r} is not supported here (only {method.only[key]!r}).")
+            del given[key]
+        elif key not in method.shared and key not in method.own:
+            known = sorted({*method.shared, *method.own})
+            raise OptionError(f"merge_method {name!r} has no parameter {key!r}; {nearest(key, known)}")
+    return given
+
+
+def _range(entry: Mapping[str, Any], load: Loaded) -> tuple[int, int]:
+    depth = _layers(load(entry["model"]))
+    a, b = entry.get("layer_range", (0, depth))
+    if not 0 <= a < b <= depth:
+        raise OptionError(f"layer_range [{a}, {b}] of {entry['model']!r}, which has {depth} layers.")
+    return a, b
+
+
+def _layers(c: Checkpoint) -> int:
+    return 1 + max((int(m["index"]) for n in c.table if (m := _LAYER.match(n))), default=-1)
+
+
+def _depth(template: Checkpoint, slices: Sequence[Slice], load: Loaded) -> dict[str, Any]:
+    """What the config says of the number of layers, and of each."""
+    inner = template.config.get("text_config")
+    said = inner if isinstance(inner, dict) else template.config
+    total = sum(s.layers for s in slices)
+    out: dict[str, Any] = {k: total for k in ("num_hidden_layers", "n_layer", "num_layers") if k in said}
+    if isinstance(said.get("layer_types"), list):
+        kinds = [load(s.sources[0].model)._text().get("layer_types", []) for s in slices]
+        out["layer_types"] = [k for s, own in zip(slices, kinds, strict=True) for k in own[s.sources[0].start :][: s.layers]]
+    return out
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise OptionError(f"dtype is one of {', '.join(DTYPES)}; it got {name!r}.")
+    return DTYPES.get(name)
+
+
+def _same_tokenizer(source: Any, template: Checkpoint, models: Mapping[str, Checkpoint]) -> None:
+    """The template's tokenizer goes along; asking for "base" is that, where all are the same."""
+    if source is None:
+        return
+    files = {
+        (c.folder / "tokenizer.json").read_bytes() if (c.folder / "tokenizer.json").is_file() else b"" for c in models.values()
+    }
+    if source != "base" or len(files) > 1:
+        raise OptionError(
+            f"tokenizer_source {source!r} would move the rows of embeddings, which is not supported here; models must share one tokenizer."
+        )
