@@ -1,4 +1,4 @@
-"""``rankwise merge``, ``convert`` and ``inspect``: adapters as files."""
+"""``rankwise convert`` and ``inspect``: adapters as files."""
 
 from __future__ import annotations
 
@@ -13,67 +13,8 @@ from rankwise.errors import OptionError
 
 
 def add(app: typer.Typer) -> None:
-    app.command("merge")(merge)
     app.command("convert")(convert)
     app.command("inspect")(inspect)
-
-
-def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Adapter folders (native or PEFT).")],
-    model: Model,
-    to: Annotated[str, typer.Option("--out", "-o", help="Folder for the result.")],
-    method: Annotated[str, typer.Option(help="How several become one: linear, cat, svd, ties, lego …")] = "cat",
-    weights: Annotated[str | None, typer.Option(help="Comma-separated weights, one an adapter.")] = None,
-    into_base: Annotated[bool, typer.Option("--into-base", help="Write a whole model with the adapter folded in.")] = False,
-    force: Annotated[bool, typer.Option(help="Keep a merge that fails its check.")] = False,
-    set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the merge method.")] = None,
-    source_rank: Annotated[int | None, typer.Option(help="Cut sources to this rank first (needed for DoRA and the like).")] = None,
-) -> None:
-    """Merge adapters into one, or fold one into the base; the result is checked against its parts.
-
-    Example: rankwise merge run/adapter --model base --into-base --out merged
-    """
-    import rankwise as rw
-
-    net, tokenizer = load_model(model)
-    if len(adapters) > 1:
-        adapter = _combined(net, adapters, method, weights, set or (), source_rank)
-    else:
-        adapter = rw.load(net, adapters[0], name="merged")
-    if not into_base:
-        adapter.save(to)
-        out.print(f"wrote {to}: {adapter}", highlight=False)
-        return
-    report = adapter.merge(force=force)
-    write_merged(net, tokenizer, to)
-    worst = report.worst
-    gap = "not probed" if report.logit_gap is None else f"{report.logit_gap:.1e} of the largest"
-    out.print(
-        f"wrote {to}; logits before and after differ by {gap}; largest rounding {worst.error:.1e} of the change at {worst.site}",
-        highlight=False,
-    )
-
-
-def write_merged(model: Any, tokenizer: Any, to: str) -> None:
-    """Save a model with its merged adapters as an ordinary model folder: the roster taken off, the bits kept."""
-    roster = model._modules.pop("rankwise")
-    try:
-        model.save_pretrained(to)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(to)
-    finally:
-        model._modules["rankwise"] = roster
-
-
-def _combined(net: Any, folders: list[str], method: str, weights: str | None, settings: Any, source_rank: int | None) -> Any:
-    from rankwise.cli.common import _value
-    from rankwise.merge import attach_merged
-
-    given = [float(w) for w in weights.split(",")] if weights else None
-    if given is not None and len(given) != len(folders):
-        raise OptionError(f"--weights has {len(given)} numbers for {len(folders)} adapters; give one each.")
-    options = {k: _value(v) for k, _, v in (s.partition("=") for s in settings)}
-    return attach_merged(net, folders, method, given, source_rank=source_rank, **options)
 
 
 def convert(

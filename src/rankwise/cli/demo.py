@@ -94,7 +94,7 @@ def demo(
 def finish(net: Any, tokenizer: Any, rows: list[Any], folder: Path) -> dict[str, Any]:
     """Merge the best adapter that can be merged, write the whole model, and export the adapter for PEFT."""
     import rankwise as rw
-    from rankwise.cli.adapters import write_merged
+    from rankwise.cli.merge import write_merged
     from rankwise.train.compare import best
 
     winner = best(r for r in rows if r.name != "galore")

@@ -20,9 +20,9 @@ app = typer.Typer(
 
 
 def _verbs() -> None:
-    from rankwise.cli import adapters, compare, demo, info, plan, train
+    from rankwise.cli import adapters, compare, demo, info, merge, plan, train
 
-    for module in (plan, train, compare, adapters, info, demo):
+    for module in (plan, train, compare, merge, adapters, info, demo):
         module.add(app)
 
 
