@@ -13,7 +13,7 @@ from rankwise.merge import merge_states
 from rankwise.merge.base import Merge
 from tests.merge.tools import dense, keep_all, source
 
-ALL = [m for m in catalogue.methods("merge") if issubclass(m.cls, Merge) and m.cls.adapters]
+ALL = [m for m in catalogue.methods("merge") if issubclass(m.cls, Merge) and m.cls.adapters and not m.cls.needs_oracle]
 
 
 def holding(law: str, count: int = 2) -> list[object]:

@@ -1,10 +1,12 @@
 """Several adapters (or whole models) into one: lift, sparsify, weigh, combine, lower.
 
 ``base`` the seam · ``stack`` one tensor of all sources, by blocks · ``sums`` cat, svd, linear · ``weighings`` one number a
-source · ``entries``, ``selections`` entry by entry · ``knots`` a joint basis · ``lego`` clusters of units · ``files`` values and models.
+source · ``entries``, ``selections`` entry by entry · ``knots`` a joint basis · ``lego`` clusters of units · ``files`` values and models · ``functional``, ``oracle`` gradients and
+scores of values · ``soups`` weights from an oracle · ``interpolation``, ``straggler``, ``quality_diversity`` paths between values.
 """
 
 from rankwise.merge.base import Merge, merge_states
 from rankwise.merge.files import attach_merged, attach_state, read_state
+from rankwise.merge.oracle import Oracle
 
-__all__ = ["Merge", "attach_merged", "attach_state", "merge_states", "read_state"]
+__all__ = ["Merge", "Oracle", "attach_merged", "attach_state", "merge_states", "read_state"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -55,6 +55,7 @@ class Merge:
         count: exactly so many sources, or None.
         works_on: what a whole checkpoint's tensors are lifted to: "changes" from a base, or the "weights" themselves.
         adapters, checkpoints: what it takes.
+        needs_oracle: it finds its weights itself (:meth:`weigh`), from scores or gradients of a model.
     """
 
     info: ClassVar[MethodInfo]
@@ -64,6 +65,11 @@ class Merge:
     works_on: ClassVar[str] = "changes"
     adapters: ClassVar[bool] = True
     checkpoints: ClassVar[bool] = True
+    needs_oracle: ClassVar[bool] = False
+
+    def weigh(self, sources: Sequence[Source], oracle: Any) -> Tensor | Mapping[str, Tensor]:
+        """The weights, (T,) or a (T,) each site, of a method that needs an :class:`~rankwise.merge.oracle.Oracle`."""
+        raise NotImplementedError(f"The merge {type(self).__name__} must weigh.")
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         """One tensor's merged value."""
@@ -77,6 +83,7 @@ def merge_states(
     *,
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
+    oracle: Any = None,
     **options: Any,
 ) -> AdapterState:
     """The merged value of adapters.
@@ -86,26 +93,28 @@ def merge_states(
         weights: one a source; default 1/T each.
         method: a registered merge or its name with ``options``.
         progress: called with each site's name when it is done.
+        oracle: a :class:`~rankwise.merge.oracle.Oracle`, for a method that finds its own weights.
 
     Returns:
         A state whose ``meta`` has, by site, ``errors``: ‖merged − Σ w·ΔW‖/‖Σ w·ΔW‖, and ``truncation``: what cutting to
-        a rank lost of the merged change.
+        a rank lost of the merged change; and ``weights``, one a source or {site: one a source}.
 
     Raises:
         MergeError: no source, a site that is not low-rank, shapes that differ, whole tensors that only a vote could merge.
-        OptionError: a wrong option or number of weights or sources.
+        OptionError: a wrong option or number of weights or sources; an oracle that is lacking, or that nothing would ask.
     """
     rule = rule_of(method, options, len(states))
     if not rule.adapters:
         raise OptionError(
             f"The merge {rule.info.name!r} takes whole checkpoints, not adapters; see rankwise methods {rule.info.name}."
         )
-    weights = weights_of(weights, len(states))
+    names = sorted({n for s in states for n in s.sites})
+    by_site = _weights(rule, states, weights, oracle, names)
     sites: dict[str, Delta] = {}
     errors: dict[str, float] = {}
     lost: dict[str, float] = {}
-    for name in sorted({n for s in states for n in s.sites}):
-        stack = FactorStack(name, weights, pairs=tuple(_factors(s.sites.get(name), name) for s in states))
+    for name in names:
+        stack = FactorStack(name, by_site[name], pairs=tuple(_factors(s.sites.get(name), name) for s in states))
         one_shape(stack)
         made = rule.combine(stack, seed)
         if not isinstance(made.value, LowRank):
@@ -114,7 +123,9 @@ def merge_states(
         A, B = made.value.factors()
         sites[name] = LowRank(A.float(), B.float(), 1.0)
         progress(name)
-    meta = {"errors": errors, "truncation": lost, "method": rule.info.name, "weights": list(weights)}
+    one = len(set(by_site.values())) == 1
+    used = list(next(iter(by_site.values()))) if one else {n: list(w) for n, w in by_site.items()}
+    meta = {"errors": errors, "truncation": lost, "method": rule.info.name, "weights": used}
     return AdapterState(sites, full=_whole(states), meta=meta)
 
 
@@ -126,6 +137,28 @@ def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge
     if rule.count is not None and sources != rule.count:
         raise OptionError(f"The merge {rule.info.name!r} is between {rule.count} sources; it got {sources}.")
     return rule
+
+
+def _weights(
+    rule: Merge, states: Sequence[Source], weights: Sequence[float] | None, oracle: Any, names: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
+    """site → one weight a source: those given, or what the method finds with the oracle."""
+    if not rule.needs_oracle:
+        if oracle is not None:
+            raise OptionError(f"The merge {rule.info.name!r} asks no oracle; leave it out, or choose a soup.")
+        return dict.fromkeys(names, weights_of(weights, len(states)))
+    if oracle is None:
+        raise OptionError(
+            f"The merge {rule.info.name!r} needs a score or gradients; give oracle=Oracle(model, …) (rankwise.merge.oracle)."
+        )
+    if weights is not None:
+        raise OptionError(
+            f"The merge {rule.info.name!r} finds its weights itself; it got weights = {list(weights)}, leave them out."
+        )
+    found = rule.weigh(states, oracle)
+    if not isinstance(found, Mapping):
+        return dict.fromkeys(names, weights_of(found.tolist(), len(states)))
+    return {n: weights_of(found[n].tolist(), len(states)) for n in names}
 
 
 def weights_of(weights: Sequence[float] | None, sources: int) -> tuple[float, ...]:

@@ -34,9 +34,17 @@ def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None)
 
 
 def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged", activate: bool = True) -> Adapter:
-    """Attach a low-rank value as an ordinary ``lora`` adapter of uneven ranks."""
+    """Attach a low-rank value as an ordinary ``lora`` adapter of uneven ranks.
+
+    A sum of so many adapters that its factors are wider than the matrix is written in as few as that has rows or columns.
+    """
     from rankwise.files import rebuild
     from rankwise.recipe import Recipe
+
+    wide = {n for n, d in state.sites.items() if (d.exact_rank or 0) > min(d.shape[-2:])}
+    if wide:
+        cut = {n: d.to_lowrank(rank=min(d.shape[-2:]))[0] if n in wide else d for n, d in state.sites.items()}
+        state = AdapterState(cut, state.full, state.meta)
 
     ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
     recipe = Recipe(form="lora", targets=list(ranks), r=max(ranks.values()))
