@@ -12,6 +12,8 @@ import rankwise as rw
 from rankwise import assets
 from rankwise.assets import tasks
 from rankwise.errors import DataError, OptionError
+from rankwise.train.data import read, tokenize
+from rankwise.train.evaluate import evaluate
 
 datasets = pytest.importorskip("datasets")
 ROWS = tasks.docstring_task()[0][:12]
@@ -54,6 +56,8 @@ def test_splits_are_chosen_for_training_and_for_holding_out(split: Path, tmp_pat
     a = run(split, tmp_path / "a", split="train", eval_split="test")
     b = run(ROWS[:8], tmp_path / "b", eval_data=ROWS[8:])
     assert a.metrics["before"] == b.metrics["before"] and a.metrics["after"] == b.metrics["after"]
+    model, tokenizer = assets.load_base()
+    assert a.metrics["before"] == evaluate(model, tokenize(read(ROWS[8:]), tokenizer, 64), pad_id=tokenizer.pad_token_id)
     c = run(ROWS[:8], tmp_path / "c", eval_data=split, eval_split="test")
     assert c.metrics["after"] == a.metrics["after"]
     d = run(split, tmp_path / "d", split="test", eval_split="train")

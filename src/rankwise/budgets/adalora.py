@@ -12,7 +12,7 @@ from torch import Tensor
 from rankwise.allocation import Allocation, cubic, top_k
 from rankwise.budgets.base import Budget, Run, agreed
 from rankwise.catalogue import register
-from rankwise.errors import OptionError
+from rankwise.errors import OptionError, RecipeError
 from rankwise.recipe import preset
 
 
@@ -37,7 +37,7 @@ class AdaLoRA(Budget):
     Scores here read p and its gradient both from before the step; published code takes p from after it.  Steps are
     optimiser steps, whatever the accumulation.  ``warmup`` and ``final`` are counts, or shares of the run below 1.
 
-    Source: QingruZhang/AdaLoRA.  Errors: target_r above r₀; warm-up and final phase longer than the run.
+    Source: QingruZhang/AdaLoRA.  Errors: target_r above r₀; warm-up and final phase longer than the run; sharded parameters (FSDP2).
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -67,6 +67,11 @@ class AdaLoRA(Budget):
         if self._warm + self._final >= self._total:
             raise OptionError(
                 f"The budget 'adalora' warms up for {self._warm} steps and fixes the last {self._final}, but the run has {self._total}; shorten them."
+            )
+        sharded = next((n for n, p in run.adapter.named_parameters().items() if hasattr(p, "placements")), None)
+        if sharded is not None:
+            raise RecipeError(
+                f"The budget 'adalora' scores whole tensors, but {sharded!r} is sharded (DTensor); train it under DDP, or without a budget."
             )
         counts = self._components(run)
         self._first, self._last = sum(counts.values()), self.target_r * len(counts)
