@@ -20,6 +20,8 @@ app = typer.Typer(
 
 
 def _verbs() -> None:
+    if app.registered_commands:  # a second call in one process
+        return
     from rankwise.cli import adapters, compare, demo, info, merge, plan, train
 
     for module in (plan, train, compare, merge, adapters, info, demo):

@@ -230,6 +230,8 @@ def _folded(report: Any, state: Any, method: str, to: str, json: bool) -> None:
     if worst.error > 1e-3:  # a base of few bits: what each place lost
         shown = [(s.site, s.change, f"{s.error:.1%}") for s in rows[:10]]
         table("Storing rounded away", ["place", "‖ΔW‖/‖W‖", "of the change"], shown, right=["‖ΔW‖/‖W‖", "of the change"])
+    if report.forced:
+        out.print("a check failed; kept all the same, as --force says", highlight=False)
     gap = "not probed" if report.logit_gap is None else f"{report.logit_gap:.1e} of the largest"
     out.print(
         f"wrote {to}; logits before and after differ by {gap}; largest rounding {worst.error:.1e} of the change at {worst.site}",
@@ -240,12 +242,25 @@ def _folded(report: Any, state: Any, method: str, to: str, json: bool) -> None:
 def write_merged(model: Any, tokenizer: Any, to: str) -> None:
     """Save a model with its merged adapters as an ordinary model folder: the roster taken off, the bits kept."""
     roster = model._modules.pop("rankwise")
+    conversions = getattr(model, "_weight_conversions", None)
     try:
+        if conversions is not None:  # transformers undoes how it read the weights, but cannot for codes, which need no undoing
+            model._weight_conversions = [c for c in conversions if _reversible(c)] or None
         model.save_pretrained(to)
         if tokenizer is not None:
             tokenizer.save_pretrained(to)
     finally:
         model._modules["rankwise"] = roster
+        if conversions is not None:
+            model._weight_conversions = conversions
+
+
+def _reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 # --- whole models ----------------------------------------------------------------------------------------------

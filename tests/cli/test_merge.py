@@ -1,0 +1,161 @@
+"""``rankwise merge``: adapters with and without their model, whole models, mergekit files, quantised bases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import rankwise as rw
+from rankwise.cli import merge as _verb  # noqa: F401 - so that its consoles are replaced
+from rankwise.merge import read_state
+from rankwise.merge.folders import open_folder
+from tests.cli.tools import call
+from tests.merge.test_checkpoints import trio, whole
+from tests.models import llama
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base, two LoRA adapters of it (PEFT and native) and a DoRA."""
+    root = tmp_path_factory.mktemp("made")
+    model = llama(hidden=64)
+    model.save_pretrained(root / "base")
+    for i, (name, format, form) in enumerate((("a", "peft", "lora"), ("b", "native", "lora"), ("dora", "native", "dora"))):
+        adapter = rw.attach(model, {"form": form, "r": 2, "targets": ["q_proj", "up_proj"]})
+        g = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in adapter.trainable_parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=g))
+        adapter.export(root / name, format)
+        adapter.detach()
+    return {n: str(root / n) for n in ("base", "a", "b", "dora")}
+
+
+def test_adapters_without_their_model(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+    to = str(tmp_path / "both")
+    code, text, err = call(
+        capsys, "merge", made["a"], made["b"], "--method", "svd", "--set", "rank=1", "--weights", "0.6,0.4", "--out", to
+    )
+    assert code == 0, err
+    assert "wrote" in text and "rank 1" in text and "lost by cutting to a rank at most (model.layers." in text
+    got, a, b = (open_folder(p) for p in (to, made["a"], made["b"]))
+    assert set(got.sites) == set(a.sites) == set(b.sites)
+    for n in got.sites:
+        total = 0.6 * a.sites[n].dense().double() + 0.4 * b.sites[n].dense().double()
+        U, S, Vh = torch.linalg.svd(total)
+        assert torch.allclose(got.sites[n].dense().double(), S[0] * U[:, :1] @ Vh[:1], atol=1e-5)
+    model = llama(hidden=64)
+    read_state(model, to)  # and it is an adapter of that model
+    code, text, _ = call(capsys, "merge", made["a"], made["b"], "--out", str(tmp_path / "cat"), "--json")
+    assert code == 0 and set(json.loads(text)["ranks"].values()) == {4} and max(json.loads(text)["errors"].values()) < 1e-6
+
+
+def test_forms_that_need_their_model(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+    args = ["merge", made["a"], made["dora"], "--out", str(tmp_path / "m")]
+    code, _, err = call(capsys, *args)
+    assert code == 2 and "of the form 'dora'" in err and "give the model" in err
+    code, text, err = call(capsys, *args, "--model", made["base"], "--source-rank", "4", "--method", "ties", "--set", "density=0.5")
+    assert code == 0 and "ties: " in text and "from the weighted sum" in text, err
+    code, text, err = call(
+        capsys, "merge", made["a"], made["b"], "--model", made["base"], "--into-base", "--out", str(tmp_path / "w"), "--json"
+    )
+    assert code == 0, err
+    report = json.loads(text)
+    W, now = whole(Path(made["base"])), whole(tmp_path / "w")
+    n = "model.layers.0.self_attn.q_proj"
+    change = 0.5 * open_folder(made["a"]).sites[n].dense() + 0.5 * open_folder(made["b"]).sites[n].dense()
+    assert torch.allclose(now[f"{n}.weight"], W[f"{n}.weight"] + change, atol=1e-6) and report["logit_gap"] < 1e-3
+    assert max(s["rounded_away"] for s in report["sites"]) < 1e-4 and len(report["sites"]) == 4
+
+
+@pytest.mark.parametrize("verb_seed", [0, 1])
+def test_whole_models(capsys: Any, tmp_path: Path, verb_seed: int) -> None:
+    base, a, b = (str(p) for p in trio(tmp_path))
+    code, text, err = call(capsys, "merge", a, b, "--base", base, "--method", "dare_linear", "--set", "density=0.5", "--seed", str(verb_seed),
+                           "--dtype", "bfloat16", "--out", str(tmp_path / "m"))  # fmt: skip
+    assert code == 0 and "3 tensors merged" in text and "from the base at most" in text, err
+    assert all(t.dtype == torch.bfloat16 for t in whole(tmp_path / "m").values())
+    code, text, _ = call(capsys, "merge", a, b, "--weights", "3,1", "--out", str(tmp_path / "mean"), "--json")
+    n = "model.norm.weight"
+    assert code == 0 and json.loads(text)["method"] == "average"
+    assert torch.allclose(whole(tmp_path / "mean")[n], 0.75 * whole(Path(a))[n] + 0.25 * whole(Path(b))[n])
+
+
+def test_a_mergekit_file(capsys: Any, tmp_path: Path) -> None:
+    base, a, b = (str(p) for p in trio(tmp_path))
+    file = tmp_path / "m.yaml"
+    file.write_text(yaml.safe_dump({
+        "merge_method": "task_arithmetic", "base_model": base,
+        "models": [{"model": a, "parameters": {"weight": 0.5}}, {"model": b, "parameters": {"weight": 0.25}}],
+    }))  # fmt: skip
+    code, text, err = call(capsys, "merge", str(file), "--out", str(tmp_path / "m"))
+    assert code == 0 and "task_arithmetic: " in text, err
+    W, A, B = whole(Path(base)), whole(Path(a)), whole(Path(b))
+    for n, t in whole(tmp_path / "m").items():
+        assert torch.allclose(t, W[n] + 0.5 * (A[n] - W[n]) + 0.25 * (B[n] - W[n]), atol=1e-6)
+
+
+def test_a_quantised_base_tells_what_it_rounds_away(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    import transformers as T
+
+    assert bnb
+    config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    T.AutoModelForCausalLM.from_pretrained(made["base"], quantization_config=config, dtype=torch.float32).save_pretrained(
+        tmp_path / "nf4"
+    )
+    strong = _adapter(made["base"], tmp_path / "strong", 1.0)
+    args = ["merge", "--model", str(tmp_path / "nf4"), "--into-base"]
+    code, _, err = call(capsys, *args, _adapter(made["base"], tmp_path / "weak", 1e-4), "--out", str(tmp_path / "no"))
+    assert code == 2 and "storing rounded away" in err and not (tmp_path / "no").exists(), err
+    code, _, err = call(capsys, *args, strong, "--out", str(tmp_path / "no"))
+    assert code == 2 and "the logits moved" in err, err
+    code, text, err = call(capsys, *args, strong, "--out", str(tmp_path / "w"), "--force")
+    assert (
+        code == 0 and "as --force says" in text and "Storing rounded away" in text and text.count("%") >= 4 and "q_proj" in text
+    ), err
+    again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "w", dtype=torch.float32)
+    net = T.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    rw.load(net, strong).merge(force=True)
+    x = torch.tensor([[1, 5, 9]])
+    assert torch.equal(again(x).logits, net(x).logits), "what was written is what was merged"
+
+
+def _adapter(base: str, path: Path, size: float) -> str:
+    import transformers as T
+
+    model = T.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapter = rw.attach(model, {"r": 4, "targets": ["q_proj", "up_proj"]})
+    with torch.no_grad():
+        for p in adapter.trainable_parameters():
+            p.copy_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    adapter.export(path, "peft")
+    return str(path)
+
+
+def test_mistakes_are_one_line(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+    base, a, _ = (str(p) for p in trio(tmp_path))
+    (tmp_path / "m.yaml").write_text("merge_method: ties\n")
+    for args, says in (
+        ([made["a"], a], "is adapters and"),
+        ([a, str(tmp_path)], "neither an adapter nor a model"),
+        (["/no/such"], "does not exist"),
+        ([made["a"], made["b"], "--base", base], "--base says nothing to a merge of adapters"),
+        ([a, "--source-rank", "3"], "--source-rank says nothing to a merge of whole models"),
+        ([str(tmp_path / "m.yaml"), "--method", "ties"], "--method says nothing to a merge of a mergekit file"),
+        ([made["a"], made["b"], "--weights", "1,x"], "numbers with commas"),
+        ([made["a"], made["b"], "--weights", "1"], "1 numbers for 2 sources"),
+        ([made["a"], made["b"], "--set", "seed=3"], "no option of a method"),
+        ([made["a"], made["b"], "--set", "density"], "option=value"),
+        ([made["a"], made["b"], "--method", "tiees"], "did you mean 'ties'"),
+        ([made["a"], "--into-base"], "give it with --model"),
+        ([a, a, "--method", "ties"], "works on changes from a base"),
+    ):
+        code, text, err = call(capsys, "merge", *args, "--out", str(tmp_path / "no"))
+        assert code == 2 and says in err and err.count("\n") <= 2, (args, text, err)
+    assert not (tmp_path / "no").exists()
