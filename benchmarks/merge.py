@@ -1,0 +1,196 @@
+"""Time and peak memory of merging beside PEFT's ``add_weighted_adapter``, each in a process of its own, in turn; and at scale.
+
+python -m benchmarks.merge [--rounds 3] [--hidden 512]
+python -m benchmarks.merge --scale [--layers 16] [--adapters 100] [--hidden 2048] [--folder DIR]
+
+The first: 2 and 8 adapters of rank 16 on a 4-layer model, in memory on both sides.  ``ties`` and ``dare`` are PEFT's
+``ties_svd`` and ``dare_linear_svd`` (ours are always of ΔW).  The second: adapters of a 1B-shaped model, written as PEFT
+folders one by one and merged from there, one site at a time; the peak is beside what the process held before, and beside
+the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import llama, write
+
+R = 16
+METHODS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "svd": ("svd", {}, "svd", {}),
+    "ties": ("ties", {"density": 0.2}, "ties_svd", {"density": 0.2}),
+    "linear": ("linear", {}, "linear", {}),
+    "cat": ("cat", {}, "cat", {}),
+    "dare": ("dare_linear", {"density": 0.5}, "dare_linear_svd", {"density": 0.5}),
+}
+SCALE: dict[str, dict[str, Any]] = {"ties": {}, "knots": {"rank": R}, "lego": {}}
+
+
+def peak() -> float:
+    """MB, of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def now() -> float:
+    """MB held at this moment."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def child(who: str, method: str, count: int, hidden: int) -> dict[str, float]:
+    model = llama(hidden, 4)
+    run = (ours if who == "rankwise" else theirs)(model, method, count)
+    before = peak()
+    start = time.perf_counter()
+    run()
+    return {"s": time.perf_counter() - start, "peak MB": peak() - before}
+
+
+def ours(model: Any, method: str, count: int) -> Any:
+    """The sources as values, and the merged adapter attached, as PEFT does."""
+    from rankwise.delta import AdapterState, LowRank
+    from rankwise.merge import attach_state, merge_states
+
+    states = []
+    shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    g = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        draw = {n: LowRank(torch.randn(R, i, generator=g) / i**0.5, torch.randn(o, R, generator=g)) for n, (o, i) in shapes.items()}
+        states.append(AdapterState(draw))
+    merge_states([AdapterState({"x": LowRank(torch.randn(R, 64), torch.randn(64, R))})] * 2, None, METHODS[method][0])  # imports
+    name, options, _, _ = METHODS[method]
+    return lambda: attach_state(model, merge_states(states, None, name, **options))
+
+
+def theirs(model: Any, method: str, count: int) -> Any:
+    import peft
+
+    names = [f"a{i}" for i in range(count)]
+    config = peft.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", init_lora_weights=False)
+    net = peft.get_peft_model(model, config, adapter_name=names[0])
+    for n in names[1:]:
+        net.add_adapter(n, config)
+    _, _, kind, options = METHODS[method]
+    return lambda: net.add_weighted_adapter(names, [1 / count] * count, "merged", combination_type=kind, **options)
+
+
+# --- at scale --------------------------------------------------------------------------------------------------
+def folders(where: Path, adapters: int, layers: int, hidden: int) -> list[str]:
+    """Random rank-16 adapters of a 1B-shaped Llama (32 heads, 8 of keys; an MLP of 4·hidden), as PEFT folders."""
+    from safetensors.torch import save_file
+
+    kv, mlp = hidden // 4, 4 * hidden
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
+              "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}  # fmt: skip
+    out = []
+    for t in range(adapters):
+        path = where / f"{t:03d}"
+        out.append(str(path))
+        if path.exists():
+            continue
+        path.mkdir(parents=True)
+        g = torch.Generator().manual_seed(t)
+        tensors = {}
+        for layer in range(layers):
+            for n, (o, i) in shapes.items():
+                key = f"base_model.model.model.layers.{layer}.{n}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(R, i, generator=g) / i**0.5
+                tensors[f"{key}.lora_B.weight"] = 0.01 * torch.randn(o, R, generator=g)
+        save_file(tensors, path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": R, "lora_alpha": R, "target_modules": sorted(n.split(".")[1] for n in shapes)}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+def scale_child(method: str, paths: list[str]) -> dict[str, float]:
+    from rankwise.delta import AdapterState, LowRank
+    from rankwise.merge import merge_states
+    from rankwise.merge.folders import open_folders
+
+    merge_states([AdapterState({"x": LowRank(torch.randn(R, 64), torch.randn(64, R))})] * 2, None, method)  # imports
+    start = time.perf_counter()
+    sources = open_folders(paths, verify=False)
+    opened = time.perf_counter() - start
+    before = now()
+    start = time.perf_counter()
+    state = merge_states(sources, None, method, **SCALE[method])
+    took = time.perf_counter() - start
+    result = sum(t.numel() * t.element_size() for t in state.tensors().values()) / 2**20
+    inputs = sum(Path(p, "adapter_model.safetensors").stat().st_size for p in paths) / 2**20
+    site = max(sum(t.numel() * 8 for t in s.sites[n].tensors().values()) for s in sources[:1] for n in s.sites) * len(paths) / 2**20
+    return {
+        "open s": opened,
+        "s": took,
+        "peak MB": peak() - before,
+        "result MB": result,
+        "inputs MB": inputs,
+        "largest site MB": site,
+    }
+
+
+def run(*arguments: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.merge", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{' '.join(arguments[:4])}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+        sys.exit(1)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def scale(a: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as spare:
+        where = Path(a.folder or spare)
+        folders(where, a.adapters, a.layers, a.hidden)
+        rows = []
+        for method in SCALE:
+            found = run("--scale-child", method, "--folder", str(where), "--adapters", str(a.adapters))
+            rows.append({"method": method, "adapters": a.adapters, "layers": a.layers, "hidden": a.hidden, **found})
+            print(rows[-1], flush=True)
+    write("merge_scale", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--adapters", type=int, default=100)
+    parser.add_argument("--folder", help="where the adapters of --scale are kept; default: a temporary one")
+    parser.add_argument("--child", nargs=3)
+    parser.add_argument("--scale-child")
+    a = parser.parse_args()
+    a.hidden = a.hidden or (2048 if a.scale else 512)
+    if a.child:
+        print(json.dumps(child(a.child[0], a.child[1], int(a.child[2]), a.hidden)))
+    elif a.scale_child:
+        print(json.dumps(scale_child(a.scale_child, [str(Path(a.folder, f"{t:03d}")) for t in range(a.adapters)])))
+    elif a.scale:
+        scale(a)
+    else:
+        rows = []
+        for method in METHODS:
+            for count in (2, 8):
+                seen: dict[str, list[dict[str, float]]] = {"rankwise": [], "peft": []}
+                for _ in range(a.rounds):
+                    for who in seen:
+                        seen[who].append(run("--child", who, method, str(count), "--hidden", str(a.hidden)))
+                for who, runs in seen.items():
+                    middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+                    rows.append({"method": method, "adapters": count, "what": who, **middle})
+                    print(rows[-1], flush=True)
+        write("merge", rows)
+
+
+if __name__ == "__main__":
+    main()
