@@ -12,7 +12,7 @@ from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError, UnknownName, ViewError
 from rankwise.merge import attach_state, merge_states
 from rankwise.merge.functional import call
-from rankwise.merge.oracle import Oracle, digest
+from rankwise.merge.oracle import Oracle, digest, plain
 from tests.merge.models import SITES, copy_with, value
 from tests.models import batch_for, llama, move
 
@@ -146,6 +146,13 @@ def test_a_value_wider_than_the_matrix_is_the_same_change(model: Any) -> None:
     assert loss.item() == pytest.approx(want, abs=1e-5) and torch.autograd.grad(loss, c)[0].abs() > 1e-3
     adapter = attach_state(model, state)
     assert adapter.delta(SITES[1]).exact_rank == 16 and model(**batch).loss.item() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_wide_value_is_narrowed_exactly_either_way(shape: tuple[int, int]) -> None:
+    d = LowRank(torch.randn(9, shape[1]), torch.randn(shape[0], 9), 0.5)
+    got = plain(AdapterState({"x": d})).sites["x"]
+    assert got.exact_rank == 4 and torch.allclose(got.dense(), d.dense())
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -81,6 +81,19 @@ def test_strict_is_the_released_rule() -> None:
     assert sorted(merge_states(states, None, "greedy_soup", strict=True, oracle=oracle).meta["weights"]) == [0.0, 1.0]
 
 
+def test_greedy_compares_with_the_soup_so_far() -> None:
+    """One number, wanted at 1: 1.3 and 0.6 make 0.95; with 0.4 it would be 0.77, better than 1.3 alone but worse than 0.95."""
+
+    def number(x: float) -> AdapterState:
+        return AdapterState({"0": LowRank(torch.tensor([[1.0]]), torch.tensor([[x]]))})
+
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+    zero = net[0].weight.detach().clone()
+    oracle = Oracle(net, lambda m: abs((m(torch.ones(1, 1)) - zero).item() - 1))
+    got = merge_states([number(0.4), number(1.3), number(0.6)], None, "greedy_soup", oracle=oracle)
+    assert got.meta["weights"] == [0.0, 0.5, 0.5] and oracle.evaluations == 5
+
+
 def test_greedy_wants_the_highest_accuracy() -> None:
     norm = lambda m: float(m.get_submodule(SITES[0])(torch.eye(32)).norm())
     small, big = value(0, size=0.01), value(1, size=0.5)
