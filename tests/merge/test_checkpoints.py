@@ -52,10 +52,10 @@ def trio(tmp_path: Path, **options: Any) -> tuple[Path, Path, Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "karcher", "multislerp", "dare_linear", "sce"])
 def test_one_source_at_weight_one_is_its_bits(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
-    base = folder(tmp_path / "base", 0, dtype=dtype)
-    a = folder(
-        tmp_path / "a", 1, {n: 1e4 * t.float() for n, t in whole(base).items()}, dtype=dtype
-    )  # base + (a − base) rounds twice
+    a = folder(tmp_path / "a", 1, dtype=dtype)
+    base = folder(
+        tmp_path / "base", 0, {n: 1e4 * t.float() for n, t in whole(a).items()}, dtype=dtype
+    )  # a − base loses a's last bits
     options = {"density": 1.0} if method in ("ties", "dare_linear") else {}
     merge_checkpoints([a], tmp_path / "out", method, [1.0], base, **options)
     assert all(torch.equal(t, whole(a)[n]) and t.dtype == dtype for n, t in whole(tmp_path / "out").items())

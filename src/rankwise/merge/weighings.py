@@ -97,6 +97,8 @@ def _sphere(rule: Any, gram: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def multislerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
+    if len(w) == 1:
+        return torch.ones_like(w)  # not a rounded way round the sphere
     if (found := _sphere(rule, gram, w)) is None:
         return w
     w, units, m, size = found
@@ -105,6 +107,8 @@ def multislerp(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
 
 
 def karcher(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
+    if len(w) == 1:
+        return torch.ones_like(w)  # not a rounded way round the sphere
     if (found := _sphere(rule, gram, w)) is None:
         return w
     w, units, m, size = found
