@@ -18,7 +18,7 @@ from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import ArtefactError, MergeError
 from rankwise.merge import folders as module
 from rankwise.merge import merge_states, read_state
-from rankwise.merge.folders import open_folder, open_folders
+from rankwise.merge.folders import export_merged, open_folder, open_folders
 from rankwise.store.native import save_state
 from tests.models import llama
 
@@ -98,6 +98,44 @@ def test_heads_are_carried_and_embeddings_and_old_experts_read(tmp_path: Path) -
     assert torch.equal(got.full["score.weight"], torch.ones(2, 8))
     assert (
         torch.allclose(got.sites["emb"].dense(), torch.full((8, 30), 4 * 2.0 * 0.5)) and "model.layers.0.experts.3.w1" in got.sites
+    )
+
+
+def test_what_is_written_is_an_adapter_for_peft(tmp_path: Path) -> None:
+    """Linear, embedding and head, of unequal ranks, merged without a model and loaded by PEFT with one."""
+    import peft
+
+    for i in range(2):
+        config = peft.LoraConfig(
+            r=2 + i, lora_alpha=5, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"] if i else None
+        )
+        net = peft.get_peft_model(llama(), config)
+        with torch.no_grad():
+            for n, p in net.named_parameters():
+                if "lora_" in n:
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i + p.numel())))
+        net.save_pretrained(tmp_path / str(i), save_embedding_layers=False)
+    sources = open_folders([tmp_path / "0", tmp_path / "1"], check_base=False)
+    export_merged(tmp_path / "m", merge_states(sources, [0.7, 0.3], "cat"), sources)
+    made = peft.PeftModel.from_pretrained(llama(), tmp_path / "m")
+    q = made.base_model.model.model.layers[1].self_attn.q_proj
+    e = made.base_model.model.model.embed_tokens
+    for site, got in (
+        ("model.layers.1.self_attn.q_proj", q.get_delta_weight("default")),
+        ("model.embed_tokens", e.get_delta_weight("default").mT),
+    ):
+        wanted = 0.7 * sources[0].sites[site].dense() + 0.3 * sources[1].sites[site].dense()
+        assert torch.allclose(got, wanted, atol=1e-4), site
+    assert torch.equal(made.base_model.model.lm_head.modules_to_save["default"].weight, llama().lm_head.weight)
+
+
+def test_a_sum_wider_than_the_matrix_is_written_narrow(tmp_path: Path) -> None:
+    sources = open_folders([peft(tmp_path / str(t), t, {Q: (4, 8, 10)}) for t in range(5)])
+    total = merge_states(sources, None, "cat")
+    export_merged(tmp_path / "m", total, sources)
+    got = open_folder(tmp_path / "m").sites[Q]
+    assert (
+        total.sites[Q].exact_rank == 20 and got.exact_rank == 8 and torch.allclose(got.dense(), total.sites[Q].dense(), atol=1e-4)
     )
 
 

@@ -143,18 +143,14 @@ def _without_model(
 ) -> None:  # fmt: skip
     """Folders of plain LoRA, one site at a time; the result in PEFT's format."""
     from rankwise.merge import merge_states
-    from rankwise.merge.folders import open_folders
-    from rankwise.store.peft import export_peft
+    from rankwise.merge.folders import export_merged, open_folders
 
     if source_rank is not None:
         raise OptionError("--source-rank cuts what is read with its model; give --model.")
     found = open_folders(folders, check_base=not force)
-    specs = {n: s for f in found for n, s in f.specs.items()}
     with _bar("places", len({n for f in found for n in f.sites})) as tick:
         state = merge_states(found, weights, method, seed=seed, progress=tick, **options)
-    named = next((f.base for f in found if f.base and not f.base.startswith("content:")), None)
-    task = next((f.config["task_type"] for f in found if f.config.get("task_type")), None)
-    export_peft(to, state, specs, base_model=named, task_type=task)
+    export_merged(to, state, found)
     _state_told(state, method, to, json)
 
 

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rankwise.delta import Delta, LowRank
+from rankwise.delta import AdapterState, Delta, LowRank
 from rankwise.errors import ArtefactError, MergeError
 from rankwise.sites.spec import SiteSpec
 from rankwise.store import native, peft_config, peft_pack, tensorfile
 from rankwise.store.names import open_inside
+from rankwise.store.peft import export_peft
 from rankwise.store.peft_read import _Reader
 
 T = TypeVar("T")
@@ -94,6 +95,21 @@ def open_folders(paths: Sequence[str | os.PathLike[str]], *, check_base: bool = 
         said = ", ".join(f"{where} of {base}" for base, where in list(bases.items())[:3])
         raise MergeError(f"These adapters were made for different bases: {said}. check_base=False merges them all the same.")
     return found
+
+
+def export_merged(path: str | os.PathLike[str], state: AdapterState, sources: Sequence[Folder]) -> Path:
+    """Write the merged value of ``sources`` as a PEFT folder, for no model is at hand that could save it natively.
+
+    A sum of so many adapters that its factors are wider than the matrix is written in as few as that has rows or columns.
+    """
+    narrow: dict[str, Delta] = {}
+    for n, d in state.sites.items():
+        most = min(d.shape[-2:])
+        narrow[n] = d.to_lowrank(rank=most)[0] if (d.exact_rank or 0) > most else d
+    specs = {n: s for f in reversed(sources) for n, s in f.specs.items()}
+    named = next((f.base for f in sources if f.base and not f.base.startswith("content:")), None)
+    task = next((f.config["task_type"] for f in sources if f.config.get("task_type")), None)
+    return export_peft(path, AdapterState(narrow, state.full, state.meta), specs, base_model=named, task_type=task)
 
 
 # --- the tensors of one file -----------------------------------------------------------------------------------
@@ -173,6 +189,8 @@ def _peft(folder: Path, verify: bool) -> Folder:
     keys = {n: (key_of[id(p["lora_A"])], key_of[id(p["lora_B"])]) for n, p in pairs.items()}
     scales = {n: (d.scale, peft_config.scale_of(config, reader.specs[n].module)[0]) for n, d in state.sites.items()}  # type: ignore[attr-defined]
     whole = {n: key_of[id(t)] for n, t in state.full.items()}
+    embeddings = {n for n, (a, _) in keys.items() if a.endswith("lora_embedding_A")}
+    specs = {n: dataclasses.replace(s, kind="embedding") if n in embeddings else s for n, s in reader.specs.items()}
 
     def site(name: str) -> Delta:
         scale, rank = scales[name]
@@ -181,7 +199,7 @@ def _peft(folder: Path, verify: bool) -> Folder:
 
     base = info["base_model"]
     return Folder(
-        folder, Lazy(list(state.sites), site), Lazy(list(whole), lambda n: file.read(whole[n])), reader.specs, base, info["config"]
+        folder, Lazy(list(state.sites), site), Lazy(list(whole), lambda n: file.read(whole[n])), specs, base, info["config"]
     )
 
 
