@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.errors import ArtefactError, MergeError, OptionError
 from rankwise.merge.checkpoints import merge_checkpoints
+from rankwise.merge.model_folder import Checkpoint
 
 SHAPES = {"model.embed_tokens.weight": (12, 8), "model.layers.0.up.weight": (10, 8), "model.norm.weight": (8,)}
 
@@ -218,3 +220,20 @@ def test_the_same_seed_draws_the_same_whatever_the_shards(tmp_path: Path) -> Non
     assert all(torch.equal(t, whole(tmp_path / "1")[n]) for n, t in whole(tmp_path / "0").items())
     merge_checkpoints([a, b], tmp_path / "other", "dare_linear", [1, 1], base, seed=4)
     assert not torch.equal(whole(tmp_path / "other")["model.norm.weight"], whole(tmp_path / "0")["model.norm.weight"])
+
+
+def test_only_the_tensor_at_hand_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, a, b = trio(tmp_path, shards=True)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: list[int] = []
+    read = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    merge_checkpoints([a, b], tmp_path / "out", "ties", None, base)
+    assert len(most) == 3 * len(SHAPES) and max(most) == 3, "each is read once, and the base's and two sources' are held at a time"

@@ -139,6 +139,14 @@ def test_a_sum_wider_than_the_matrix_is_written_narrow(tmp_path: Path) -> None:
     )
 
 
+def test_a_convolution_is_flattened(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 3, 2, 2, generator=g), torch.randn(6, 4, 1, 1, generator=g)
+    pair = {"base_model.model.conv.lora_A.weight": A, "base_model.model.conv.lora_B.weight": B}
+    got = open_folder(peft(tmp_path / "a", 0, {Q: (4, 8, 10)}, extra=pair)).sites["conv"].dense()
+    assert torch.allclose(got, 2 * (B.flatten(1) @ A.flatten(1)), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "extra", "says"),
     [

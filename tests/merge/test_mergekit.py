@@ -14,7 +14,8 @@ import yaml
 from torch import Tensor
 
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.mergekit import METHODS, merge_yaml, resolve
+from rankwise.merge.mergekit import merge_yaml
+from rankwise.merge.mergekit_methods import METHODS, resolve
 from tests.merge.test_checkpoints import whole
 from tests.models import llama
 
@@ -259,7 +260,10 @@ def test_random_drops_follow_the_seed_and_keep_the_l1_norm(models: dict[str, str
     n = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one[n], two[n]) and not torch.equal(one[n], other[n])
     kept = one[n] - o[n]
-    assert float(kept.abs().sum()) == pytest.approx(float((a[n] - o[n]).abs().sum()), rel=1e-4) and 0.4 < (kept != 0).float().mean() < 0.6
+    assert (
+        float(kept.abs().sum()) == pytest.approx(float((a[n] - o[n]).abs().sum()), rel=1e-4)
+        and 0.4 < (kept != 0).float().mean() < 0.6
+    )
 
 
 @pytest.mark.parametrize(
