@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -65,3 +66,19 @@ def test_layers_of_unequal_shape() -> None:
     assert shapes["#.weight"] == [[3, 2], "float32", 1] and shapes["#.weight (2)"] == [[4, 3], "float32", 1]
     b = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5), nn.Linear(5, 4))
     assert compare(fingerprint(a), fingerprint(b))
+
+
+def test_four_bit_codes_and_their_scales_both_count() -> None:
+    """Two NF4 weights with equal codes and other scales are other bases."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantised(scale: float) -> nn.Module:
+        torch.manual_seed(0)
+        linear = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        linear.weight = bnb.nn.Params4bit(scale * torch.randn(64, 64), requires_grad=False, quant_type="nf4")
+        return nn.Sequential(linear.to("cpu"))
+
+    assert fingerprint(quantised(1.0)) == fingerprint(quantised(1.0))
+    a, b = quantised(1.0), quantised(2.0)
+    assert torch.equal(a[0].weight.data, b[0].weight.data)
+    assert [d[:7] for d in compare(fingerprint(a), fingerprint(b))] == ["content"]

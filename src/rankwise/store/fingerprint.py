@@ -117,6 +117,9 @@ def _sample(tensor: Tensor) -> bytes:
         return b""
     if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor"):  # torchao's: codes and scales, not a DTensor
         return b"".join(_sample(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes': codes alone do not tell the weight
+    if isinstance(scales, Tensor):
+        return _sample(tensor.detach().as_subclass(Tensor)) + _sample(scales)
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
     index = torch.linspace(0, n - 1, min(n, SAMPLE), dtype=torch.float64).long().to(flat.device)
     picked = flat[index].cpu().contiguous()

@@ -91,7 +91,7 @@ def train(
     if stages.sees(model):
         if stage != "sft":
             raise OptionError(f"An image model is trained with stage='sft'; stage={stage!r} is for text.")
-        stages.refuse_text_options(fmt, split, eval_split)
+        stages.refuse_text_options(fmt, split, eval_split, max_length, overlong)
         return _images(model, tokenizer, data, eval_data, recipe, out, name, resume, arguments)
     records = read(data, fmt, split)
     held = None

@@ -41,6 +41,7 @@ class Session:
         schedule: linear, cosine or constant, after ``warmup`` steps (or a share of the run below 1).
         max_grad_norm: clip the global norm to it.
         check: after the first backward, refuse adapters with no gradient, and sites that took no part.
+        ddp: gradients are averaged over processes, so every rank must decide alike (default: where ``model`` is torch's DDP).
 
     Example:
         >>> s = Session(model, adapter, lr=1e-3, total_steps=100)                 # doctest: +SKIP
@@ -68,7 +69,7 @@ class Session:
         max_grad_norm: float | None = None,
         seed: int | None = None,
         check: bool = True,
-        ddp: bool = False,
+        ddp: bool | None = None,
     ):
         if total_steps < 1 or accumulate < 1:
             raise OptionError(f"total_steps and accumulate are at least 1; they are {total_steps} and {accumulate}.")
@@ -81,6 +82,8 @@ class Session:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor(schedule, warmup, total_steps))
         self.losses: list[LossTerm] = [build("loss", n) for n in self.recipe.losses]
         self.budget: Budget | None = build("budget", self.recipe.budget) if self.recipe.budget else None
+        if ddp is None:
+            ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         self.run = Run(adapter, self.optimizer, total_steps, seed, step=0, ddp=ddp)
         self.logs: dict[str, float] = {}
         self.routed = bool(routers_in(adapter.module))

@@ -71,8 +71,12 @@ def _outputs(names: Sequence[str], config: Any, source: str) -> list[int]:
     )
 
 
-def refuse_text_options(fmt: str = "auto", split: str | None = None, eval_split: str | None = None) -> None:
-    """Raise OptionError where a layout or split of text records is asked for with an image model."""
+def refuse_text_options(
+    fmt: str = "auto", split: str | None = None, eval_split: str | None = None, max_length: int = 512, overlong: str = "auto"
+) -> None:
+    """Raise OptionError where what only text records have is asked for with an image model."""
+    if max_length != 512 or overlong != "auto":
+        raise OptionError("max_length and overlong are about tokens; an image model has none. Leave them out.")
     if fmt != "auto" or split is not None or eval_split is not None:
         raise OptionError("fmt, split and eval_split choose among text records; an image model reads class folders or arrays.")
 
