@@ -23,6 +23,7 @@ def holding(law: str, count: int = 2) -> list[object]:
 
 def test_the_named_exceptions_are_few_and_known() -> None:
     assert {m.name: sorted(m.cls.breaks) for m in ALL if m.cls.breaks} == {
+        "interpolation": ["missing sites"],
         "linear": ["twins"],
         "model_stock": ["one source"],
         "nearswap": ["missing weights", "one source", "order", "scale"],
@@ -97,7 +98,9 @@ def test_the_reported_error_is_true(m: MethodInfo) -> None:
     assert got.meta["errors"]["x"] == pytest.approx(((dense(got) - total).norm() / total.norm()).item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("m", [pytest.param(m, id=m.name) for m in ALL if m.name != "linear"])
+@pytest.mark.parametrize(
+    "m", [pytest.param(m, id=m.name) for m in ALL if m.name != "linear" and "missing sites" not in m.cls.breaks]
+)
 def test_a_site_that_one_source_lacks_counts_as_zero(m: MethodInfo) -> None:
     a, b = source(0), source(1)
     part = AdapterState({"x": b.sites["x"]})
