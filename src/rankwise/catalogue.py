@@ -25,6 +25,7 @@ FOLDERS = {
     "budget": "rankwise.budgets",
     "loss": "rankwise.losses",
     "merge": "rankwise.merge",
+    "logits": "rankwise.merge",
     "codec": "rankwise.codecs",
 }
 
