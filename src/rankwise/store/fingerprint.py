@@ -117,9 +117,12 @@ def _sample(tensor: Tensor) -> bytes:
         return b""
     if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor"):  # torchao's: codes and scales, not a DTensor
         return b"".join(_sample(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
-    scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes': codes alone do not tell the weight
-    if isinstance(scales, Tensor):
-        return _sample(tensor.detach().as_subclass(Tensor)) + _sample(scales)
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # bitsandbytes': codes alone do not tell the weight; its scales may be coded once more
+        nested = getattr(state, "state2", None)
+        scales = [state.absmax, getattr(state, "offset", None), getattr(nested, "absmax", None)]
+        plain = tensor.detach().as_subclass(Tensor)
+        return _sample(plain) + b"".join(_sample(t) for t in scales if isinstance(t, Tensor))
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
     index = torch.linspace(0, n - 1, min(n, SAMPLE), dtype=torch.float64).long().to(flat.device)
     picked = flat[index].cpu().contiguous()
