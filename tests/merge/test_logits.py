@@ -16,7 +16,7 @@ from rankwise.merge.decoding import Fusion, Voice
 from rankwise.merge.files import attach_state
 from rankwise.merge.logits import Term
 from tests.merge.models import value
-from tests.models import VOCAB, llama
+from tests.models import FAMILIES, VOCAB, llama
 
 Two = tuple[Any, Tensor]
 
@@ -157,6 +157,8 @@ def test_padding_on_the_left_changes_nothing(two: Two) -> None:
     want = fusion.generate(ids, max_new_tokens=6)
     assert torch.equal(fusion.generate(padded, mask, max_new_tokens=6)[:, 3:], want)
     assert torch.equal(fused(fusion, padded, 6, mask)[:, 3:], want)
+    absolute = Fusion({"base": Voice(FAMILIES["gpt2"][0]())}, [])  # learnt positions, where a shift is seen
+    assert torch.equal(absolute.generate(padded, mask, max_new_tokens=6)[:, 3:], absolute.generate(ids, max_new_tokens=6))
     with pytest.raises(DataError, match="attention_mask"), fusion.acting():
         model.generate(padded, attention_mask=mask, max_new_tokens=2, logits_processor=[fusion.processor()])
 

@@ -1,4 +1,4 @@
-"""``rankwise train``, ``eval`` and ``generate``."""
+"""``rankwise train`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import _value, emit_json, load_model, load_text_model, out, recipe_from, table
+from rankwise.cli.common import _value, emit_json, load_model, out, recipe_from, table
 from rankwise.cli.plan import FormName, InitName, Model, RecipeFile, Settings
 from rankwise.errors import OptionError
 
@@ -16,7 +16,6 @@ from rankwise.errors import OptionError
 def add(app: typer.Typer) -> None:
     app.command("train")(train)
     app.command("eval")(evaluate)
-    app.command("generate")(generate)
 
 
 def train(
@@ -141,51 +140,3 @@ def _scorer(
     examples = tokenize(records, reader, max_length)
     size = sum(len(r.fields["text"].encode()) for r in records) if records[0].kind == "text" else None
     return lambda: evaluate(net, examples, pad_id=reader.pad_token_id or 0, bytes_=size), len(examples)
-
-
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder, or folder=strength; repeatable, several sum.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to make at the most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="Show the base's text beside.")] = False,
-) -> None:
-    """Generate text with one adapter, or a mix of several.
-
-    Example: rankwise generate --model base --adapter run/adapter --prompt 'def main('
-    """
-    import torch
-
-    import rankwise as rw
-
-    net, tokenizer = load_text_model(model)
-    strengths: dict[str, float] = {}
-    for i, a in enumerate(adapter or ()):
-        folder, _, c = a.partition("=")
-        try:
-            strengths[f"a{i}"] = float(c or 1.0)
-        except ValueError as error:
-            raise OptionError(f"--adapter takes folder or folder=strength; it got {a!r}.") from error
-        rw.load(net, folder, name=f"a{i}")
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
-
-    def text(view: dict[str, float]) -> str:
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            if not strengths:
-                made = net.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-            else:
-                with rw.view(net, view):
-                    made = net.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-        return tokenizer.decode(made[0], skip_special_tokens=True)
-
-    if base and strengths:
-        out.print("[dim]base[/]")
-        out.print(text({}), markup=False, highlight=False)
-        out.print("\n[dim]adapted[/]")
-    out.print(text(strengths), markup=False, highlight=False)

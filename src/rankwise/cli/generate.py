@@ -1,0 +1,117 @@
+"""``rankwise generate``: text under one adapter, a mix of several, or several voices whose logits are fused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.common import _value, load_text_model, out
+from rankwise.cli.plan import Model
+from rankwise.errors import OptionError
+
+
+def add(app: typer.Typer) -> None:
+    app.command("generate")(generate)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder, or folder=strength; repeatable, several sum.")
+    ] = None,
+    fuse: Annotated[str | None, typer.Option(help="Fuse the logits of the --expert adapters: dynamic or static.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option("--expert", help="With --fuse: adapter folder, or folder=weight; repeatable.")
+    ] = None,
+    expert_model: Annotated[
+        str | None, typer.Option(help="The experts' own (smaller) base, of the same vocabulary; default --model.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the fusion (cap=2, ray=shift).")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to make at the most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="Show the base's text beside.")] = False,
+) -> None:
+    """Generate text with one adapter, a mix of several, or several experts fused at each step.
+
+    --adapter adds changes of weights. --fuse adds what experts say beyond their base, logit by logit: static with the given
+    weights, dynamic with strengths found at each step; the experts may belong to a smaller model.
+
+    Example: rankwise generate --model base --fuse dynamic --expert run/a --expert run/b --prompt 'def main('
+    """
+    import torch
+
+    net, tokenizer = load_text_model(model)
+    strengths = _load(net, adapter or (), "--adapter", "a")
+    fusion = _fusion(net, tokenizer, strengths, fuse, expert, expert_model, set)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+
+    def text(view: dict[str, float], fused: bool) -> str:
+        torch.manual_seed(seed)
+        more = sampling | ({"logits_processor": [fusion.processor()]} if fused else {})
+        with torch.no_grad(), _acting(net, view):
+            made = net.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **more)
+        return tokenizer.decode(made[0], skip_special_tokens=True)
+
+    if base and (strengths or fusion):
+        out.print("[dim]base[/]")
+        out.print(text({}, False), markup=False, highlight=False)
+        out.print("\n[dim]adapted[/]")
+    out.print(text(strengths, fusion is not None), markup=False, highlight=False)
+
+
+def _acting(net: Any, view: dict[str, float]) -> contextlib.AbstractContextManager[Any]:
+    """Exactly these adapters; of a model without any, nothing."""
+    import rankwise as rw
+
+    return rw.view(net, view) if hasattr(net, "rankwise") else contextlib.nullcontext()
+
+
+def _load(net: Any, folders: Sequence[str], flag: str, prefix: str) -> dict[str, float]:
+    """Attach folders, or folder=number, as prefix0, prefix1 …: name → number."""
+    import rankwise as rw
+
+    numbers = {}
+    for i, given in enumerate(folders):
+        folder, _, c = given.partition("=")
+        try:
+            numbers[f"{prefix}{i}"] = float(c or 1.0)
+        except ValueError as error:
+            raise OptionError(f"{flag} takes folder or folder=number; it got {given!r}.") from error
+        rw.load(net, folder, name=f"{prefix}{i}")
+    return numbers
+
+
+def _fusion(
+    net: Any, tokenizer: Any, strengths: dict[str, float], fuse: str | None, experts: Sequence[str] | None, expert_model: str | None,
+    settings: Sequence[str] | None,
+) -> Any:  # fmt: skip
+    """The fusion asked for, or None; the target acts under --adapter, the experts against their own untouched base."""
+    if fuse is None:
+        given = {"--expert": experts, "--expert-model": expert_model, "--set": settings}
+        if idle := [f for f, v in given.items() if v]:
+            raise OptionError(f"{idle[0]} says nothing without --fuse; add --fuse dynamic or --fuse static.")
+        return None
+    if not experts:
+        raise OptionError(f"--fuse {fuse} needs experts: give --expert folder, once for each.")
+    from rankwise.merge.decoding import Fusion, Voice
+    from rankwise.merge.logits import Term
+
+    owner, reader = (net, tokenizer) if expert_model is None else load_text_model(expert_model)
+    weights = _load(owner, experts, "--expert", "e")
+    target = Voice(net, strengths if hasattr(net, "rankwise") else None, tokenizer)
+    same = owner is net and not strengths
+    voices = {"base": target} | ({} if same else {"anti": Voice(owner, {}, reader)})
+    voices |= {n: Voice(owner, {n: 1.0}, reader) for n in weights}
+    options = {}
+    for s in settings or ():
+        key, sep, raw = s.partition("=")
+        if not sep:
+            raise OptionError(f"--set takes option=value (cap=2); it got {s!r}.")
+        options[key] = _value(raw)
+    return Fusion(voices, [Term(n, w, "base" if same else "anti") for n, w in weights.items()], fuse, **options)
