@@ -45,15 +45,28 @@ def convert(
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base, for norms beside W's.")] = None,
-    picture: Annotated[str | None, typer.Option(help="Write the spectra and norms as a PNG or SVG.")] = None,
+    adapter: Annotated[list[str], typer.Argument(help="Adapter folder; several are compared with each other.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base, for norms beside W's; several plain LoRAs do without.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Write the spectra and norms (of several: what they share) as a PNG or SVG.")] = None,
+    source_rank: Annotated[int | None, typer.Option(help="Several: cut them to this rank first (needed for DoRA and the like).")] = None,
+    match: Annotated[float, typer.Option(help="Several: how alike two components are that count as one.")] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show an adapter: places, ranks, spectra, norms, where it came from.
+) -> None:  # fmt: skip
+    """Show an adapter: places, ranks, spectra, norms. Of several: what they share, and where they pull apart.
 
-    Example: rankwise inspect run/adapter --model base --picture spectra.png
+    Example: rankwise inspect run/a run/b --picture overlap.png
     """
+    if len(adapter) > 1:
+        from rankwise.cli.overlap import compare
+
+        compare(adapter, model, picture, source_rank, match, json)
+        return
+    if source_rank is not None or match != 0.5:
+        raise OptionError("--source-rank and --match compare several adapters; give two or more, or leave them out.")
+    _one(adapter[0], model, picture, json)
+
+
+def _one(adapter: str, model: str | None, picture: str | None, json: bool) -> None:
     import torch
 
     import rankwise as rw
