@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rankwise.delta import AdapterState
-from rankwise.errors import MergeError, OptionError
+from rankwise.delta import AdapterState, Delta, LowRank, Replace
+from rankwise.errors import MergeError, OptionError, nearest
+from rankwise.forms.patch import key
 from rankwise.merge.base import merge_states
+from rankwise.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
@@ -34,30 +36,68 @@ def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None)
 
 
 def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged", activate: bool = True) -> Adapter:
-    """Attach a low-rank value as an ordinary ``lora`` adapter of uneven ranks.
+    """Attach a value as an adapter: low-rank changes as an ordinary ``lora`` of uneven ranks, all others as ``patch``.
 
-    A sum of so many adapters that its factors are wider than the matrix is written in as few as that has rows or columns.
+    A low-rank change is a ``patch`` too where no lora can be (biases, norms).  A sum of so many adapters that its factors are
+    wider than the matrix is written in as few as that has rows or columns.  Whole tensors (``state.full``, by parameter
+    name) stand in the parameter's place: at strength s it reads (1 − s)·W + s·value.
+
+    Raises:
+        MergeError: the state changes nothing.
+        ArtefactError, OptionError: a place this model lacks; a shape that is not the weight's; a change that x decides.
     """
     from rankwise.files import rebuild
-    from rankwise.recipe import Recipe
+    from rankwise.recipe import Part, Recipe
 
-    wide = {n for n, d in state.sites.items() if (d.exact_rank or 0) > min(d.shape[-2:])}
-    if wide:
-        cut = {n: d.to_lowrank(rank=min(d.shape[-2:]))[0] if n in wide else d for n, d in state.sites.items()}
-        state = AdapterState(cut, state.full, state.meta)
-
-    ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
-    recipe = Recipe(form="lora", targets=list(ranks), r=max(ranks.values()))
-    entry = {
-        "part": {"form": "lora", "targets": list(ranks), "r": max(ranks.values())},
-        "ranks": ranks,
-        "scales": dict.fromkeys(ranks, 1.0),
-    }
+    known: Mapping[str, Site] = getattr(model._modules.get("rankwise"), "known", None) or find_sites(model)  # type: ignore[assignment]
+    pairs = {n: _narrow(d) for n, d in state.sites.items() if isinstance(d, LowRank) and _called(known.get(n))}
+    held = {n: d for n, d in state.sites.items() if n not in pairs} | _whole(known, state)
+    if not pairs and not held:
+        raise MergeError(
+            "The state changes nothing, so there is nothing to attach; give one with a change at a place or a whole tensor."
+        )
+    parts: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for n, d in state.sites.items():
-        A, B = d.factors()  # type: ignore[attr-defined]
-        tensors |= {f"{n}::A": A, f"{n}::B": B}
-    return rebuild(model, recipe, {"parts": [entry], "states": {}}, tensors, name, activate)
+    if pairs:
+        ranks = {n: d.r for n, d in pairs.items()}
+        part = {"form": "lora", "targets": list(ranks), "r": max(ranks.values())}
+        parts.append({"part": part, "ranks": ranks, "scales": dict.fromkeys(ranks, 1.0)})
+        for n, d in pairs.items():
+            A, B = d.factors()
+            tensors |= {f"{n}::A": A, f"{n}::B": B}
+    if held:
+        part = {"form": "patch", "targets": list(held)}
+        parts.append({"part": part, "ranks": dict.fromkeys(held, 1), "scales": dict.fromkeys(held, 1.0)})
+        tensors |= {f"{n}::{key(field)}": t for n, v in held.items() for field, t in v.detach().tensors().items()}
+    recipe = Recipe(**parts[0]["part"]) if len(parts) == 1 else Recipe(parts=[Part(**p["part"]) for p in parts])
+    states = {n: {"kind": v.kind, "meta": v.meta()} for n, v in held.items()}
+    return rebuild(model, recipe, {"parts": parts, "states": states}, tensors, name, activate)
+
+
+def _called(site: Site | None) -> bool:
+    """Whether a ``lora`` can be at the site (one this model lacks is refused later, by name)."""
+    return site is None or site.spec.mode != "plain"
+
+
+def _narrow(d: LowRank) -> LowRank:
+    widest = min(d.shape[-2:])
+    return d.to_lowrank(rank=widest)[0] if d.r > widest else d
+
+
+def _whole(known: Mapping[str, Site], state: AdapterState) -> dict[str, Delta]:
+    """The state's whole tensors as changes at the sites of their parameters."""
+    sites = {f"{s.spec.module}.{s.spec.param}".lstrip("."): s for s in known.values() if s.spec.rows is None}
+    out: dict[str, Delta] = {}
+    for param, value in state.full.items():
+        if param not in sites:
+            raise MergeError(f"The state holds {param!r} whole, which this model lacks; {nearest(param, sites)}")
+        site = sites[param]
+        if site.name in state.sites:
+            raise MergeError(f"The state both changes {site.name!r} and holds it whole; keep one of the two.")
+        if value.shape != site.param.shape:
+            raise MergeError(f"The state holds {param!r} as {tuple(value.shape)}; here it is {tuple(site.param.shape)}.")
+        out[site.name] = Replace(site.view(value))
+    return out
 
 
 def attach_merged(
