@@ -61,7 +61,7 @@ def test_compiles_without_a_break(info: Any) -> None:
 #: what trains under data parallelism; of the rest, terms over a batch weigh ranks' halves and not the whole
 PARALLEL = methods("form", "optimizer", "budget")
 #: these read whole matrices, and say so where parameters are sharded
-WHOLE = {"adalora", "allora", "galore", "lora_pro"}
+WHOLE = {"adalora", "allora", "galore", "lora_pro", "lt_sft"}
 
 
 def _four_steps(net: Any, session: Any, batch: dict[str, torch.Tensor]) -> None:
