@@ -18,8 +18,8 @@ from torch import Tensor
 from rankwise.catalogue import MethodInfo, register
 from rankwise.errors import OptionError
 
-#: of the search for a strength: steps at the most, and the largest relative change that ends it
-ROUNDS, TOLERANCE = 60, 1e-12
+#: of the search for a strength: steps at the most, and the relative error of the KL that ends it
+ROUNDS, TOLERANCE = 60, 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,19 +140,26 @@ class Dynamic(LogitCombiner):
 
     def _length(self, base: Tensor, along: Tensor, goal: Tensor) -> Tensor:
         """c in [0, cap] with the divergence of ``base + c·along`` from ``base`` = goal, or the end nearest to it."""
-        low, high = torch.zeros_like(goal), torch.full_like(goal, self.cap)
-        c = torch.full_like(goal, min(1.0, self.cap))
-        beyond = _gap(self.divergence, base, along, high)[0] <= goal
+        shape, goal = goal.shape, goal.reshape(-1)
+        base, along = (t.expand(*shape, t.shape[-1]).reshape(len(goal), -1) for t in (base, along))
+        c, low, high = torch.full_like(goal, min(1.0, self.cap)), torch.zeros_like(goal), torch.full_like(goal, self.cap)
+        beyond = (_gap(self.divergence, base, along, high)[0] <= goal) & (along.amax(-1) > along.amin(-1))
+        c = torch.where(beyond, high, c)
+        open_ = (~beyond).nonzero()[:, 0]  # rows still searched: most end after a few steps
         for _ in range(ROUNDS):
-            gap, slope = _gap(self.divergence, base, along, c)
-            low, high = torch.where(gap <= goal, c, low), torch.where(gap > goal, c, high)
-            new = c - (gap - goal) / slope
-            new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)  # also where the slope is 0 or NaN
-            new = torch.where((gap - goal).abs() <= 1e-14 * (1 + goal), c, new)
-            moved, c = (new - c).abs().max() if c.numel() else torch.zeros(()), new
-            if float(moved) <= TOLERANCE * self.cap:
+            if not len(open_):
                 break
-        return torch.where(beyond & (along.amax(-1) > along.amin(-1)), torch.full_like(c, self.cap), c)
+            at, aim = c[open_], goal[open_]
+            gap, slope = _gap(self.divergence, base[open_], along[open_], at)
+            low[open_] = torch.where(gap <= aim, at, low[open_])
+            high[open_] = torch.where(gap > aim, at, high[open_])
+            new = at - (gap - aim) / slope
+            inside = (new >= low[open_]) & (new <= high[open_])
+            new = torch.where(inside, new, (low[open_] + high[open_]) / 2)  # also where the slope is 0 or NaN
+            met = (gap - aim).abs() <= TOLERANCE * aim + 1e-13
+            c[open_] = torch.where(met, at, new)
+            open_ = open_[~met]
+        return c.reshape(shape)
 
     def combine(self, logits: Mapping[str, Tensor], target: str, terms: Sequence[Term]) -> Tensor:
         alpha = self.strengths(logits, target, terms)
@@ -162,10 +169,13 @@ class Dynamic(LogitCombiner):
 def _gap(divergence: str, base: Tensor, along: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Divergence of p_c ∝ exp(base + c·along) from p_0, and its derivative in c; base, along: (…, V), c: (…)."""
     p0, pc = base.log_softmax(-1), (base + c[..., None] * along).log_softmax(-1)
-    at0, atc = (p0.exp() * along).sum(-1), (pc.exp() * along).sum(-1)
-    forward = (pc.exp() * (pc - p0)).sum(-1)
-    spread = (pc.exp() * (along - atc[..., None]).square()).sum(-1)
+    q = pc.exp()
+    atc, moved = (q * along).sum(-1), pc - p0
+    forward = (q * moved).sum(-1)
     if divergence == "forward":
-        return forward, c * spread
-    reverse = (p0.exp() * (p0 - pc)).sum(-1)
-    return (reverse, atc - at0) if divergence == "reverse" else (forward + reverse, c * spread + atc - at0)
+        return forward, c * (q * (along - atc[..., None]).square()).sum(-1)
+    q0 = p0.exp()
+    reverse, slope = -(q0 * moved).sum(-1), atc - (q0 * along).sum(-1)
+    if divergence == "reverse":
+        return reverse, slope
+    return forward + reverse, slope + c * (q * (along - atc[..., None]).square()).sum(-1)
