@@ -250,6 +250,7 @@ def _install(
     deltas: dict[str, SiteDelta],
     followers: dict[str, list[str]],
 ) -> None:
+    _refuse_over_merged(roster, deltas)
     slot = f"a{roster._count}"
     roster._count += 1
     record = Record(name, slot, recipe, installed, deltas, followers)
@@ -280,6 +281,18 @@ def _install(
     except BaseException:
         uninstall(roster, name, attached)  # an adapter is attached whole or not at all
         raise
+
+
+def _refuse_over_merged(roster: Roster, deltas: Mapping[str, SiteDelta]) -> None:
+    """A form that reads or moves W needs the base's own, not one that holds a merged adapter."""
+    for name, delta in deltas.items():
+        if (delta.site.spec.module, delta.site.spec.param) not in roster.journal or delta.site.spec.mode == "block":
+            continue
+        if delta.in_place or delta.base_weight is not None or delta.effective().needs_weight:
+            raise AttachError(
+                f"{type(delta).__name__} at {name!r} works on the base weight itself, which holds {', '.join(map(repr, roster.merged))} merged; "
+                "unmerge() it, attach, and merge again."
+            )
 
 
 def _tap(roster: Roster, tap: Tap) -> None:

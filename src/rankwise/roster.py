@@ -115,9 +115,19 @@ class Roster(nn.Module):
                     f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out."
                 )
         for n in self.merged:
-            if n not in names:
+            if n not in names or float(strengths[n]) != 1.0:
+                given = "leaves it out" if n not in names else f"has it at strength {float(strengths[n]):g}"
                 raise ViewError(
-                    f"Adapter {n!r} is merged into the weights and acts in every view; include it, or unmerge() it first."
+                    f"Adapter {n!r} is merged into the weights and acts in every view at strength 1, but this one {given}; "
+                    "include it so, or unmerge() it first."
+                )
+
+    def check_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Refuse row or token masks that would keep a merged adapter from some rows."""
+        for n, mask in masks.items():
+            if n in self.merged and not bool((mask == 1).all()):
+                raise ViewError(
+                    f"Adapter {n!r} is merged into the weights, so it acts on every row; unmerge() it before masking rows."
                 )
 
     def unmaskable(self, names: Iterable[str]) -> str | None:
@@ -139,6 +149,22 @@ class Roster(nn.Module):
         return [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
 
     # --- the journal of moved weights -----------------------------------------------------------------------
+    @torch.no_grad()
+    def untouched(self, site: Site) -> Tensor:
+        """W at a site (fp32, fp64 stays) as it was before anything was merged into it."""
+        snapshot = self.journal.get((site.spec.module, site.spec.param))
+        if snapshot is None:
+            return site.read()
+        if isinstance(snapshot, Tensor) and not site.spec.quantised:
+            W = site.view(snapshot)
+            return W if W.dtype == torch.float64 else W.float()
+        now = site.snapshot()  # codes and scales: only the site itself can read them
+        site.restore(snapshot)
+        try:
+            return site.read().clone()
+        finally:
+            site.restore(now)
+
     @torch.no_grad()
     def replace(self, site: Site, record: Record, weight: Tensor) -> None:
         """Write ``weight`` over a site's W for one adapter; the original acts wherever that adapter does not."""

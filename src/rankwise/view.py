@@ -65,6 +65,7 @@ class View:
         for n in self.tokens:
             if n not in self.strengths:
                 raise unknown("adapter in this view", n, self.strengths)
+        roster.check_masks({**self.rows, **self.tokens})
         if (self.rows or self.tokens) and (bad := roster.unmaskable(self.strengths)):
             raise ViewError(
                 f"Row and token masks cannot reach {bad!r}: another forward reads that weight for all rows at once; "

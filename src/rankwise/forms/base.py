@@ -152,7 +152,7 @@ class SiteDelta(nn.Module):
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Tensors a file holds beside the module's own: the weight that stands in W's place."""
-        return {"replaced": self.site.read().clone()} if self.replaced else {}
+        return {"replaced": self.site.untouched().clone()} if self.replaced else {}
 
     def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
         """Make room for what :meth:`file_state` told of."""

@@ -47,7 +47,7 @@ class Magnitude(SiteDelta):
     @torch.no_grad()
     def row_norms(self, d: Delta) -> Tensor:
         """‖W_j + Δ_j‖ without forming W + Δ: ‖W_j‖² + 2⟨W_j, Δ_j⟩ + ‖Δ_j‖², the last two from r-wide products."""
-        W = self.site.read()
+        W = self.site.untouched()
         if not isinstance(d, LowRank):
             return (W + d.dense()).norm(dim=-1)
         if self._norms is None or self._norms.device != W.device:

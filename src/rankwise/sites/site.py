@@ -116,6 +116,11 @@ class Site:
         W = self.weight()
         return W if W.dtype == torch.float64 else W.float()
 
+    def untouched(self) -> Tensor:
+        """What :meth:`read` gave before any adapter was merged into this weight."""
+        place = self.module.__dict__.get("_rankwise")
+        return self.read() if place is None else place.roster.untouched(self)
+
     @torch.no_grad()
     def write(self, W: Tensor) -> Tensor:
         """Store ``W`` (out×in); returns the fp32 value *as actually stored* (cast or requantised)."""
