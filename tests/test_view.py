@@ -152,3 +152,15 @@ def test_new_strengths_do_not_recompile() -> None:
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in outs)
     assert not torch.allclose(outs[0][0], outs[1][0], atol=1e-4)
     assert counter.frame_count == 1, f"{counter.frame_count} compilations for four strengths"
+
+
+def test_the_batch_is_the_main_inputs_whatever_comes_first() -> None:
+    model = llama()
+    adapter = rw.attach(model, {"r": 2}, name="a")
+    move(adapter)
+    ids = batch_for(model, rows=4, tokens=9)["input_ids"]
+    with torch.no_grad(), rw.view(model, {"a": 1.0}, rows=["a", None, "a", None]):
+        want = model(input_ids=ids).logits
+        got = model(position_ids=torch.arange(9)[None], input_ids=ids).logits
+        embedded = model(position_ids=torch.arange(9)[None], inputs_embeds=model.get_input_embeddings()(ids)).logits
+    assert torch.allclose(got, want, atol=1e-6) and torch.allclose(embedded, want, atol=1e-6)

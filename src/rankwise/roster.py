@@ -202,9 +202,9 @@ class Roster(nn.Module):
             return
         if torch.is_grad_enabled() and module.training:
             self.prepare()
-        first = next((t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim()), None)
-        if first is not None:
-            HERE.batch = (first.shape[0], first.shape[1] if first.dim() > 1 else 1)
+        x = _main_input(module, args, kwargs)
+        if x is not None:
+            HERE.batch = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -252,6 +252,16 @@ def roster_of(model: nn.Module, *, create: bool = False) -> Roster:
     roster = Roster(model)
     model.add_module("rankwise", roster)
     return roster
+
+
+def _main_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor whose rows are the batch's: the model's main input by name, embeddings in its place, else the one with most rows."""
+    for name in (getattr(model, "main_input_name", None), "input_ids", "inputs_embeds"):
+        if isinstance(found := kwargs.get(name), Tensor) and found.dim():  # type: ignore[arg-type]
+            return found
+    given = [t for t in args if isinstance(t, Tensor) and t.dim()][:1]
+    given = given or [t for t in kwargs.values() if isinstance(t, Tensor) and t.dim()]
+    return max(given, key=lambda t: t.shape[0], default=None)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
