@@ -4,6 +4,7 @@
 source · ``entries``, ``selections`` entry by entry · ``knots`` a joint basis · ``lego`` clusters of units · ``files`` values and models · ``folders`` adapters on
 disk, a site at a time · ``checkpoints`` whole models (``model_folder`` read, ``jobs`` written) · ``mergekit`` its YAML · ``functional``, ``oracle`` gradients and
 scores of values · ``soups`` weights from an oracle · ``signatures`` robustness patches · ``interpolation``, ``straggler``, ``quality_diversity`` paths between values.
+``logits``, ``decoding`` voices fused while decoding · ``overlap`` what adapters share.
 """
 
 from rankwise.merge.base import Merge, merge_states
