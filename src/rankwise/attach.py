@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
@@ -126,6 +127,12 @@ def _choose_blocks(model: nn.Module, part: Part, form: Form) -> list[Site]:
                 f"The target {word!r} matches no module to wrap; {nearest(word, {p.rpartition('.')[2] for p in paths})}"
             )
         out.update((p, block_site(model, p)) for p in hits)
+    narrow = next((s for s in out.values() if not (s.spec.inp and s.spec.out)), None)
+    if narrow is not None:
+        raise TargetError(
+            f"The form {form.info.name!r} cannot wrap {narrow.name!r} ({narrow.spec.parent}): it has no linear layer inside that would "
+            "tell its width. Target another block, such as 'self_attn'."
+        )
     layers = part.layers
     return [s for n, s in out.items() if n not in part.exclude and (layers is None or s.spec.layer in layers)]
 
@@ -133,12 +140,15 @@ def _choose_blocks(model: nn.Module, part: Part, form: Form) -> list[Site]:
 def _build(
     roster: Roster, recipe: Recipe, calibration: Iterable[Any] | None
 ) -> tuple[list[Installed], dict[str, SiteDelta], dict[str, list[str]]]:
+    if torch.is_inference_mode_enabled():
+        raise AttachError("attach() inside torch.inference_mode() makes tensors that can never be trained; attach outside of it.")
     installed: list[Installed] = []
     deltas: dict[str, SiteDelta] = {}
     followers: dict[str, list[str]] = {}
     for part in recipe.all_parts():
         form: Form = build("form", part.form)
         sites, ties = choose_sites(roster, part, form)
+        part.refuse_ignored(form.info.name, form.ranked, sites)
         for s in sites:
             if s.name in deltas:
                 raise AttachError(f"Two parts of the recipe are at {s.name!r}; give each place to one part (targets, exclude).")

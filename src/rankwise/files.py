@@ -42,7 +42,20 @@ def save(adapter: Adapter, path: Path) -> Path:
     from rankwise.store.native import save_native
 
     extra = {f"{n}::{k}": t for n, d in adapter.sites.items() for k, t in d.file_tensors().items()}
-    return save_native(path, {**adapter.tensors(), **extra}, header(adapter))
+    tensors = {**adapter.tensors(), **extra}
+    _refuse_nonfinite(adapter, tensors)
+    return save_native(path, tensors, header(adapter))
+
+
+def _refuse_nonfinite(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """An adapter that load would refuse must not take the place of a good file."""
+    for key, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            site, _, tensor = key.partition("::")
+            raise ArtefactError(
+                f"The adapter {adapter.name!r} is not written: its tensor {tensor!r} at {site!r} holds NaN or infinite numbers. "
+                "Go back to the last good checkpoint."
+            )
 
 
 def header(adapter: Adapter) -> dict[str, Any]:

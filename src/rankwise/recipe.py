@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
 from rankwise import catalogue
 from rankwise.errors import OptionError, RankwiseError, RecipeError, nearest, unknown
+
+if TYPE_CHECKING:
+    from rankwise.sites import Site
 
 Named = str | dict[str, Any] | None
 
@@ -77,6 +80,36 @@ class Part(pydantic.BaseModel):
         """Alpha at a place; where none is given, the rank (scale 1 under alpha/r)."""
         fallback = self.alpha if self.alpha is not None else float(self.r if self.scale != "constant" else 1.0)
         return _by_pattern(self.alpha_pattern, path, role, fallback)
+
+    def refuse_ignored(self, form: str, ranked: bool, sites: Sequence[Site]) -> None:
+        """Refuse what was set but would change nothing at the chosen ``sites``.
+
+        Raises:
+            OptionError: a pattern without a place; rank or scale for a form that has none; dropout where no float x
+                passes through the form; ``untie`` where nothing is tied.
+        """
+        for field in ("rank_pattern", "alpha_pattern"):
+            for word in getattr(self, field):
+                if not any(_by_pattern({word: True}, s.spec.module, s.spec.role, False) for s in sites):
+                    ends = {s.spec.role for s in sites} | {s.spec.module.rpartition(".")[2] for s in sites}
+                    raise OptionError(f"{field}[{word!r}] matches none of the {len(sites)} chosen places; {nearest(word, ends)}")
+        if not ranked:
+            given = [f for f in ("r", "rank_pattern", "alpha", "alpha_pattern", "scale") if _is_set(self, f)]
+            if given:
+                raise OptionError(
+                    f"{given[0]} = {getattr(self, given[0])!r} means nothing to the form {form!r}, which has no rank and no scale; drop it."
+                )
+        if self.dropout:
+            deaf = next(
+                (s for s in sites if not ranked or s.spec.kind == "embedding" or s.spec.mode not in ("called", "block")), None
+            )
+            if deaf is not None:
+                raise OptionError(
+                    f"dropout = {self.dropout} cannot act at {deaf.name!r} ({deaf.spec.kind}) with the form {form!r}, where no input passes "
+                    "through the adapter; give that place a part of its own with dropout 0, or exclude it."
+                )
+        if self.untie and not any(s.spec.tie_group for s in sites):
+            raise OptionError("untie = True, but none of the chosen places has tied weights; drop it, or target a tied place.")
 
 
 class Recipe(Part):
@@ -179,6 +212,11 @@ class Recipe(Part):
                 _fits(method, forms[0])
             if hasattr(method, "check"):
                 method.check(forms, self)
+
+
+def _is_set(part: Part, field: str) -> bool:
+    """Whether a field was given (r and scale have values of their own otherwise) and says something."""
+    return field in part.model_fields_set and getattr(part, field) not in (None, {})
 
 
 def build(kind: str, named: Named) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,9 @@ class View:
     ):
         self.roster = roster
         self.parent: View | None = None
+        for n, s in strengths.items():
+            if not _finite(s):
+                raise ViewError(f"The strength of {n!r} is {float(s)}; it is a finite number.")
         roster.check_view(strengths)
         self.numbers = {n: float(s) for n, s in strengths.items() if not isinstance(s, Tensor)}
         self.strengths = {n: s if isinstance(s, Tensor) else torch.tensor(float(s)) for n, s in strengths.items()}
@@ -101,6 +105,15 @@ class View:
             )
         m = rows.to(y.device, y.dtype).repeat_interleave(n // B)
         return m.view(n, *([1] * (y.dim() - 1)))
+
+
+def _finite(strength: float | Tensor) -> bool:
+    """Whether a strength is a finite number; what only a device or a transform could tell is taken as such."""
+    if not isinstance(strength, Tensor):
+        return math.isfinite(float(strength))
+    if torch.compiler.is_compiling() or strength.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(strength):
+        return True
+    return bool(torch.isfinite(strength.detach()).all())
 
 
 def _fit_tokens(tokens: Tensor, rows: Tensor | None, y: Tensor) -> Tensor:

@@ -19,13 +19,22 @@ def example(info: MethodInfo) -> dict[str, Any]:
     """Recipe fields that use ``info``."""
     own = getattr(info.cls, "example", None)
     if own is not None:
-        return {"r": 4, **own}
+        return with_rank(own)
     if info.kind == "form":
-        return {"r": 4, "form": info.name}
+        return with_rank({"form": info.name})
     form = next(c for c in _CARRIERS if set(info.needs) <= set(catalogue.find("form", c).cls.gives))  # type: ignore[attr-defined]
     field = {"loss": "losses"}.get(info.kind, info.kind)
     value: Any = [info.name] if info.kind == "loss" else info.name
-    return {"r": 4, "form": form, field: value}
+    return with_rank({"form": form, field: value})
+
+
+def with_rank(recipe: dict[str, Any], r: int = 4) -> dict[str, Any]:
+    """The recipe with a small rank, where its form has one."""
+    form = recipe.get("form", "lora")
+    name = form["name"] if isinstance(form, dict) else form
+    if "parts" in recipe or not catalogue.find("form", name).cls.ranked:  # type: ignore[attr-defined]
+        return dict(recipe)
+    return {"r": r, **recipe}
 
 
 def methods(*kinds: str) -> list[MethodInfo]:

@@ -11,7 +11,7 @@ import torch
 import rankwise as rw
 from rankwise.catalogue import MethodInfo
 from rankwise.errors import RankwiseError
-from tests.contract.cases import example, methods
+from tests.contract.cases import example, methods, with_rank
 from tests.contract.test_laws import calibration, train
 from tests.models import llama
 
@@ -25,10 +25,12 @@ def together(a: MethodInfo, b: MethodInfo) -> dict[str, Any]:
     first, second = example(a), example(b)
     recipe = {**second, **first}
     recipe[FIELD[b.kind]] = second[FIELD[b.kind]]
-    recipe["r"] = max(first["r"], second["r"]) if "mos" not in (a.name, b.name) else 3
+    ranks = [x["r"] for x in (first, second) if "r" in x]
+    recipe.pop("r", None)
+    rank = max(ranks, default=4) if "mos" not in (a.name, b.name) else 3
     if a.kind == "form":
         recipe["form"] = first["form"]
-    return recipe
+    return with_rank(recipe, rank)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

@@ -10,7 +10,7 @@ import torch
 
 import rankwise as rw
 from rankwise.errors import RankwiseError
-from tests.contract.cases import example, methods
+from tests.contract.cases import example, methods, with_rank
 from tests.models import FAMILIES, batch_for, llama, logits, move
 
 #: sort of place → (model, targets, what names its sites)
@@ -53,7 +53,7 @@ def test_a_whole_life_or_a_refusal(info: Any, place: str, dtype: str, tmp_path: 
     batch = inputs(model, kind)
     bits = {k: v.clone() for k, v in model.state_dict().items()}
     base = logits(model, batch)
-    recipe = {**example(info), "r": 2, "targets": PLACES[place][1]}
+    recipe = with_rank({**{k: v for k, v in example(info).items() if k != "r"}, "targets": PLACES[place][1]}, 2)
     try:
         adapter = rw.attach(model, recipe)
     except RankwiseError as refusal:

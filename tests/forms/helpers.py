@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
+from rankwise import catalogue
 
 
 def one(
@@ -16,5 +17,7 @@ def one(
     """(model, adapter, the site's module)."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(inp, out, bias=bias))
-    adapter = rw.attach(model, {"targets": ["0"], "r": 3, **recipe}, **more)
+    form = recipe.get("form", "lora")
+    ranked = catalogue.find("form", form["name"] if isinstance(form, dict) else form).cls.ranked  # type: ignore[attr-defined]
+    adapter = rw.attach(model, {"targets": ["0"], **({"r": 3} if ranked else {}), **recipe}, **more)
     return model, adapter, next(iter(adapter.sites.values()))

@@ -29,3 +29,12 @@ def test_loftq_is_closer_than_plain_quantisation_and_detaches_exactly() -> None:
         adapter.detach()
         assert torch.equal(model[0].weight, W)
     assert plain > errors[0] > errors[1] > errors[2]
+
+
+def test_full_rank_leaves_no_residual() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    W = model[0].weight.detach().clone()
+    adapter = rw.attach(model, {"targets": ["0"], "init": "loftq", "r": 48})
+    Q = model[0].weight.detach()
+    assert (W - Q).norm() > 1e-2 and (W - Q - adapter.sites["0"].delta().dense().detach()).norm() < 1e-4 * W.norm()

@@ -82,3 +82,52 @@ def test_four_bit_codes_and_their_scales_both_count() -> None:
     a, b = quantised(1.0), quantised(2.0)
     assert torch.equal(a[0].weight.data, b[0].weight.data)
     assert [d[:7] for d in compare(fingerprint(a), fingerprint(b))] == ["content"]
+
+
+def test_one_changed_weight_anywhere_counts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 300))
+    before = fingerprint(model)
+    with torch.no_grad():
+        model[0].weight[137, 41] += 1e-6
+    after = fingerprint(model)
+    assert before["content"] == after["content"], "the sample must not see it, or the test is void"
+    assert compare(before, after)[0].startswith("content: the weights")
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.flip(0))
+    assert compare(after, fingerprint(model))
+    old = {k: v for k, v in before.items() if k not in ("whole", "buffers", "version")}
+    assert compare(old, after) == [], "a file written before compares by what it has"
+
+
+def test_swapped_weights_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    before = fingerprint(model)
+    flat = model[0].weight.data.view(-1)
+    for i, j in ((100, 101), (100, 1124)):
+        flat[[i, j]] = flat[[j, i]]
+        assert fingerprint(model)["whole"] != before["whole"]
+        flat[[i, j]] = flat[[j, i]]
+    assert fingerprint(model) == before
+
+
+def test_persistent_buffers_count_and_others_do_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model.register_buffer("cache", torch.zeros(3), persistent=False)
+    before = fingerprint(model)
+    model.cache += 1
+    assert fingerprint(model) == before
+    model[1].running_mean += 0.1
+    assert [d[:20] for d in compare(before, fingerprint(model))] == ["content: the buffers"]
+
+
+def test_odd_sizes_offsets_and_strides() -> None:
+    store = torch.arange(9001, dtype=torch.float32).bfloat16()
+    linear = nn.Module()
+    linear.w = nn.Parameter(store[1:])
+    other = nn.Module()
+    other.w = nn.Parameter(store[1:].clone())
+    assert fingerprint(linear)["whole"] == fingerprint(other)["whole"]
+    other.w.data[-1] = 0
+    assert fingerprint(linear)["whole"] != fingerprint(other)["whole"]

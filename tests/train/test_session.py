@@ -189,3 +189,25 @@ def test_two_adapters_train_in_one_batch() -> None:
         session.step()
     for k, t in c.tensors().items():
         assert torch.allclose(t, a.tensors()[k], atol=1e-4), "training together equals training alone"
+
+
+@pytest.mark.parametrize("norm", [-1.0, 0.0, float("nan")])
+def test_a_norm_to_clip_to_is_positive(norm: float) -> None:
+    with pytest.raises(OptionError, match="max_grad_norm"):
+        start(max_grad_norm=norm)
+
+
+def test_the_first_backward_names_missing_and_zero_gradients() -> None:
+    from rankwise.train.guard import check_first_backward
+
+    _, adapter, _ = start()
+    params = adapter.named_parameters()
+    sites = list(dict.fromkeys(k.split("::")[0] for k in params))
+    for k, p in params.items():
+        at = sites.index(k.split("::")[0])
+        p.grad = None if at < 6 else torch.zeros_like(p) if at < 8 else torch.ones_like(p)
+    with pytest.raises(
+        TrainingError, match="6 of 14 places have no gradient: .* and 2 more; 2 of 14 places have a zero gradient"
+    ) as error:
+        check_first_backward(adapter, params)
+    assert sites[0] in str(error.value) and sites[6] in str(error.value)

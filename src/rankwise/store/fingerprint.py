@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to, in a few hundred bytes: class, configuration, shapes, and a sample of the weights."""
+"""Which base an adapter belongs to, in a few hundred bytes: class, configuration, shapes, and checksums of its values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: what a fingerprint holds: 1 (no such key) a sample of each tensor; 2 also checksums of all of it and of the buffers
+VERSION = 2
 #: elements of every tensor that the content hash looks at
 SAMPLE = 64
 #: configuration keys that say nothing about the weights
@@ -36,21 +38,31 @@ def fingerprint(model: nn.Module, tensors: Iterable[tuple[str, Tensor]] | None =
         model: the base (adapted or not); only its class, its configuration and its own parameters are read.
         tensors: (name, base tensor) pairs to use instead of the model's parameters, where a merge or `full`
             has changed them in place.
-        content: also hash a sample of the values.
+        content: also hash the values: a sample of each tensor, exact integer checksums of every plain one (the same on any
+            device; of sharded bases none, of quantised weights the sample alone), and the persistent float buffers.
     """
     shapes: dict[str, list[Any]] = {}
-    names, values = hashlib.sha256(), hashlib.sha256()
+    names, values, whole, buffers = (hashlib.sha256() for _ in range(4))
+    known = content
     for name, tensor in sorted(tensors if tensors is not None else base_tensors(model), key=lambda item: item[0]):
         line = f"{name}\0{list(tensor.shape)}\0{_dtype(tensor)}\n"
         names.update(line.encode())
         _count(shapes, name, tensor)
         if content:
             values.update(name.encode() + b"\0" + _sample(tensor))
+            known = known and tensor.device.type != "meta" and not hasattr(tensor, "full_tensor")
+            if known:
+                whole.update(name.encode() + b"\0" + _checksum(tensor))
+    for name, buffer in base_buffers(model) if known else ():
+        buffers.update(name.encode() + b"\0" + _checksum(buffer))
     return {
         "architecture": _architecture(model),
         "config": _config_hash(model),
         "names": names.hexdigest(),
         "content": values.hexdigest() if content else "",
+        "version": VERSION,
+        "whole": whole.hexdigest() if known else "",
+        "buffers": buffers.hexdigest() if known else "",
         "shapes": shapes,
     }
 
@@ -65,6 +77,21 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
                 yield (f"{path}.{name}" if path else name), p
+
+
+def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's persistent floating buffers (a BatchNorm's running statistics), by name."""
+    for path, module in model.named_modules():
+        if path == "rankwise" or path.startswith("rankwise."):
+            continue
+        for name, b in sorted(module._buffers.items()):
+            if (
+                b is not None
+                and name not in module._non_persistent_buffers_set
+                and b.is_floating_point()
+                and b.device.type != "meta"
+            ):
+                yield (f"{path}.{name}" if path else name), b
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -88,9 +115,25 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     same = not out
     if same and a.get("config") != b.get("config"):
         out.append("content: the configuration differs, though every shape is equal")
-    if same and a.get("content") and b.get("content") and a["content"] != b["content"]:
+    if same and any(a.get(k) and b.get(k) and a[k] != b[k] for k in ("content", "whole")):
         out.append("content: the weights' values differ, though every shape is equal (another checkpoint, or a merged base)")
+    if same and a.get("buffers") and b.get("buffers") and a["buffers"] != b["buffers"]:
+        out.append("content: the buffers' values differ (running statistics that training moved, or another checkpoint)")
     return out
+
+
+def _checksum(tensor: Tensor, width: int = 1024) -> bytes:
+    """Row and column sums (wrapping int64, so exact in any order and on any device) of all bytes as an n/1024 × 1024 table of int32."""
+    if hasattr(tensor, "__tensor_flatten__") or getattr(tensor, "quant_state", None) is not None:
+        return _sample(tensor)  # a device may round codes its own way
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % 4:
+        flat = flat.clone()
+    data = flat.view(torch.uint8)
+    whole = data.numel() // (4 * width) * 4 * width
+    table = data[:whole].view(torch.int32).view(-1, width)
+    sums = [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), data[whole:]]
+    return b"".join(s.cpu().contiguous().numpy().tobytes() for s in sums)
 
 
 def _count(shapes: dict[str, list[Any]], name: str, tensor: Tensor) -> None:

@@ -27,10 +27,13 @@ def check_first_backward(adapter: Adapter, params: Mapping[str, Tensor]) -> None
     missing = [s for s, ps in by_site.items() if all(p.grad is None for p in ps)]
     zero = [s for s, ps in by_site.items() if s not in missing and not any(p.grad is not None and p.grad.any() for p in ps)]
     if missing or zero:
-        what = "no gradient" if missing else "a zero gradient"
-        names = missing or zero
+        found = [
+            f"{len(names)} of {len(by_site)} places have {what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for what, names in (("no gradient", missing), ("a zero gradient", zero))
+            if names
+        ]
         raise TrainingError(
-            f"After the first backward {len(names)} of {len(by_site)} places have {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}. "
+            f"After the first backward {'; '.join(found)}. "
             "They would never learn: exclude them, or mend what cuts them off the loss (a re-entrant checkpoint, a frozen input, a zero factor)."
         )
 

@@ -73,6 +73,8 @@ class Session:
     ):
         if total_steps < 1 or accumulate < 1:
             raise OptionError(f"total_steps and accumulate are at least 1; they are {total_steps} and {accumulate}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise OptionError(f"max_grad_norm = {max_grad_norm}; it is a positive number, or None for no clipping.")
         self.model, self.adapter = model, adapter
         self.recipe = recipe or adapter.recipe
         self.accumulate, self.max_grad_norm, self.total_steps = accumulate, max_grad_norm, total_steps
