@@ -21,7 +21,7 @@ h1{font-size:1.6rem;margin:0 0 .2rem} h2{font-size:1.15rem;margin:2.2rem 0 .6rem
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums} th,td{padding:.38rem .6rem;text-align:right;border-bottom:1px solid #e4e8ee}
 th{font-weight:600;color:#5b6675;font-size:.84rem} td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 tr.best td{background:#eef7f0} tr.peer td{color:#6b7686} img{max-width:100%} pre{background:#f5f7fa;padding:.8rem 1rem;overflow:auto;font-size:.84rem;border-radius:6px}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem} .two h3{font-size:.9rem;color:#5b6675;margin:.2rem 0} @media(max-width:700px){.two{grid-template-columns:1fr}}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem} .two>div{min-width:0} .two pre{white-space:pre-wrap} .two h3{font-size:.9rem;color:#5b6675;margin:.2rem 0} @media(max-width:700px){.two{grid-template-columns:1fr}}
 """
 
 
