@@ -75,7 +75,10 @@ def _shown(rows: dict[tuple[int, int], Any]) -> list[tuple[int, int]]:
 
 def _tables(found: Any, names: Sequence[str]) -> None:
     ranks = [[s.ranks[t] for s in found.sites.values() if s.ranks[t]] for t in range(found.sources)]
-    rows = [(n, len(r), "–".join(map(str, sorted({min(r), max(r)}))) if r else "", e**0.5) for n, r, e in zip(names, ranks, found.energy(), strict=True)]
+    rows = [
+        (n, len(r), "–".join(map(str, sorted({min(r), max(r)}))) if r else "", e**0.5)
+        for n, r, e in zip(names, ranks, found.energy(), strict=True)
+    ]
     table("adapters", ["adapter", "places", "rank", "‖ΔW‖"], rows, right=["places", "rank", "‖ΔW‖"])
     whole = found.over()
     shown = _shown(whole)
