@@ -268,7 +268,7 @@ def _trouble(report: MergeReport, tolerance: float, before: Tensor | None, base:
     exact = worst.error <= 1e-3 and all(
         p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()
     )
-    bound = 1e-4 + 0.01 * effect if exact else 0.02 + (0.1 + 2 * worst.error) * effect
+    bound = min(1e-3, 1e-4 + 0.01 * effect) if exact else min(0.1, 0.02 + (0.1 + 2 * worst.error) * effect)
     if not report.logit_gap <= bound:
         return f"the logits moved by {report.logit_gap:.2g} of their largest value (allowed {bound:.2g}; the adapter itself moves them by {effect:.2g})."
     return ""

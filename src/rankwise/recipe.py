@@ -151,7 +151,12 @@ class Recipe(Part):
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a YAML or JSON file."""
-        text = Path(path).read_text(encoding="utf-8")
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"The recipe {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}."
+            ) from error
         if str(path).endswith(".json"):
             data = json.loads(text)
         else:
@@ -160,7 +165,11 @@ class Recipe(Part):
             try:
                 data = yaml.safe_load(text)
             except yaml.YAMLError as error:
-                raise RecipeError(f"{path} is not valid YAML: {error}") from error
+                mark = getattr(error, "problem_mark", None)
+                where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+                raise RecipeError(
+                    f"{where} is not valid YAML: {getattr(error, 'problem', None) or 'it cannot be parsed'}."
+                ) from error
         if not isinstance(data, dict):
             raise RecipeError(f"{path} must hold a mapping of recipe fields; it holds {type(data).__name__}.")
         return cls(**data)

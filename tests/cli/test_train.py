@@ -159,3 +159,37 @@ def test_what_is_for_text_is_refused_for_images(args: list[str], says: str, digi
 def test_an_image_model_generates_no_text(capsys: Any) -> None:
     code, _, err = call(capsys, "generate", "--model", "digits", "--prompt", "7")
     assert code == 2 and "digits has no tokenizer" in err
+
+
+def test_an_earlier_run_is_never_lost_in_silence(capsys: Any, tmp_path: Path) -> None:
+    data, out = tmp_path / "a.txt", tmp_path / "run"
+    data.write_text("one two three four five six seven eight nine ten " * 40)
+    line = ["train", "--model", "base", "--data", str(data), "--stage", "pt", "--out", str(out), "--steps", "1", "--batch", "1", "--max-length", "32", "--set", "r=1"]  # fmt: skip
+    assert call(capsys, *line)[0] == 0
+    kept = (out / "adapter" / "rankwise.safetensors").read_bytes()
+    code, _, err = call(capsys, *line)
+    assert code == 2 and "already holds a run" in err and "--overwrite" in err
+    assert (out / "adapter" / "rankwise.safetensors").read_bytes() == kept
+    assert call(capsys, *line, "--set", "seed=3", "--overwrite")[0] == 0
+    assert (out / "adapter" / "rankwise.safetensors").read_bytes() != kept
+    assert "is a file" in call(capsys, *line[:8], str(data), *line[9:])[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["plan", "--batch", "0"], "--batch"),
+        (["plan", "--tokens", "-5"], "--tokens"),
+        (["compare", "-r", "lora", "--steps", "0"], "--steps"),
+        (["compare", "-r", "lora", "--lr", "-1"], "--lr"),
+        (["compare", "-r", "no/such.yaml"], "cannot be read"),
+        (["plan", "--recipe", "."], "cannot be read"),
+        (["generate", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--prompt", "x", "--tokens", "0"], "--tokens"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["generate", "--prompt", "word " * 600], "beyond the model's 512"),
+    ],
+)
+def test_wrong_numbers_and_files_are_one_line(args: list[str], says: str, capsys: Any) -> None:
+    code, _, err = call(capsys, args[0], "--model", "base", *args[1:])
+    assert code == 2 and says in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err

@@ -28,7 +28,7 @@ def add(app: typer.Typer) -> None:
 
 def demo(
     to: Annotated[str, typer.Option("--out", "-o", help="Folder for everything the demo makes.")] = "demo-output",
-    steps: Annotated[int, typer.Option(help="Optimiser steps a method.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps a method.")] = 60,
     data: Annotated[str, typer.Option(help="Shipped domain to adapt to.")] = "prose",
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end.")] = False,
 ) -> None:

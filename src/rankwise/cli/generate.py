@@ -31,8 +31,8 @@ def generate(
         str | None, typer.Option(help="The experts' own (smaller) base, of the same vocabulary; default --model.")
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the fusion (cap=2, ray=shift).")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to make at the most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to make at the most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="Show the base's text beside.")] = False,
 ) -> None:
@@ -49,6 +49,13 @@ def generate(
     strengths = _load(net, adapter or (), "--adapter", "a")
     fusion = _fusion(net, tokenizer, strengths, fuse, expert, expert_model, set)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    length, context = ids["input_ids"].shape[1], getattr(net.config, "max_position_embeddings", None)
+    if not length:
+        raise OptionError("--prompt is empty; give the text to go on from.")
+    if context and length + tokens > context:
+        raise OptionError(
+            f"The prompt has {length} tokens, which with --tokens {tokens} is beyond the model's {context}; shorten the prompt, or ask for fewer."
+        )
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
 
     def text(view: dict[str, float], fused: bool) -> str:

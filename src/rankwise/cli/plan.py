@@ -28,8 +28,8 @@ def plan(
     form: FormName = None,
     init: InitName = None,
     set: Settings = None,
-    batch: Annotated[int, typer.Option(help="Rows a step, for the memory foreseen.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a step, for the memory foreseen.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 256,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Resolve targets to tensors, count by role, and foresee memory and time; nothing is trained.

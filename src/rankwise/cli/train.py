@@ -33,13 +33,14 @@ def train(
     format: Annotated[str, typer.Option(help="auto, text, completion, alpaca, messages, sharegpt or preference.")] = "auto",
     split: Annotated[str | None, typer.Option(help="Split of a saved dataset to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of it (or of --eval-data) that is held out.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
     packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows a step on each device.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows a step on each device.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew over an earlier run in --out, which is lost.")] = False,
     arg: Annotated[list[str] | None, typer.Option("--arg", help="Any TrainingArguments field as field=value; repeatable.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -71,7 +72,7 @@ def train(
         arguments[key] = raw if key.endswith("_strategy") else _value(raw)  # YAML reads their 'no' as false
     result = rw.train(
         net, reader, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split,
-        packing=packing, max_length=max_length, resume=resume, disable_tqdm=json, **arguments,
+        packing=packing, max_length=max_length, resume=resume, overwrite=overwrite, disable_tqdm=json, **arguments,
     )  # fmt: skip
     if json:
         emit_json(result.metrics)
@@ -94,7 +95,7 @@ def evaluate(
     ] = None,
     format: Annotated[str, typer.Option(help="auto, text, completion, alpaca, messages or sharegpt.")] = "auto",
     split: Annotated[str | None, typer.Option(help="Split of a saved dataset.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Loss, perplexity and bits a byte (of images: accuracy) on held-out data, of the base and of each adapter.

@@ -61,7 +61,7 @@ class _Body(nn.Module):
 
 def _paths(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The given tensors by their paths below :class:`_Body`."""
-    roster.check_view([name])  # type: ignore[arg-type]
+    roster.check_view({name: 1.0})
     if roster.records[name].merged:
         raise ViewError(f"Adapter {name!r} is merged into the weights, so its tensors do not act; unmerge() it first.")
     home = [*roster.named_parameters(remove_duplicate=False), *roster.named_buffers(remove_duplicate=False)]

@@ -128,7 +128,7 @@ def sharpness(oracle: Oracle, state: AdapterState, groups: Groups, *, radius: fl
     state = plain(state)
     with oracle.attached(state) as adapter:
         assert adapter is not None
-        extra = attach(oracle.model, Recipe(form="dense", targets=sites, r=1), name=NAME, activate=False)
+        extra = attach(oracle.model, Recipe(form="dense", targets=sites), name=NAME, activate=False)
         try:
             with view(oracle.model, {adapter.name: 1.0, NAME: 1.0}):
                 return _ascents(oracle, state, groups, extra, radius)

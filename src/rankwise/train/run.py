@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def train(
     eval_split: str | None = None,
     name: str = "default",
     resume: bool | str = False,
+    overwrite: bool = False,
     **arguments: Any,
 ) -> Result:
     """Attach an adapter, train it, and write adapter, metrics, log and plot to ``output_dir``.
@@ -72,6 +74,7 @@ def train(
         fmt, split: layout of the records, and the split of a saved dataset that holds several; see ``read``.
         eval_split: the split of ``eval_data`` (or of ``data``, where that is not given) that is held out.
         resume: True for the newest whole checkpoint in ``output_dir``, or a checkpoint's path.
+        overwrite: train anew over an earlier run in ``output_dir``; its checkpoints and adapter are lost.
         arguments: transformers' TrainingArguments (TRL's DPOConfig for dpo).
 
     Returns:
@@ -88,6 +91,7 @@ def train(
         raise OptionError(f"stage is {', '.join(STAGES)}; it is {stage!r}.")
     recipe = Recipe.of(recipe)
     out = Path(output_dir)
+    _refuse_earlier_run(out, bool(resume), overwrite)
     if stages.sees(model):
         if stage != "sft":
             raise OptionError(f"An image model is trained with stage='sft'; stage={stage!r} is for text.")
@@ -158,6 +162,21 @@ def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> 
         return cls(output_dir=str(out), **settings)
     except (ValueError, TypeError) as error:
         raise OptionError(f"The training arguments are refused by {cls.__name__}: {error}") from error
+
+
+def _refuse_earlier_run(out: Path, resume: bool, overwrite: bool) -> None:
+    """A folder that holds a run is gone on with or given up by name, never lost in silence."""
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"The output {str(out)!r} is a file; give a folder.")
+    earlier = sorted(p.name for p in [*out.glob("checkpoint-*"), *out.glob("adapter")])
+    if not earlier or resume:
+        return
+    if not overwrite:
+        raise OptionError(
+            f"{str(out)!r} already holds a run ({', '.join(earlier[:3])}); resume it, choose another folder, or say overwrite (--overwrite)."
+        )
+    for name in earlier:
+        shutil.rmtree(out / name)
 
 
 def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any) -> Any:
