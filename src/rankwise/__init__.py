@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rankwise._version import __version__
 from rankwise.attach import activate_adapters as activate
 from rankwise.attach import attach
 from rankwise.view import keep_view, view
-
-__version__ = "0.1.0"
 
 #: public name → module, read when first used, so that importing the package stays light; attach and view are read at
 #: once, for a module and a function share those names

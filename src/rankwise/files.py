@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import rankwise
+from rankwise._version import __version__
 from rankwise.attach import _install, activate_adapters, choose_sites, make_deltas
 from rankwise.delta import Delta
 from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
@@ -75,7 +75,7 @@ def header(adapter: Adapter) -> dict[str, Any]:
         ],
         "states": {n: d.file_state() for n, d in record.deltas.items()},
         "fingerprint": fingerprint(adapter.model, base_tensors(adapter.model)),
-        "provenance": {"rankwise": rankwise.__version__, "torch": torch.__version__},
+        "provenance": {"rankwise": __version__, "torch": torch.__version__},
     }
 
 
