@@ -95,3 +95,25 @@ def test_trimming_frees_planted_tasks() -> None:
     plain = miss("task_arithmetic")
     assert miss("ties", density=0.25) < 0.7 * plain
     assert miss("magnitude_prune", density=0.25) < 0.7 * plain
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "skewed", "rowwise"])
+def test_the_threshold_of_a_long_vector_is_the_sorted_one(kind: str) -> None:
+    """Bracketed by a sample and counted exactly: the value, how many are larger and how many equal it."""
+    from rankwise.merge.sparsify import SAMPLED, nth_largest
+
+    g = torch.Generator().manual_seed(3)
+    n = 17 * SAMPLED
+    x = torch.randn(n, generator=g).abs()
+    if kind == "tied":
+        x = (x * 3).round()
+    elif kind == "skewed":
+        x = torch.where(torch.arange(n) < n - 5, 0.0, x)
+    elif kind == "rowwise":  # columns of unlike sizes, as in a low-rank product
+        x = (x.view(-1, 1088) * torch.logspace(-3, 3, 1088)).flatten()
+    ordered = x.sort(descending=True).values
+    for at in (0, 1, 4, 5, n // 5, n // 2, n - 2, n - 1):
+        value, larger, equal = nth_largest(x, at)
+        assert value == float(ordered[at])
+        assert (larger, equal) == (int((x > value).sum()), int((x == value).sum()))
+        assert larger <= at < larger + equal

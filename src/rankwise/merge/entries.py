@@ -53,7 +53,7 @@ class Entrywise(Merge):
         return Sparsifier()
 
     def join(self, kept: Tensor, w: Tensor) -> Tensor:
-        """(T, rows, in) and (T, 1, 1) → (rows, in)."""
+        """(T, rows, in), which it may write into, and (T, 1, 1) → (rows, in)."""
         raise NotImplementedError
 
     def combine(self, stack: Stack, seed: int) -> Merged:
@@ -66,10 +66,13 @@ class Entrywise(Merge):
         """The merged out×in tensor, made block by block."""
         keep = [self.sparsifier().keep(stack, t, seed) for t in range(len(stack.weights))]
         made = torch.empty(stack.shape, dtype=stack.dtype)
-        w = stack.column()
+        w, room = stack.column(), None
         for rows in stack.blocks():
-            kept = torch.stack([k(stack.block(t, rows), rows.start) for t, k in enumerate(keep)])
-            made[rows] = self.join(kept, w)
+            size = (len(keep), rows.stop - rows.start, stack.shape[1])
+            room = torch.empty(size, dtype=stack.dtype) if room is None else room[:, : size[1]]
+            for t, k in enumerate(keep):
+                room[t] = k(stack.block(t, rows), rows.start)
+            made[rows] = self.join(room, w)
         return made
 
 
@@ -79,23 +82,23 @@ def summed(rule: Any, kept: Tensor, w: Tensor) -> Tensor:
 
 
 def elected(rule: Any, kept: Tensor, w: Tensor) -> Tensor:
-    """The disjoint mean of those that agree with the elected sign (+ where the vote is even, which matters only to ties)."""
-    if rule.elect == "total":
-        vote = kept.sum(0)
-    elif rule.elect == "weighted":
-        vote = torch.tensordot(w.flatten(), kept, 1)
-    else:
-        vote = kept.sign().sum(0)
-    sign = torch.where(vote >= 0, 1.0, -1.0).to(kept.dtype)
-    agree = kept * sign > 0
+    """The disjoint mean of those that agree with the elected sign (+ where the vote is even, which matters only to ties).
+
+    In place: each source is turned by the elected sign, so that what agrees is what is above zero.
+    """
     if rule.elect == "weighted":  # a source with a negative weight votes, and agrees, with its sign turned
-        agree = kept * w * sign > 0
-    total = torch.einsum("t,toi->oi", w.flatten(), kept * agree)
+        kept.mul_(w)
+    vote = kept.sign().sum(0) if rule.elect == "frequency" else kept.sum(0)
+    sign = torch.where(vote >= 0, 1.0, -1.0).to(kept.dtype)
+    kept.mul_(sign).clamp_(min=0)
+    one, flat = torch.ones_like(w.flatten()), w.flatten()
+    total = torch.tensordot(one if rule.elect == "weighted" else flat, kept, 1) * sign
     if rule.divide == "none":
         return total
+    agree = kept.sign_()
     if rule.divide == "count":
-        return total / agree.sum(0).clamp_min(1)
-    size = torch.einsum("t,toi->oi", w.flatten(), agree.to(kept.dtype))
+        return total / torch.tensordot(one, agree, 1).clamp_min(1)
+    size = torch.tensordot(flat, agree, 1)
     return torch.where(size.abs() > 1e-8, total / size, torch.zeros_like(total))
 
 

@@ -17,6 +17,8 @@ from rankwise.seeds import generator
 
 #: (block of a source, first row) → the block with what is dropped at zero
 Keep = Callable[[Tensor, int], Tensor]
+#: entries of the sample that brackets a threshold
+SAMPLED = 2**16
 RESCALES = ("none", "1/p", "l1", "l2", "linf")
 
 
@@ -59,7 +61,10 @@ def _size(block: Tensor, norm: str) -> float:
 
 def magnitudes(stack: Stack, t: int) -> Tensor:
     """|x_t| as one vector, in the order of blocks."""
-    return torch.cat([stack.block(t, rows).abs().flatten() for rows in stack.blocks(1)])
+    size = torch.empty(stack.shape, dtype=stack.dtype)
+    for rows in stack.blocks(1):
+        torch.abs(stack.block(t, rows), out=size[rows])
+    return size.flatten()
 
 
 class Top(Sparsifier):
@@ -92,29 +97,47 @@ def _band(size: Tensor, first: int, last: int) -> Keep:
     """Keeps ranks first … last−1 by magnitude (0 is the largest); equals are counted in order, so that exactly so many stay."""
     if last <= first:
         return lambda block, row: torch.zeros_like(block)
-    low = _nth(size, last - 1)
-    spare_low = last - int((size > low).sum())  # how many of those equal to ``low`` stay
-    high = _nth(size, first - 1) if first else None
-    spare_high = first - int((size > high).sum()) if high is not None else 0  # how many equal to ``high`` go
-    left = [spare_low, spare_high]
+    low, above, equal = nth_largest(size, last - 1)
+    low_stays, low_all = last - above, equal  # how many of those equal to ``low`` stay
+    high, above, equal = nth_largest(size, first - 1) if first else (float("inf"), 0, 0)
+    high_goes, high_all = first - above, equal  # how many equal to ``high`` go
+    left = [0, 0]
 
     def keep(block: Tensor, row: int) -> Tensor:
         if row == 0:
-            left[:] = [spare_low, spare_high]
+            left[:] = [low_stays, high_goes]
         mag = block.abs()
-        mask = mag > low
-        _count(mask, mag == low, left, 0, True)
-        if high is not None:
-            mask &= mag <= high
-            _count(mask, mag == high, left, 1, False)
+        mask = mag >= low if low_stays == low_all else mag > low
+        if low_stays != low_all:
+            _count(mask, mag == low, left, 0, True)
+        if first:
+            mask &= mag < high if high_goes == high_all else mag <= high
+            if high_goes != high_all:
+                _count(mask, mag == high, left, 1, False)
         return block * mask
 
     return keep
 
 
-def _nth(size: Tensor, n: int) -> Tensor:
-    """The value of rank n from the top."""
-    return size.kthvalue(size.numel() - n).values
+def nth_largest(size: Tensor, n: int) -> tuple[float, int, int]:
+    """(the value of rank n from the top, how many are larger, how many equal it), exactly.
+
+    Of a long vector a sample says between which two values it must lie; only what lies there is sorted.
+    """
+    between, larger = size, 0
+    if size.numel() > 16 * SAMPLED:
+        at = torch.randint(size.numel(), (SAMPLED,), generator=generator(0, "merge:threshold", "sample"))
+        sample = size[at].sort(descending=True).values  # drawn, not strided: a stride may be a row's
+        middle, slack = n * SAMPLED // size.numel(), 4 * int(SAMPLED**0.5)
+        high = float(sample[middle - slack]) if middle >= slack else float("inf")
+        low = float(sample[middle + slack]) if middle + slack < SAMPLED else 0.0
+        over = int(torch.count_nonzero(size > high))
+        chosen = size[(size >= low).logical_and_(size <= high)]
+        if over <= n < over + chosen.numel():  # else the sample misled, and the whole vector is sorted
+            between, larger = chosen, over
+    value = float(between.kthvalue(between.numel() - (n - larger)).values)
+    more, equal = (int(torch.count_nonzero(m)) for m in (between > value, between == value))
+    return value, larger + more, equal
 
 
 def _count(mask: Tensor, equal: Tensor, left: list[int], i: int, value: bool) -> None:

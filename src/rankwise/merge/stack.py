@@ -20,7 +20,7 @@ from rankwise.errors import MergeError
 
 Pair = tuple[Tensor, Tensor]
 #: bytes of one block of all sources, and the rows whose random draws are made together (blocks begin at multiples of it)
-BLOCK_BYTES, TILE = 64 * 2**20, 16
+BLOCK_BYTES, TILE = 16 * 2**20, 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
