@@ -109,7 +109,7 @@ def _load_native(model: nn.Module, path: Path, name: str | None, activate: bool,
     if shapes or (differences and check_base):
         raise ArtefactError(
             f"The adapter in {path} was made for another base: {'; '.join(differences[:4])}. "
-            + ("" if shapes else "Load it on its own base, or give check_base=False to use it here all the same.")
+            + ("" if shapes else "Load it on its own base (from Python, check_base=False uses it here all the same).")
         )
     recipe = Recipe(**head["recipe"])
     return rebuild(model, recipe, head, tensors, name or head["name"], activate)
@@ -126,7 +126,7 @@ def rebuild(
     roster = roster_of(model, create=True)
     try:
         if name in roster.records:
-            raise ArtefactError(f"An adapter called {name!r} is already attached; give load(…, name=…) another name.")
+            raise ArtefactError(f"An adapter called {name!r} is already attached; give this one another name.")
         installed, deltas, followers = [], {}, {}
         for entry in head["parts"]:
             part = Part(**entry["part"])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import emit_json, load_model, out, size, table
+from rankwise.cli.common import emit_json, load_model, out, picture_path, size, table
 from rankwise.cli.plan import Model
 from rankwise.errors import OptionError
 
@@ -33,6 +33,11 @@ def convert(
     net, _ = load_model(model)
     loaded = rw.load(net, adapter)
     if rank is not None:
+        widest = max((d.component_count() for d in loaded.sites.values()), default=0)
+        if not 1 <= rank <= widest:
+            raise OptionError(
+                f"--rank {rank} is no cut: the adapter's places have up to {widest} components; give 1 … {widest}, or leave it out."
+            )
         from rankwise.merge import attach_state
 
         state = loaded.lower(rank=rank)
@@ -46,7 +51,7 @@ def convert(
 
 def inspect(
     adapter: Annotated[list[str], typer.Argument(help="Adapter folder; several are compared with each other.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Its base, for norms beside W's; several plain LoRAs do without.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base of the adapter; several plain LoRAs of one base do without.")] = None,
     picture: Annotated[str | None, typer.Option(help="Write the spectra and norms (of several: what they share) as a PNG or SVG.")] = None,
     source_rank: Annotated[int | None, typer.Option(help="Several: cut them to this rank first (needed for DoRA and the like).")] = None,
     match: Annotated[float, typer.Option(help="Several: how alike two components are that count as one.")] = 0.5,
@@ -56,6 +61,7 @@ def inspect(
 
     Example: rankwise inspect run/a run/b --picture overlap.png
     """
+    picture_path(picture)
     if len(adapter) > 1:
         from rankwise.cli.overlap import compare
 
@@ -72,7 +78,7 @@ def _one(adapter: str, model: str | None, picture: str | None, json: bool) -> No
     import rankwise as rw
 
     if model is None:
-        raise OptionError("inspect needs the base to measure against: give --model.")
+        raise OptionError("inspect of one adapter needs its base, to measure the change beside W: give --model.")
     net, _ = load_model(model)
     loaded = rw.load(net, adapter)
     rows = []

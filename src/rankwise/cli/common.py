@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from rankwise.errors import OptionError, RankwiseError, need
 
 out = Console()
 err = Console(stderr=True)
+#: endings of pictures that every matplotlib writes
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def quiet() -> None:
@@ -140,7 +143,22 @@ def _value(raw: str) -> Any:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise OptionError(f"{raw!r} is not a value: {error}") from error
-    return raw.split(",") if isinstance(value, str) and "," in raw else value
+    if isinstance(value, str) and "," in raw:
+        return raw.split(",")
+    # YAML 1.1 reads 1e-4, without a point, as a word
+    return float(raw) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", raw) else value
+
+
+def picture_path(path: str | None) -> str | None:
+    """The path, where a picture can be written there; checked before the work is done.  Raises OptionError."""
+    if path is None:
+        return None
+    target = Path(path)
+    if target.suffix.lower() not in PICTURES:
+        raise OptionError(f"--picture writes {', '.join(PICTURES)}; {path!r} ends in {target.suffix or 'no suffix'}.")
+    if not target.parent.is_dir():
+        raise OptionError(f"--picture {path!r}: the folder {str(target.parent)!r} does not exist; make it first.")
+    return path
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
@@ -191,6 +209,7 @@ __all__ = [
     "load_model",
     "load_text_model",
     "out",
+    "picture_path",
     "quiet",
     "recipe_from",
     "size",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -83,13 +85,23 @@ def _load(net: Any, folders: Sequence[str], flag: str, prefix: str) -> dict[str,
     """Attach folders, or folder=number, as prefix0, prefix1 …: name → number."""
     import rankwise as rw
 
-    numbers = {}
+    numbers: dict[str, float] = {}
+    seen: set[Path] = set()
     for i, given in enumerate(folders):
-        folder, _, c = given.partition("=")
+        folder, _, c = given.rpartition("=") if "=" in given else (given, "", "1")
         try:
-            numbers[f"{prefix}{i}"] = float(c or 1.0)
+            number = float(c)
         except ValueError as error:
             raise OptionError(f"{flag} takes folder or folder=number; it got {given!r}.") from error
+        if not math.isfinite(number):
+            raise OptionError(f"{flag} {given!r}: the strength must be a finite number.")
+        if not folder:
+            raise OptionError(f"{flag} takes folder or folder=number; {given!r} names no folder.")
+        place = Path(folder).resolve()
+        if flag == "--adapter" and place in seen:  # of experts a twin is a weight split in two
+            raise OptionError(f"{flag} names {folder!r} twice; give it once, with the sum of the strengths.")
+        seen.add(place)
+        numbers[f"{prefix}{i}"] = number
         rw.load(net, folder, name=f"{prefix}{i}")
     return numbers
 

@@ -34,6 +34,9 @@ def train(
     split: Annotated[str | None, typer.Option(help="Split of a saved dataset to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of it (or of --eval-data) that is held out.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
+    overlong: Annotated[
+        str, typer.Option(help="Records longer than that: auto (texts are split, others refused), split, truncate, error.")
+    ] = "auto",
     packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the data.")] = None,
@@ -72,7 +75,7 @@ def train(
         arguments[key] = raw if key.endswith("_strategy") else _value(raw)  # YAML reads their 'no' as false
     result = rw.train(
         net, reader, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split,
-        packing=packing, max_length=max_length, resume=resume, overwrite=overwrite, disable_tqdm=json, **arguments,
+        packing=packing, max_length=max_length, overlong=overlong, resume=resume, overwrite=overwrite, disable_tqdm=json, **arguments,
     )  # fmt: skip
     if json:
         emit_json(result.metrics)
@@ -83,7 +86,12 @@ def train(
         before, after = result.metrics["before"], result.metrics["after"]
         rows = [(k, before[k], after[k]) for k in ("loss", "perplexity", "accuracy") if k in before]
         out.print()
-        table("held out", ["", "before", "after"], rows, right=["before", "after"])
+        table(
+            f"scored on {result.metrics.get('scored_on', 'held-out data')}",
+            ["", "before", "after"],
+            rows,
+            right=["before", "after"],
+        )
     out.print(f"\nadapter: {Path(to) / 'adapter'}", highlight=False)
 
 

@@ -39,10 +39,14 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """One tensor's result: low-rank or out×in, and the share of it that cutting to a rank lost."""
+    """One tensor's result: low-rank or out×in, and the share of it that cutting to a rank lost.
+
+    ``error``: ‖value − Σ w·ΔW‖/‖Σ w·ΔW‖ where the method knows it, else it is measured.
+    """
 
     value: LowRank | Tensor
     truncation: float = 0.0
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,8 @@ def merge_states(
         made = rule.combine(stack, seed)
         if not isinstance(made.value, LowRank):
             raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
-        errors[name], lost[name] = distance(made.value, stack.total()), made.truncation
+        errors[name] = distance(made.value, stack.total()) if made.error is None else made.error
+        lost[name] = made.truncation
         A, B = made.value.factors()
         sites[name] = LowRank(A.float(), B.float(), 1.0)
         progress(name)
@@ -203,10 +208,10 @@ def _factors(d: Delta | None, name: str) -> Pair | None:
 def distance(a: LowRank, b: LowRank) -> float:
     """‖a − b‖/‖b‖ in fp64, from r-wide products; 0 where both vanish."""
     (A, B), (C, D) = a.factors(), b.factors()
-    A, B, C, D = (t.double() for t in (A, B, C, D))
-    left, right = torch.cat([B, -D], 1), torch.cat([A, C], 0)
-    gap = ((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0).sqrt()
-    size = ((D.mT @ D) * (C @ C.mT)).sum().clamp_min(0).sqrt()
+    left = torch.cat([B.double(), -D.double()], 1)
+    right = torch.cat([A.double(), C.double()], 0)
+    products, own = (left.mT @ left).mul_(right @ right.mT), slice(B.shape[1], None)
+    gap, size = products.sum().clamp_min(0).sqrt(), products[own, own].sum().clamp_min(0).sqrt()
     return float(gap / size) if size > 0 else float(gap > 0)
 
 

@@ -93,7 +93,9 @@ def open_folders(paths: Sequence[str | os.PathLike[str]], *, check_base: bool = 
     bases = {f.base: f.path.name for f in found if f.base}
     if check_base and len({b.startswith("content:") for b in bases}) == 1 and len(bases) > 1:
         said = ", ".join(f"{where} of {base}" for base, where in list(bases.items())[:3])
-        raise MergeError(f"These adapters were made for different bases: {said}. check_base=False merges them all the same.")
+        raise MergeError(
+            f"These adapters were made for different bases: {said}. Merge adapters of one base (from Python, check_base=False merges them all the same)."
+        )
     return found
 
 

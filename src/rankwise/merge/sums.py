@@ -24,7 +24,7 @@ class Cat(Merge):
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         assert isinstance(stack, FactorStack)
-        return Merged(stack.total())
+        return Merged(stack.total(), error=0.0)
 
 
 @register("merge", "svd", title="Weighted sum cut to a rank", exports_to_peft=True)
@@ -41,7 +41,8 @@ class SVD(Merge):
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         assert isinstance(stack, FactorStack)
-        return truncated(stack.total(), self.rank or stack.rank())
+        made = truncated(stack.total(), self.rank or stack.rank())
+        return dataclasses.replace(made, error=made.truncation)
 
 
 @register("merge", "linear", title="Factor-wise weighted sum, with its cross terms", exports_to_peft=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from rankwise.errors import DataError, OptionError, need
 from rankwise.recipe import Recipe
 from rankwise.store.atomic import replace_file
 from rankwise.train import stages
+from rankwise.train.checkpoint import whole_checkpoint
 from rankwise.train.data import Collator, Example, check_isolation, pack, read, tokenize
 from rankwise.train.evaluate import classify, evaluate
 from rankwise.train.stages import STAGES
@@ -91,30 +94,33 @@ def train(
         raise OptionError(f"stage is {', '.join(STAGES)}; it is {stage!r}.")
     recipe = Recipe.of(recipe)
     out = Path(output_dir)
-    _refuse_earlier_run(out, bool(resume), overwrite)
+    earlier = _earlier_run(out, resume, overwrite)
     if stages.sees(model):
         if stage != "sft":
             raise OptionError(f"An image model is trained with stage='sft'; stage={stage!r} is for text.")
         stages.refuse_text_options(fmt, split, eval_split, max_length, overlong)
-        return _images(model, tokenizer, data, eval_data, recipe, out, name, resume, arguments)
+        return _images(model, tokenizer, data, eval_data, recipe, out, earlier, name, resume, arguments)
     records = read(data, fmt, split)
     held = None
     if eval_data is not None or eval_split is not None:
         held = read(data if eval_data is None else eval_data, fmt, eval_split)
     if stage == "dpo":
-        return _dpo(model, tokenizer, records, held, recipe, out, name, max_length, overlong, resume, arguments)
+        return _dpo(model, tokenizer, records, held, recipe, out, earlier, name, max_length, overlong, resume, arguments)
     if stage == "pt" and records[0].kind != "text":
         raise DataError(
             f"stage='pt' learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use stage='sft'."
         )
     examples = tokenize(records, tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
-    if len(examples) == 1 and records[0].kind == "text" and held is None:
-        eval_examples = examples
-    elif held is not None:
+    scored = "held-out data"
+    if held is not None:
         eval_examples = tokenize(held, tokenizer, max_length, overlong=overlong)  # type: ignore[arg-type]
     else:
         cut = max(1, len(examples) // 10)
-        examples, eval_examples = (examples[:-cut], examples[-cut:]) if len(examples) > 1 else (examples, examples)
+        scored = f"{cut} of {len(examples)} rows, kept aside"
+        if len(examples) == 1:  # nothing can be kept aside; the metrics and the terminal say so
+            scored, eval_examples = "the one training row (nothing was held out; give eval_data, --eval-data)", examples
+        else:
+            examples, eval_examples = examples[:-cut], examples[-cut:]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     rows: Sequence[Any] = examples
     if packing:
@@ -123,7 +129,7 @@ def train(
     collator = Collator.for_model(model, pad)
     args = _arguments(TrainingArguments, out, arguments, remove_unused_columns=False)
     set_seed(args.seed)
-    adapter = _attach(model, recipe, _calibration(rows, collator), name, args)
+    adapter = _attach(model, recipe, _calibration(rows, collator), name, args, earlier)
     with rw.view(model, {}):
         before = evaluate(model, eval_examples, pad_id=pad)
     trainer = trainer_class()(
@@ -132,9 +138,8 @@ def train(
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=resume)
     after = evaluate(model, eval_examples, pad_id=pad)
-    return _finish(
-        adapter, trainer, out, {"before": before, "after": after, "train": result.metrics, "trainable": adapter.by_role()}
-    )
+    metrics = {"scored_on": scored, "before": before, "after": after, "train": result.metrics, "trainable": adapter.by_role()}
+    return _finish(adapter, trainer, out, metrics)
 
 
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -155,6 +160,7 @@ def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> 
             from rankwise.errors import nearest
 
             raise OptionError(f"There is no training argument {key!r}; {nearest(key, fields)}")
+    _refuse_no_number(cls, given)
     settings = {k: v for k, v in DEFAULTS.items() if k in fields} | dict(given) | fixed
     if not torch.cuda.is_available() and "use_cpu" in fields:
         settings.setdefault("use_cpu", True)
@@ -164,24 +170,47 @@ def _arguments(cls: type, out: Path, given: Mapping[str, Any], **fixed: Any) -> 
         raise OptionError(f"The training arguments are refused by {cls.__name__}: {error}") from error
 
 
-def _refuse_earlier_run(out: Path, resume: bool, overwrite: bool) -> None:
-    """A folder that holds a run is gone on with or given up by name, never lost in silence."""
+def _refuse_no_number(cls: type, given: Mapping[str, Any]) -> None:
+    """A word where a number is meant, and a run that could not learn, are refused before the model is touched."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    for key, value in given.items():
+        numeric = isinstance(defaults[key], (int, float)) and not isinstance(defaults[key], bool)
+        if numeric and (isinstance(value, (str, list, dict)) or value is None):
+            raise OptionError(f"The training argument {key!r} is a number; it got {value!r}.")
+        if numeric and isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"The training argument {key!r} must be a finite number; it got {value!r}.")
+    for key in ("learning_rate", "num_train_epochs"):
+        if key in given and not given[key] > 0:
+            raise OptionError(f"With {key} = {given[key]!r} nothing would be learnt; give a number above 0.")
+
+
+def _earlier_run(out: Path, resume: bool | str, overwrite: bool) -> list[Path]:
+    """What of an earlier run stands in the folder and is to go, once all that can be refused has been; never lost in silence."""
     if out.exists() and not out.is_dir():
         raise OptionError(f"The output {str(out)!r} is a file; give a folder.")
-    earlier = sorted(p.name for p in [*out.glob("checkpoint-*"), *out.glob("adapter")])
-    if not earlier or resume:
-        return
-    if not overwrite:
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise OptionError(
-            f"{str(out)!r} already holds a run ({', '.join(earlier[:3])}); resume it, choose another folder, or say overwrite (--overwrite)."
+            f"The output {str(out)!r} cannot be written: {str(above)!r} is {'read-only' if above.is_dir() else 'a file'}."
         )
-    for name in earlier:
-        shutil.rmtree(out / name)
+    if resume:
+        whole_checkpoint(out, resume)
+    earlier = sorted([*out.glob("checkpoint-*"), *out.glob("adapter")])
+    if not earlier or resume:
+        return []
+    if not overwrite:
+        names = ", ".join(p.name for p in earlier[:3])
+        raise OptionError(
+            f"{str(out)!r} already holds a run ({names}); resume it, choose another folder, or say overwrite (--overwrite)."
+        )
+    return earlier
 
 
-def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any) -> Any:
-    """Attach, and say before step 0 what will be trained (to standard error; standard output is the caller's)."""
+def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any, earlier: Sequence[Path]) -> Any:
+    """Attach, give up the earlier run, and say before step 0 what will be trained (standard output is the caller's)."""
     adapter = rw.attach(model, recipe, calibration=calibration, name=name)
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not args.disable_tqdm:
         roles = ", ".join(f"{role} {n:,}" for role, n in adapter.by_role().items())
         print(f"{name}: {adapter.numel():,} numbers to train at {len(adapter.sites)} places: {roles}", file=sys.stderr)
@@ -223,8 +252,8 @@ def _plot(log: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
 
 
 def _images(
-    model: nn.Module, processor: Any, data: Any, eval_data: Any, recipe: Recipe, out: Path, name: str, resume: bool | str,
-    given: Mapping[str, Any],
+    model: nn.Module, processor: Any, data: Any, eval_data: Any, recipe: Recipe, out: Path, earlier: Sequence[Path], name: str,
+    resume: bool | str, given: Mapping[str, Any],
 ) -> Result:  # fmt: skip
     """Image classification: loss and accuracy before and after."""
     from transformers import TrainingArguments, set_seed
@@ -237,7 +266,7 @@ def _images(
     )
     rows, eval_rows = ([{"pixel_values": x, "labels": y} for x, y in zip(*part, strict=True)] for part in (train_set, held))
     calibration = [{"pixel_values": x, "labels": y} for x, y in zip(*(t[:32].split(4) for t in train_set), strict=True)]
-    adapter = _attach(model, recipe, calibration, name, args)
+    adapter = _attach(model, recipe, calibration, name, args, earlier)
     with rw.view(model, {}):
         before = classify(model, *held)
     trainer = trainer_class()(
@@ -255,7 +284,7 @@ def _images(
 
 def _dpo(
     model: nn.Module, tokenizer: Any, records: Sequence[Any], eval_records: Sequence[Any] | None, recipe: Recipe, out: Path,
-    name: str, max_length: int, overlong: Any, resume: bool | str, given: Mapping[str, Any],
+    earlier: Sequence[Path], name: str, max_length: int, overlong: Any, resume: bool | str, given: Mapping[str, Any],
 ) -> Result:  # fmt: skip
     """Preference training by TRL's DPOTrainer; the reference is the same weights under the empty view."""
     try:
@@ -271,7 +300,7 @@ def _dpo(
     )
     set_seed(args.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    adapter = _attach(model, recipe, _calibration(examples, Collator.for_model(model, pad)), name, args)
+    adapter = _attach(model, recipe, _calibration(examples, Collator.for_model(model, pad)), name, args, earlier)
     trainer = bridge(DPOTrainer)(
         model=model, ref_model=Reference(adapter), adapter=adapter, args=args, processing_class=tokenizer,
         train_dataset=stages.pairs(records), eval_dataset=None if eval_records is None else stages.pairs(eval_records),

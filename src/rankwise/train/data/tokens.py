@@ -69,11 +69,11 @@ def _shorten(example: Example, record: Record, max_length: int, overlong: Overlo
     if how == "split" and record.kind != "text":
         raise OptionError(
             f"overlong='split' is for texts; a {record.kind} record ({record.where}, {len(example):,} tokens) would be parted from its prompt. "
-            "Raise max_length, or give overlong='truncate'."
+            "Raise max_length, or give overlong='truncate' (--overlong truncate)."
         )
     if how == "error":
         raise DataError(
-            f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise max_length, or give overlong='truncate'."
+            f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise max_length, or give overlong='truncate' (--overlong truncate)."
         )
     if how == "truncate":
         cut = Example(example.input_ids[:max_length], example.labels[:max_length], record.where)
