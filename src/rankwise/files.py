@@ -22,8 +22,9 @@ from rankwise.store.names import check_name
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
+    from rankwise.delta import AdapterState
 
-FORMATS = ("peft", "native")
+FORMATS = ("peft", "native", "diffusers", "kohya", "gguf")
 
 
 def base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -80,7 +81,7 @@ def header(adapter: Adapter) -> dict[str, Any]:
 
 
 def load(model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True) -> Adapter:
-    """Attach the adapter in ``path`` (native folder, PEFT folder, or hub id) and return its handle.
+    """Attach the adapter in ``path`` (a native, PEFT, diffusers, kohya or GGUF folder or file, or a hub id) and return its handle.
 
     Args:
         name: what to call it here; default its own name, or "default".
@@ -92,12 +93,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, activat
     folder = Path(path)
     if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
         return _load_native(model, folder, name, activate, check_base)
-    if folder.exists() and not (folder / "adapter_config.json").exists():
-        found = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else [folder.name]
-        raise ArtefactError(
-            f"{folder} holds no adapter: expected rankwise.safetensors or adapter_config.json, found {', '.join(found) or 'nothing'}."
-        )
-    return _load_peft(model, str(path), name, activate)
+    return _load_foreign(model, str(path), name, activate)
 
 
 def _load_native(model: nn.Module, path: Path, name: str | None, activate: bool, check_base: bool) -> Adapter:
@@ -177,7 +173,7 @@ def _copy_in(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         t.data.copy_(value)
 
 
-# --- PEFT ---------------------------------------------------------------------------------------------------
+# --- other libraries' formats -------------------------------------------------------------------------------
 def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -> Path:
     """Write in another format; the value leaves against the untouched base, residual starts included.
 
@@ -186,20 +182,50 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
     """
     if format == "native":
         return save(adapter, path)
-    if format != "peft":
+    if format not in FORMATS:
         raise OptionError(f"There is no format {format!r}; {nearest(format, FORMATS)}")
-    from rankwise.delta import AdapterState
+    record, model, known = adapter._record, adapter.model, adapter._roster.known
+    state, magnitude = value_of(adapter, format)
+    if format == "diffusers" or format == "kohya":
+        from rankwise.store.interchange import component_of
+
+        options.setdefault("component", component_of(model))
+        if format == "diffusers":
+            from rankwise.store.diffusers import export_diffusers
+
+            return export_diffusers(path, state, known, magnitude=magnitude, **options)
+        from rankwise.store.kohya import export_kohya
+
+        return export_kohya(path, state, known, magnitude=magnitude, **options)
+    if format == "gguf":
+        from rankwise.store.gguf import export_gguf
+
+        return export_gguf(path, state, known, getattr(model, "config", None), magnitude=magnitude, **options)
     from rankwise.store.peft import export_peft
 
-    record = adapter._record
+    if not state.sites:
+        raise MergeError(
+            "PEFT's format needs at least one low-rank change beside whole modules; this adapter has none. Save it in the native format."
+        )
+    config = getattr(model, "config", None)
+    options.setdefault("base_model", getattr(config, "_name_or_path", None) or None)
+    options.setdefault("modules", [n for n, _ in model.named_modules() if n and not n.startswith("rankwise")])
+    options.setdefault("tied", not any(p.part.untie for p in record.parts))
+    return export_peft(path, state, known, magnitude=magnitude, **options)
+
+
+def value_of(adapter: Adapter, format: str = "peft") -> tuple[AdapterState, dict[str, Tensor]]:
+    """(state of low-rank changes and whole parameters, DoRA's norms by site) as other libraries hold an adapter."""
+    from rankwise.delta import AdapterState
+
     sites: dict[str, Delta] = {}
     magnitude: dict[str, Tensor] = {}
     full: dict[str, Any] = {}
-    for name, delta in record.deltas.items():
+    for name, delta in adapter._record.deltas.items():
         spec = delta.site.spec
         if spec.mode == "block":
             raise MergeError(
-                f"{name!r} is a wrapped block, which PEFT's format cannot hold; save the adapter in the native format."
+                f"{name!r} is a wrapped block, which the format {format!r} cannot hold; save the adapter in the native format."
             )
         value, m = delta.for_peft()
         if value.kind == "dense" and spec.rows is None:
@@ -208,19 +234,12 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
         try:
             sites[name] = value.to_lowrank()[0].detach()
         except (OptionError, MergeError) as error:
-            raise MergeError(f"PEFT's format holds low-rank pairs and whole modules, and {name!r} is neither: {error}") from error
+            raise MergeError(
+                f"The format {format!r} holds low-rank pairs and whole modules, and {name!r} is neither: {error}"
+            ) from error
         if m is not None:
             magnitude[name] = m.detach()
-    if not sites:
-        raise MergeError(
-            "PEFT's format needs at least one low-rank change beside whole modules; this adapter has none. Save it in the native format."
-        )
-    known = adapter._roster.known
-    config = getattr(adapter.model, "config", None)
-    options.setdefault("base_model", getattr(config, "_name_or_path", None) or None)
-    options.setdefault("modules", [n for n, _ in adapter.model.named_modules() if n and not n.startswith("rankwise")])
-    options.setdefault("tied", not any(p.part.untie for p in record.parts))
-    return export_peft(path, AdapterState(sites, full), known, magnitude=magnitude, **options)
+    return AdapterState(sites, full), magnitude
 
 
 def whole(site: Site, value: Delta) -> Tensor:
@@ -229,15 +248,15 @@ def whole(site: Site, value: Delta) -> Tensor:
     return (now.float() + site.stored(value.dense().detach().float(), torch.zeros_like(now, dtype=torch.float32))).to(now.dtype)
 
 
-def _load_peft(model: nn.Module, path: str, name: str | None, activate: bool) -> Adapter:
-    """A PEFT folder or hub id as a `lora` or `dora` adapter of ours; saved modules and biases become `dense` parts."""
-    from rankwise.store.peft import read_peft
+def _load_foreign(model: nn.Module, path: str, name: str | None, activate: bool) -> Adapter:
+    """Another library's adapter as a `lora` or `dora` adapter of ours; saved modules and biases become `dense` parts."""
+    from rankwise.store.foreign import read_foreign
 
     check_name(name or "default")
     had = "rankwise" in model._modules
     roster = roster_of(model, create=True)
     try:
-        state, info = read_peft(path, roster.known)
+        state, info = read_foreign(path, roster.known, getattr(model, "config", None))
         parts, tensors = _from_peft(roster.known, state, info, path)
     except BaseException:
         if not had and not roster.records:

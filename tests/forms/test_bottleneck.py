@@ -42,5 +42,5 @@ def test_refusals() -> None:
     adapter = rw.attach(model, {"form": "bottleneck", "r": 2})
     with pytest.raises(MergeError, match="cannot be merged"):
         adapter.merge()
-    with pytest.raises(MergeError, match="PEFT"):
+    with pytest.raises(MergeError, match="the format 'peft'"):
         adapter.export("/nonexistent")

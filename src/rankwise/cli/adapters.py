@@ -21,7 +21,7 @@ def convert(
     adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
     model: Model,
     to: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="peft or native.")] = "peft",
+    format: Annotated[str, typer.Option(help="peft, native, diffusers, kohya or gguf.")] = "peft",
     rank: Annotated[int | None, typer.Option(help="Cut every place to this rank first.")] = None,
 ) -> None:
     """Turn an adapter into another library's format, or into ours.
