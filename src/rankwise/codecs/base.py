@@ -52,9 +52,13 @@ class Codec(ABC):
 
 
 class AdapterCodec(ABC):
-    """A format for a set of named tensors, taken in sorted-name order as one vector of d entries."""
+    """A format for a set of named tensors, taken in sorted-name order as one vector of d entries.
+
+    ``exact`` says whether decoding gives back the very bits.
+    """
 
     info: ClassVar[MethodInfo]
+    exact: bool = False
 
     @property
     def name(self) -> str:
