@@ -48,6 +48,66 @@ def save(adapter: Adapter, path: Path) -> Path:
     return save_native(path, tensors, header(adapter))
 
 
+def save_coded(adapter: Adapter, path: str | Path, codec: str | Mapping[str, Any], *, reference: str | Path | None = None) -> Path:
+    """Write a native file whose matrices are coded: ``"compeft"`` or ``{"name": "intk", "k": 8}``; :func:`load` reads it.
+
+    Args:
+        reference: for ``delta`` the other adapter: a folder, or the name of one attached to the same model.
+
+    Raises:
+        UnknownName, OptionError: no such codec or option; a reference missing or not needed; nothing to code; a whole weight in
+            training (the form ``full``), whose neutral value is the base, by a lossy codec.
+    """
+    from rankwise.codecs.delta import Difference
+    from rankwise.codecs.weights import adapter_codec
+    from rankwise.store import coded
+
+    made = adapter_codec(codec)
+    if isinstance(made, Difference):
+        if reference is None:
+            raise OptionError(
+                "The codec 'delta' stores an adapter as a difference from another one; give that one as the reference."
+            )
+        made = made.bind(reference_tensors(adapter.model, reference))
+    elif reference is not None:
+        raise OptionError(f"The codec {made.name!r} needs no other adapter; leave the reference out.")
+    whole_weights = [n for n, d in adapter.sites.items() if getattr(d, "base_parameters", None) is not None]
+    if whole_weights and not made.exact and not isinstance(made, Difference):
+        raise OptionError(
+            f"{whole_weights[0]!r} is trained whole, so its neutral value is the base, which {made.name!r} does not know; "
+            "use lossless, or delta against another adapter."
+        )
+    extra = {f"{n}::{k}": t for n, d in adapter.sites.items() for k, t in d.file_tensors().items()}
+    tensors = {**adapter.tensors(), **extra}
+    _refuse_nonfinite(adapter, tensors)
+    # a loaded adapter may be frozen as a whole: then every parameter counts as trained
+    trained = adapter.named_parameters() or adapter.tensors(buffers=False)
+    return coded.save_coded(path, tensors, header(adapter), made, set(trained))
+
+
+def reference_tensors(model: nn.Module, reference: str | Path) -> dict[str, Tensor]:
+    """Every tensor of the adapter in a native folder, or of the attached one of that name.
+
+    Raises:
+        ArtefactError: neither; a file that is itself a difference.
+    """
+    from rankwise.store.coded import KIND, decode_file
+    from rankwise.store.native import is_native, load_native
+
+    if is_native(reference):
+        tensors, head = load_native(reference)
+        return decode_file(tensors, head, str(reference))[0] if head["kind"] == KIND else tensors
+    roster = model._modules.get("rankwise")
+    if roster is not None and str(reference) in roster.records:  # type: ignore[union-attr,operator]
+        from rankwise.adapter import Adapter
+
+        held = Adapter(roster, str(reference))  # type: ignore[arg-type]
+        return {**held.tensors(), **{f"{n}::{k}": t for n, d in held.sites.items() for k, t in d.file_tensors().items()}}
+    raise ArtefactError(
+        f"The reference {str(reference)!r} is neither a native adapter's folder nor an adapter attached to this model."
+    )
+
+
 def _refuse_nonfinite(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """An adapter that load would refuse must not take the place of a good file."""
     for key, t in tensors.items():
@@ -80,26 +140,45 @@ def header(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def load(model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    activate: bool = True,
+    check_base: bool = True,
+    reference: str | Path | None = None,
+) -> Adapter:
     """Attach the adapter in ``path`` (a native, PEFT, diffusers, kohya or GGUF folder or file, or a hub id) and return its handle.
 
     Args:
         name: what to call it here; default its own name, or "default".
         check_base: refuse an adapter whose base differs in its weights, not only one that differs in shape.
+        reference: of a file that is a difference (codec ``delta``), the other adapter: a folder, or the name of an attached one.
 
     Raises:
         ArtefactError: damaged, hostile or foreign file; the message names what differs.
     """
     folder = Path(path)
     if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
-        return _load_native(model, folder, name, activate, check_base)
+        return _load_native(model, folder, name, activate, check_base, reference)
+    if reference is not None:
+        raise ArtefactError(f"{path} is no native file, so it is no difference from another adapter; leave the reference out.")
     return _load_foreign(model, str(path), name, activate)
 
 
-def _load_native(model: nn.Module, path: Path, name: str | None, activate: bool, check_base: bool) -> Adapter:
+def _load_native(
+    model: nn.Module, path: Path, name: str | None, activate: bool, check_base: bool, reference: str | Path | None
+) -> Adapter:
+    from rankwise.store.coded import KIND, decode_file
     from rankwise.store.native import load_native
 
     tensors, head = load_native(path)
+    if head["kind"] == KIND:
+        other = None if reference is None else reference_tensors(model, reference)
+        tensors, head = decode_file(tensors, head, str(path), other)
+    elif reference is not None:
+        raise ArtefactError(f"{path} is a plain native file, not a difference from another adapter; leave the reference out.")
     differences = compare(head["fingerprint"], fingerprint(model, base_tensors(model)))
     shapes = [d for d in differences if not d.startswith("content")]
     if shapes or (differences and check_base):

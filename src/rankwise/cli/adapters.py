@@ -1,52 +1,17 @@
-"""``rankwise convert`` and ``inspect``: adapters as files."""
+"""``rankwise inspect``: what an adapter holds."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import emit_json, load_model, out, picture_path, size, table
-from rankwise.cli.plan import Model
+from rankwise.cli.common import emit_json, load_model, out, picture_path, table
 from rankwise.errors import OptionError
 
 
 def add(app: typer.Typer) -> None:
-    app.command("convert")(convert)
     app.command("inspect")(inspect)
-
-
-def convert(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder.")],
-    model: Model,
-    to: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="peft, native, diffusers, kohya or gguf.")] = "peft",
-    rank: Annotated[int | None, typer.Option(help="Cut every place to this rank first.")] = None,
-) -> None:
-    """Turn an adapter into another library's format, or into ours.
-
-    Example: rankwise convert run/adapter --model base --format peft --out run/peft
-    """
-    import rankwise as rw
-
-    net, _ = load_model(model)
-    loaded = rw.load(net, adapter)
-    if rank is not None:
-        widest = max((d.component_count() for d in loaded.sites.values()), default=0)
-        if not 1 <= rank <= widest:
-            raise OptionError(
-                f"--rank {rank} is no cut: the adapter's places have up to {widest} components; give 1 … {widest}, or leave it out."
-            )
-        from rankwise.merge import attach_state
-
-        state = loaded.lower(rank=rank)
-        worst = max(state.meta["errors"].values(), default=0.0)
-        loaded.detach()
-        loaded = attach_state(net, state, name="cut")
-        out.print(f"cut to rank {rank}: largest relative error {worst:.3g}", highlight=False)
-    path = loaded.export(to, format=format)
-    out.print(f"wrote {path} ({size(sum(p.stat().st_size for p in Path(path).rglob('*') if p.is_file()))})", highlight=False)
 
 
 def inspect(
