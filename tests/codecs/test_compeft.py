@@ -246,22 +246,29 @@ def compeft_body(body: bytes, numel: int = 32) -> bytes:
     return stream.frame("compeft", header, body)
 
 
+def one_entry(gamma: int = 0x3F80, count: int = 1, b: int = 0) -> bytes:
+    """γ, then of a tensor of 32 entries: so many kept, b, their signs (positive), remainders and quotients (zero)."""
+    out = BitWriter()
+    for value, width in ((gamma, 16), (count, 6), (b, 5)):
+        out.uints(np.array([value]), width)
+    out.flags(np.zeros(count, bool))
+    out.uints(np.zeros(count, np.int64), b)
+    out.unary(np.zeros(count, np.int64))
+    return compeft_body(out.getvalue())
+
+
 @pytest.mark.parametrize("gamma", [0x7F80, 0x7FC0, 0xBF80])
 def test_magnitudes_that_are_not_finite_or_negative_are_refused(gamma: int) -> None:
-    one = struct.Struct("<HBQQ").pack(0x3F80, 0, 1, 1) + bytes([0b10])  # one positive entry at position 0, γ = 1
-    assert ComPEFT().decode_tensors(compeft_body(one))["x"].tolist() == [1.0] + [0.0] * 31
+    assert ComPEFT().decode_tensors(one_entry())["x"].tolist() == [1.0] + [0.0] * 31
     with pytest.raises(ArtefactError, match="magnitude"):
-        ComPEFT().decode_tensors(compeft_body(struct.pack("<H", gamma) + one[2:]))
+        ComPEFT().decode_tensors(one_entry(gamma))
 
 
-def test_remainders_that_would_wrap_round_are_refused() -> None:
-    out = BitWriter()
-    out.flags(np.zeros(4, bool))
-    out.uints(np.full(4, 2**62 - 1), 62)
-    out.unary(np.zeros(4, np.int64))
-    data = out.getvalue()
+@pytest.mark.parametrize(("count", "b"), [(33, 0), (4, 31)])
+def test_counts_and_splits_that_cannot_be_are_refused(count: int, b: int) -> None:
+    assert ComPEFT().decode_tensors(one_entry(count=4))["x"].tolist() == [1.0] * 4 + [0.0] * 28
     with pytest.raises(ArtefactError, match="b\\*"):
-        ComPEFT().decode_tensors(compeft_body(struct.pack("<HBQQ", 0x3F80, 62, 4, len(data)) + data))
+        ComPEFT().decode_tensors(one_entry(count=count, b=b))
 
 
 @pytest.mark.parametrize("planes", [b"\x01\x00\x01\x00", b"\x00\x80\x00\x00", b"\x00\x00\x00\x80"])

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from rankwise.catalogue import register
-from rankwise.codecs import golomb, stream
+from rankwise.codecs import golomb, sections, stream
 from rankwise.codecs.base import AdapterCodec
-from rankwise.codecs.bits import BitReader, BitWriter
-from rankwise.codecs.signs import Signs, bf16_bits, bf16_value, prune
+from rankwise.codecs.signs import Signs, prune
 from rankwise.codecs.stream import TensorSpec
 from rankwise.errors import ArtefactError, OptionError
-
-_HEAD = struct.Struct("<HBQQ")  # γ as bfloat16 bits, b*, kept entries, bytes of the bit stream
 
 
 @register("codec", "compeft", title="ComPEFT: sparse ternary adapters", paper="arXiv:2311.13171", reference="192")
@@ -28,8 +24,9 @@ class ComPEFT(AdapterCodec):
 
     τ is the vector of all tensors in sorted-name order, as they are (of IA³ scales take 1 off first, of a full
     model the base).  ``per_tensor`` thresholds and scales each tensor alone (a std across A and B mixes scales).
-    Body, a vector: γ in 16 bits, then for each kept entry one sign bit and a Golomb–Rice gap; k = 0.2 takes
-    0.939 bits an entry (17× less than 16-bit), where H(k) = −(1−k)·log₂(1−k) − k·log₂(k/2) is 0.922.
+    Body: γ in 16 bits, then for each kept entry one sign bit and a Golomb–Rice gap (:mod:`~rankwise.codecs.sections`:
+    each tensor by its own density); k = 0.2 takes 0.939 bits an entry (17× less than 16-bit) of a random mask, where
+    H(k) = −(1−k)·log₂(1−k) − k·log₂(k/2) is 0.922.  Above k = 0.5 the dropped entries are listed instead.
 
     Departures.  The released code keeps one entry more than int(k·d), and more on ties; here it is exactly
     int(k·d), ties to the first, or every non-zero where there are fewer.  A vector that already has this form
@@ -56,7 +53,7 @@ class ComPEFT(AdapterCodec):
         """The stream of ``tensors``; its body is within 1 % of :meth:`bits` on long random vectors."""
         spec = TensorSpec.of(tensors)
         header = {"density": self.density, "per_tensor": self.per_tensor, "tensors": spec.to_json()}
-        return stream.frame(self.name, header, b"".join(self._write(part) for part in self.signs(tensors)))
+        return stream.frame(self.name, header, self._write(self.signs(tensors), _sizes(spec, self.per_tensor)))
 
     def decode_tensors(self, data: bytes, max_numel: int = stream.MAX_NUMEL) -> dict[str, Tensor]:
         """The tensors in their shapes and dtypes, by the stream's options; more than ``max_numel`` are refused."""
@@ -67,12 +64,8 @@ class ComPEFT(AdapterCodec):
                 f"The {self.name} header's keys {sorted(header)[:8]} or their values are wrong: the stream is damaged."
             )
         spec = TensorSpec.from_json(header["tensors"], max_numel)
-        vector, at = np.zeros(spec.numel, np.float32), 0
-        for start, stop, _, _ in _spans(spec, header["per_tensor"]):
-            part, at = self._read(body, at, stop - start)
-            vector[start:stop] = part.dense()
-        if at != len(body):
-            raise ArtefactError(f"The {self.name} stream has {len(body) - at} bytes left over: it is damaged.")
+        parts = self._read(body, _sizes(spec, header["per_tensor"]))
+        vector = np.concatenate([part.dense() for part in parts])
         return spec.unflatten(vector)
 
     def signs(self, tensors: Mapping[str, Tensor]) -> list[Signs]:
@@ -86,33 +79,27 @@ class ComPEFT(AdapterCodec):
 
     def bits(self, numel: int | None = None) -> float:
         """Expected bits per parameter of a random mask, k·(b̄ + 1); ``numel`` adds γ's 16 bits."""
-        return self.density * (golomb.position_bits(self.density) + 1) + (16 / numel if numel else 0.0)
+        listed = min(self.density, 1 - self.density)
+        places = listed * golomb.position_bits(listed) if listed else 0.0
+        return places + self.density + (16 / numel if numel else 0.0)
 
-    def _write(self, part: Signs) -> bytes:
-        """One part of the body."""
-        out, count = BitWriter(), part.positions.size
-        b = golomb.parameter(count / part.numel) if count else 0
-        out.flags(part.negative)
-        golomb.write_positions(out, part.positions, b)
-        data = out.getvalue()
-        return _HEAD.pack(bf16_bits(part.gamma), b, count, len(data)) + data
+    def _write(self, parts: Sequence[Signs], sizes: sections.Sizes) -> bytes:
+        """The body."""
+        return sections.write(parts, sizes)
 
-    def _read(self, body: bytes, at: int, numel: int) -> tuple[Signs, int]:
-        """The part of ``numel`` entries at byte ``at``, and the byte behind it."""
-        head, at = stream.take(body, at, _HEAD.size)
-        gamma, b, count, length = _HEAD.unpack(head)
-        data, at = stream.take(body, at, length)
-        if b > numel.bit_length():  # no longer gap exists, and a sum of remainders so wide could wrap round
-            raise ArtefactError(f"A part of {numel} entries claims b* = {b}: the stream is damaged.")
-        bits = BitReader(data)
-        negative = bits.flags(count)
-        positions = golomb.read_positions(bits, count, b, numel)
-        bits.end()
-        return Signs(numel, positions, negative, bf16_value(gamma)), at
+    def _read(self, body: bytes, sizes: sections.Sizes) -> list[Signs]:
+        """The values in a body; ArtefactError for anything else."""
+        return sections.read(body, sizes)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sizes(spec: TensorSpec, per_tensor: bool) -> list[list[int]]:
+    """Entries of the tensors of each vector that is pruned on its own, empty tensors left out."""
+    sizes = [n for n in spec.sizes if n]
+    return [[n] for n in sizes] if per_tensor else [sizes]
 
 
 def _spans(spec: TensorSpec, per_tensor: bool) -> Iterator[tuple[int, int, tuple[str, ...], str]]:

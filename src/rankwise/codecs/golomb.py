@@ -33,12 +33,37 @@ def position_bits(density: float) -> float:
     return b + 1 / (1 - (1 - density) ** (2**b))
 
 
-def write_positions(out: BitWriter, positions: I64, b: int) -> None:
-    """Append strictly increasing ``positions`` (n,) ≥ 0: n·b bits of remainders, then the unary quotients."""
+def gaps_of(positions: I64) -> I64:
+    """Entries between strictly increasing ``positions`` (n,) ≥ 0, the one before the first included."""
     positions = np.asarray(positions, np.int64)
     gaps: I64 = positions - np.concatenate([[-1], positions[:-1]]) - 1
     if gaps.size and gaps.min() < 0:
         raise ValueError("positions must increase strictly")
+    return gaps
+
+
+def best(gaps: I64, density: float) -> int:
+    """The split of least bits for these very gaps, of b* and its neighbours (a mask is seldom quite random)."""
+    if not gaps.size:
+        return 0
+    b = parameter(density)
+    return min(range(max(0, b - 2), b + 3), key=lambda c: gaps.size * c + int((gaps >> c).sum()))
+
+
+def positions_of(low: I64, high: I64, b: int, limit: int) -> I64:
+    """Positions below ``limit`` of remainders and quotients; ArtefactError if they lead beyond it."""
+    # compare before shifting: a damaged quotient must not wrap round to a valid position
+    if low.size and int(high.sum()) << b > limit:
+        raise ArtefactError(f"A coded position lies beyond the {limit} entries of the tensors: the stream is damaged.")
+    positions: I64 = np.cumsum((high << b) + low + 1) - 1
+    if low.size and int(positions[-1]) >= limit:
+        raise ArtefactError(f"A coded position lies beyond the {limit} entries of the tensors: the stream is damaged.")
+    return positions
+
+
+def write_positions(out: BitWriter, positions: I64, b: int) -> None:
+    """Append strictly increasing ``positions`` (n,) ≥ 0: n·b bits of remainders, then the unary quotients."""
+    gaps = gaps_of(positions)
     out.uints(gaps & ((1 << b) - 1), b)
     out.unary(gaps >> b)
 
@@ -46,11 +71,4 @@ def write_positions(out: BitWriter, positions: I64, b: int) -> None:
 def read_positions(bits: BitReader, count: int, b: int, limit: int) -> I64:
     """``count`` positions below ``limit``; ArtefactError if the stream holds anything else."""
     low = bits.uints(count, b)
-    high = bits.unary(count)
-    # compare before shifting: a damaged quotient must not wrap round to a valid position
-    if count and int(high.sum()) << b > limit:
-        raise ArtefactError(f"A coded position lies beyond the {limit} entries of the tensors: the stream is damaged.")
-    positions = np.cumsum((high << b) + low + 1) - 1
-    if count and int(positions[-1]) >= limit:
-        raise ArtefactError(f"A coded position lies beyond the {limit} entries of the tensors: the stream is damaged.")
-    return positions
+    return positions_of(low, bits.unary(count), b, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from rankwise.catalogue import register
 from rankwise.codecs import stream
 from rankwise.codecs.bits import U8
 from rankwise.codecs.compeft import ComPEFT
+from rankwise.codecs.sections import Sizes
 from rankwise.codecs.signs import Signs, bf16_bits, bf16_value
 from rankwise.errors import ArtefactError, OptionError
 
@@ -64,16 +66,27 @@ class Ternary(ComPEFT):
         """2, and γ's 16 bits over ``numel``."""
         return 2.0 + (16 / numel if numel else 0.0)
 
-    def _write(self, part: Signs) -> bytes:
-        planes = Planes.of(part)
-        return _GAMMA.pack(bf16_bits(planes.gamma)) + planes.plus.tobytes() + planes.minus.tobytes()
+    def _write(self, parts: Sequence[Signs], sizes: Sizes) -> bytes:
+        planes = [Planes.of(part) for part in parts]
+        return b"".join(_GAMMA.pack(bf16_bits(p.gamma)) + p.plus.tobytes() + p.minus.tobytes() for p in planes)
 
-    def _read(self, body: bytes, at: int, numel: int) -> tuple[Signs, int]:
-        size = -(-numel // 8)
-        head, at = stream.take(body, at, _GAMMA.size)
-        data, at = stream.take(body, at, 2 * size)
-        plus, minus = np.frombuffer(data, np.uint8).reshape(2, size)
-        fill = np.concatenate([plus[-1:], minus[-1:]]) >> (numel % 8) if numel % 8 else np.zeros(1, np.uint8)
-        if (plus & minus).any() or fill.any():
-            raise ArtefactError("The planes overlap or hold bits beyond the last entry: the stream is damaged.")
-        return Planes(plus, minus, numel, bf16_value(_GAMMA.unpack(head)[0])).signs(), at
+    def _read(self, body: bytes, sizes: Sizes) -> list[Signs]:
+        out, at = [], 0
+        for lengths in sizes:
+            part, at = _read_planes(body, at, sum(lengths))
+            out.append(part)
+        if at != len(body):
+            raise ArtefactError(f"The {self.name} stream has {len(body) - at} bytes left over: it is damaged.")
+        return out
+
+
+def _read_planes(body: bytes, at: int, numel: int) -> tuple[Signs, int]:
+    """The value of ``numel`` entries at byte ``at``, and the byte behind it."""
+    size = -(-numel // 8)
+    head, at = stream.take(body, at, _GAMMA.size)
+    data, at = stream.take(body, at, 2 * size)
+    plus, minus = np.frombuffer(data, np.uint8).reshape(2, size)
+    fill = np.concatenate([plus[-1:], minus[-1:]]) >> (numel % 8) if numel % 8 else np.zeros(1, np.uint8)
+    if (plus & minus).any() or fill.any():
+        raise ArtefactError("The planes overlap or hold bits beyond the last entry: the stream is damaged.")
+    return Planes(plus, minus, numel, bf16_value(_GAMMA.unpack(head)[0])).signs(), at
