@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+import zlib
 
 import pytest
 import torch
@@ -172,6 +174,16 @@ def test_streams_that_claim_more_than_they_hold() -> None:
         Lossless().decode_tensors(stream.frame("lossless", {"tensors": [["x", "float32", [2**29]]]}, b"\0" * 100))
     with pytest.raises(ArtefactError, match="options"):
         adapter_codec("intk").decode_tensors(stream.frame("intk", header | {"options": {"k": 99}}, b""))
+
+
+def test_a_deflated_bomb_is_not_inflated() -> None:
+    data = stream.frame("lossless", {"tensors": [["x", "float32", [10]]]}, zlib.compress(bytes(50_000_000)))
+    tracemalloc.start()
+    with pytest.raises(ArtefactError, match="40 bytes"):
+        Lossless().decode_tensors(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from rankwise.codecs.bits import U8
 from rankwise.codecs.stream import DTYPES, TensorSpec
 from rankwise.errors import ArtefactError
 
-_UINTS = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_UINTS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
 @register("codec", "lossless", title="Byte planes, deflated: bit for bit")
