@@ -79,7 +79,9 @@ def decode_file(
         raise ArtefactError(f"{where} is coded by {named[:40]!r}, which this rankwise cannot read: {error}") from error
     if isinstance(codec, Difference):
         if reference is None:
-            raise ArtefactError(f"{where} is stored as a difference from another adapter; give that one as the reference.")
+            raise ArtefactError(
+                f"{where} is stored as a difference from another adapter; give that one as the reference (rankwise convert --reference)."
+            )
         codec = codec.bind(reference)
     elif reference is not None:
         raise ArtefactError(f"{where} is coded by {named}, which needs no other adapter; leave the reference out.")
