@@ -52,7 +52,9 @@ def test_adapters_without_their_model(capsys: Any, made: dict[str, str], tmp_pat
     model = llama(hidden=64)
     read_state(model, to)  # and it is an adapter of that model
     code, text, _ = call(capsys, "merge", made["a"], made["b"], "--out", str(tmp_path / "cat"), "--json")
-    assert code == 0 and set(json.loads(text)["ranks"].values()) == {4} and max(json.loads(text)["errors"].values()) < 1e-6
+    sites = json.loads(text)["sites"]
+    assert code == 0 and {s["rank"] for s in sites} == {4} and max(s["error"] for s in sites) < 1e-6
+    assert len({s["site"] for s in sites}) == len(sites) and text.count(sites[0]["site"]) == 1, "every place once"
 
 
 def test_forms_that_need_their_model(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
@@ -145,17 +147,66 @@ def test_mistakes_are_one_line(capsys: Any, made: dict[str, str], tmp_path: Path
         ([made["a"], a], "is adapters and"),
         ([a, str(tmp_path)], "neither an adapter nor a model"),
         (["/no/such"], "does not exist"),
+        (["/no/such[a,b]"], "'/no/such[a,b]' does not exist"),
         ([made["a"], made["b"], "--base", base], "--base says nothing to a merge of adapters"),
         ([a, "--source-rank", "3"], "--source-rank says nothing to a merge of whole models"),
         ([str(tmp_path / "m.yaml"), "--method", "ties"], "--method says nothing to a merge of a mergekit file"),
         ([made["a"], made["b"], "--weights", "1,x"], "numbers with commas"),
         ([made["a"], made["b"], "--weights", "1"], "1 numbers for 2 sources"),
+        ([made["a"], made["b"], "--weights", "nan,1"], "finite numbers; it got 'nan,1'"),
+        ([made["a"], made["a"]], "is given twice"),
+        ([made["a"], made["a"] + "/"], "is given twice"),
+        ([made["a"], made["b"], "--method", "ties", "--set", "density=1.5"], "it got 1.5"),
+        ([made["a"], made["b"], "--method", "dare_ties", "--set", "density=0"], "it got 0"),
+        ([made["a"], made["b"], "--method", "greedy_soup"], "give that data with --score-data"),
+        ([made["a"], made["b"], "--method", "greedy_soup", "--score-data", "x"], "give it with --model"),
+        ([made["a"], made["b"], "--method", "ties", "--score-data", "x"], "asks no score"),
+        ([made["a"], made["b"], "--method", "ties", "--score", "accuracy"], "--score says nothing to the merge 'ties'"),
+        (
+            [made["a"], made["b"], "--model", made["base"], "--method", "greedy_soup", "--score-data", "x", "--weights", "1,2"],
+            "finds its weights itself",
+        ),
         ([made["a"], made["b"], "--set", "seed=3"], "no option of a method"),
         ([made["a"], made["b"], "--set", "density"], "option=value"),
         ([made["a"], made["b"], "--method", "tiees"], "did you mean 'ties'"),
         ([made["a"], "--into-base"], "give it with --model"),
-        ([a, a, "--method", "ties"], "works on changes from a base"),
+        ([a, base, "--method", "ties"], "works on changes from a base"),
     ):
         code, text, err = call(capsys, "merge", *args, "--out", str(tmp_path / "no"))
         assert code == 2 and says in err and err.count("\n") <= 2, (args, text, err)
     assert not (tmp_path / "no").exists()
+    for to, says in ((made["a"], "not an empty folder"), (str(tmp_path / "m.yaml" / "x"), "m.yaml is a file")):
+        before = {p: p.read_bytes() for p in Path(made["a"]).iterdir()}
+        code, _, err = call(capsys, "merge", made["a"], made["b"], "--out", to)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert before == {p: p.read_bytes() for p in Path(made["a"]).iterdir()}, "nothing is lost"
+
+
+def test_a_soup_is_chosen_by_held_out_text(capsys: Any, tmp_path: Path) -> None:
+    """On the shipped base: one source that helps (nothing changed), one that ruins it."""
+    from rankwise import assets
+
+    net, _ = assets.load_base()
+    for name, size in (("good", 0.0), ("bad", 0.3)):
+        adapter = rw.attach(net, {"r": 2, "targets": ["q_proj"]})
+        with torch.no_grad():
+            for p in adapter.trainable_parameters():
+                p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        adapter.save(tmp_path / name)
+        adapter.detach()
+    (tmp_path / "held.txt").write_text("def add(a, b):\n    return a + b\n" * 8)
+    args = ["merge", str(tmp_path / "bad"), str(tmp_path / "good"), "--model", "base", "--score-data", str(tmp_path / "held.txt")]
+    code, text, err = call(
+        capsys, *args, "--method", "greedy_soup", "--score", "bits_per_byte", "--out", str(tmp_path / "g"), "--json"
+    )
+    assert code == 0, err
+    told = json.loads(text)
+    alone = told["score"]["sources"]
+    assert told["weights"] == [0.0, 1.0] and told["score"]["merged"] == alone[str(tmp_path / "good")] < alone[str(tmp_path / "bad")]
+    code, text, err = call(capsys, *args, "--method", "learned_soup", "--set", "epochs=3", "--out", str(tmp_path / "l"))
+    assert code == 0 and "loss on" in text and "merged" in text, err
+    code, text, err = call(capsys, *args, "--method", "learned_soup", "--out", str(tmp_path / "l2"), "--json")
+    bad, good = json.loads(text)["weights"]
+    assert good > 0.6 and abs(good + bad - 1) < 1e-6
+    code, _, err = call(capsys, *args, "--method", "greedy_soup", "--score", "accuracy", "--out", str(tmp_path / "no"))
+    assert code == 2 and "scored by loss, perplexity, bits_per_byte" in err and not (tmp_path / "no").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
+from rich.markup import escape
 
 from rankwise.cli import common
 from rankwise.errors import RankwiseError
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, standalone_mode=False)
     except RankwiseError as error:
-        common.err.print(f"[bold red]rankwise:[/] {error}", highlight=False, soft_wrap=True)
+        common.err.print(f"[bold red]rankwise:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            common.err.print(f"[bold red]rankwise:[/] {error.format_message()}", highlight=False, soft_wrap=True)
+            common.err.print(f"[bold red]rankwise:[/] {escape(error.format_message())}", highlight=False, soft_wrap=True)
             sys.exit(2)
         raise
 

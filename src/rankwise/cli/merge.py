@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.common import _value, emit_json, err, load_model, out, table
+from rankwise.cli.common import _value, err, load_model, out
+from rankwise.cli.merge_report import folded, models_told, state_told
 from rankwise.errors import OptionError
 
+#: options of a merge of whole models, whatever the method
+_FILES = {"missing", "vocabulary", "untie", "on"}
 #: what --set may not reach: it has a flag of its own, or is the verb's affair
-_TAKEN = {"seed", "force", "progress", "dtype", "base", "weights", "out", "method", "folders", "states", "shard_bytes"}
+_TAKEN = {"oracle", "seed", "force", "progress", "dtype", "base", "weights", "out", "method", "folders", "states", "shard_bytes"}
 
 
 def add(app: typer.Typer) -> None:
@@ -33,6 +37,8 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of random drops.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Whole models: float32, float16 or bfloat16; default the base's own.")] = None,
     source_rank: Annotated[int | None, typer.Option(help="Cut sources to this rank first (needed for DoRA and the like).")] = None,
+    score_data: Annotated[str | None, typer.Option("--score-data", help="Soups: held-out text or images that choose (a file, a folder, or a shipped domain).")] = None,
+    score: Annotated[str, typer.Option(help="Soups: loss, perplexity, bits_per_byte or accuracy on that data.")] = "loss",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge adapters into one, fold them into their base, merge whole models, or run a mergekit file.
@@ -45,31 +51,38 @@ def merge(
     kind = _kind(sources, model)
     given = {"--model": model, "--method": method, "--weights": weights, "--base": base, "--into-base": into_base or None, "--set": set or None,
              "--dtype": dtype, "--source-rank": source_rank}  # fmt: skip
+    given |= {"--score-data": score_data, "--score": score if score != "loss" else None}
     idle = {"yaml": {*given}, "models": {"--model", "--into-base", "--source-rank"}, "adapters": {"--base", "--dtype"}}[kind]
     if wrong := [f for f in given if f in idle and given[f] is not None]:
         raise OptionError(f"{wrong[0]} says nothing to a merge of {_NAMES[kind]}; leave it out.")
     options = _options(set or [])
     numbers = _numbers(weights, len(sources))
+    _fresh(to, sources)
+    if kind != "yaml":
+        method = method or ("average" if kind == "models" else "cat")
+        _scored(method, kind, options, score_data, score, numbers, model)
     if kind == "yaml":
         from rankwise.merge.mergekit import merge_yaml
 
         with _bar("tensors") as tick:
-            _told(merge_yaml(sources[0], to, seed=seed, force=force, progress=tick), json)
+            report = merge_yaml(sources[0], to, seed=seed, force=force, progress=tick)
+        models_told(report, json)
     elif kind == "models":
         from rankwise.merge.checkpoints import merge_checkpoints
         from rankwise.merge.mergekit import _dtype
 
         with _bar("tensors") as tick:
             report = merge_checkpoints(
-                sources, to, method or "average", numbers, base, seed=seed, force=force, progress=tick, dtype=_dtype(dtype), **options
+                sources, to, method, numbers, base, seed=seed, force=force, progress=tick, dtype=_dtype(dtype), **options
             )  # fmt: skip
-        _told(report, json)
+        models_told(report, json)
     elif model is None:
         if into_base:
             raise OptionError("--into-base folds into a model; give it with --model.")
-        _without_model(sources, to, method or "cat", numbers, options, seed, force, source_rank, json)
+        _without_model(sources, to, method, numbers, options, seed, force, source_rank, json)
     else:
-        _with_model(sources, model, to, method or "cat", numbers, options, seed, force, source_rank, into_base, json)
+        held = (score_data, score) if score_data is not None else None
+        _with_model(sources, model, to, method, numbers, options, seed, force, source_rank, into_base, json, held)
 
 
 _NAMES = {"yaml": "a mergekit file", "models": "whole models", "adapters": "adapters"}
@@ -121,9 +134,44 @@ def _numbers(weights: str | None, sources: int) -> list[float] | None:
         given = [float(w) for w in weights.split(",")]
     except ValueError as error:
         raise OptionError(f"--weights takes numbers with commas between; it got {weights!r}.") from error
+    if not all(map(math.isfinite, given)):
+        raise OptionError(f"--weights takes finite numbers; it got {weights!r}.")
     if len(given) != sources:
         raise OptionError(f"--weights has {len(given)} numbers for {sources} sources; give one each.")
     return given
+
+
+def _fresh(to: str, sources: Sequence[str]) -> None:
+    """Refuse a folder that holds something, and a source that comes twice; before any work."""
+    path = Path(to)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OptionError(f"--out {to} exists and is not an empty folder; give a new one.")
+    if above := next((p for p in path.absolute().parents if p.exists() and not p.is_dir()), None):
+        raise OptionError(f"--out {to} cannot be made: {above} is a file; give another place.")
+    seen: dict[Path, str] = {}
+    for s in sources:
+        if (was := seen.setdefault(Path(s).resolve(), s)) is not s or sources.count(s) > 1:
+            raise OptionError(f"{was!r} is given twice; give each source once, and what it shall count with --weights.")
+
+
+def _scored(method: str, kind: str, options: Mapping[str, Any], data: str | None, score: str, weights: Any, model: str | None) -> None:  # fmt: skip
+    """Whether the method is chosen by a score, and whether what that needs was given; before any work."""
+    from rankwise.catalogue import make
+
+    own = {k: v for k, v in options.items() if kind != "models" or k not in _FILES}
+    needs = make("merge", method, **own).needs_oracle
+    if not needs and (data is not None or score != "loss"):
+        raise OptionError(
+            f"--score{'-data' if data is not None else ''} says nothing to the merge {method!r}, which asks no score; leave it out, or choose greedy_soup or learned_soup."
+        )
+    if needs and data is None:
+        raise OptionError(
+            f"The merge {method!r} is chosen by a score on held-out data; give that data with --score-data (text or images that nothing was trained on)."
+        )
+    if needs and weights is not None:
+        raise OptionError(f"The merge {method!r} finds its weights itself; leave --weights out.")
+    if needs and kind == "adapters" and model is None:
+        raise OptionError(f"The merge {method!r} scores the adapters on their base; give it with --model.")
 
 
 @contextlib.contextmanager
@@ -151,19 +199,19 @@ def _without_model(
     with _bar("places", len({n for f in found for n in f.sites})) as tick:
         state = merge_states(found, weights, method, seed=seed, progress=tick, **options)
     export_merged(to, state, found)
-    _state_told(state, method, to, json)
+    state_told(state, method, to, json)
 
 
 def _with_model(
     folders: Sequence[str], model: str, to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None,
-    into_base: bool, json: bool,
+    into_base: bool, json: bool, held: tuple[str, str] | None,
 ) -> None:  # fmt: skip
     """Read with the base at hand, so that any form may come; saved natively, or folded in."""
     import rankwise as rw
     from rankwise.merge import attach_state, merge_states, read_state
 
     net, tokenizer = load_model(model)
-    state = None
+    state = judge = None
     if len(folders) == 1 and source_rank is None and weights is None and not options and method == "cat":
         adapter = rw.load(net, folders[0], name="merged")
     else:
@@ -173,66 +221,35 @@ def _with_model(
                 states.append(read_state(net, f, rank=source_rank))
                 tick(f)
         with _bar("places", len({n for s in states for n in s.sites})) as tick:
-            state = merge_states(states, weights, method, seed=seed, progress=tick, **options)
+            judge = None if held is None else _oracle(net, tokenizer, *held)
+            state = merge_states(states, weights, method, seed=seed, progress=tick, oracle=judge, **options)
+        if judge is not None and held is not None:
+            _judged(judge, folders, states, state, held)
         adapter = attach_state(net, state)
     if not into_base:
         adapter.save(to)
         if state is None:
             out.print(f"wrote {to}: {adapter}", highlight=False)
         else:
-            _state_told(state, method, to, json)
+            state_told(state, method, to, json)
         return
     report = adapter.merge(force=force)
     write_merged(net, tokenizer, to)
-    _folded(report, state, method, to, json)
+    folded(report, state, method, to, json)
 
 
-def _state_told(state: Any, method: str, to: str, json: bool) -> None:
-    ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
-    if json:
-        emit_json({"out": to, **state.meta, "ranks": ranks})
-        return
-    out.print(f"wrote {to}: {len(ranks)} places, rank {_span(ranks.values())}", highlight=False)
-    _losses(state.meta, method)
+def _oracle(net: Any, reader: Any, data: str, score: str) -> Any:
+    from rankwise.cli.compare import texts_of
+    from rankwise.merge.held_out import held_out
+
+    source: Any = data if Path(data).exists() else [{"text": t} for t in texts_of(data)[1]]
+    return held_out(net, reader, source, score).oracle(net)
 
 
-def _losses(meta: Mapping[str, Any], method: str) -> None:
-    for key, what in (("errors", "from the weighted sum"), ("truncation", "lost by cutting to a rank")):
-        if meta[key]:
-            worst = max(meta[key], key=meta[key].__getitem__)
-            mean = sum(meta[key].values()) / len(meta[key])
-            out.print(f"{method}: {meta[key][worst]:.3g} {what} at most ({worst}), {mean:.3g} in the mean", highlight=False)
-
-
-def _span(values: Any) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}–{high}"
-
-
-def _folded(report: Any, state: Any, method: str, to: str, json: bool) -> None:
-    worst = report.worst
-    rows = sorted(report.sites, key=lambda s: -s.error)
-    if json:
-        emit_json(
-            {
-                "out": to, "logit_gap": report.logit_gap, "forced": report.forced,
-                "sites": [{"site": s.site, "change": s.change, "rounded_away": s.error} for s in rows],
-                **({} if state is None else state.meta),
-            }
-        )  # fmt: skip
-        return
-    if state is not None:
-        _losses(state.meta, method)
-    if worst.error > 1e-3:  # a base of few bits: what each place lost
-        shown = [(s.site, s.change, f"{s.error:.1%}") for s in rows[:10]]
-        table("Storing rounded away", ["place", "‖ΔW‖/‖W‖", "of the change"], shown, right=["‖ΔW‖/‖W‖", "of the change"])
-    if report.forced:
-        out.print("a check failed; kept all the same, as --force says", highlight=False)
-    gap = "not probed" if report.logit_gap is None else f"{report.logit_gap:.1e} of the largest"
-    out.print(
-        f"wrote {to}; logits before and after differ by {gap}; largest rounding {worst.error:.1e} of the change at {worst.site}",
-        highlight=False,
-    )
+def _judged(judge: Any, folders: Sequence[str], states: Sequence[Any], merged: Any, held: Any) -> None:
+    """What each source scored alone and what their soup scores, into the report."""
+    plain = type(merged)(merged.sites)
+    merged.meta["score"] = {"of": held[1], "data": held[0], "merged": judge.score(plain), "sources": {f: judge.score(s) for f, s in zip(folders, states, strict=True)}}  # fmt: skip
 
 
 def write_merged(model: Any, tokenizer: Any, to: str) -> None:
@@ -257,24 +274,3 @@ def _reversible(conversion: Any) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-# --- whole models ----------------------------------------------------------------------------------------------
-def _told(report: Any, json: bool) -> None:
-    if json:
-        emit_json(
-            {
-                "out": str(report.path),
-                "method": report.method,
-                "errors": report.errors,
-                "moved": report.moved,
-                "copied": report.copied,
-            }
-        )
-        return
-    copied = f", {len(report.copied)} copied" if report.copied else ""
-    out.print(f"wrote {report.path}: {len(report.errors)} tensors merged{copied}", highlight=False)
-    for found, what in ((report.errors, "from the weighted sum"), (report.moved, "from the base")):
-        if found:
-            worst = max(found, key=found.__getitem__)
-            out.print(f"{report.method}: {found[worst]:.3g} {what} at most ({worst})", highlight=False)

@@ -63,7 +63,9 @@ def merge_checkpoints(
     on = on or rule.works_on
     one_of(name, "on", on, ("changes", "weights"))
     if on == "changes" and base is None:
-        raise OptionError(f"The merge {name!r} works on changes from a base model; give the folder of that base (base=…).")
+        raise OptionError(
+            f"The merge {name!r} works on changes from a base model; give the folder of that base (--base, or base=)."
+        )
     sources = [Checkpoint(f) for f in folders]
     origin = Checkpoint(base) if base is not None else None
     everyone = [*([origin] if origin else []), *sources]
@@ -88,7 +90,7 @@ def same_ties(checkpoints: Sequence[Checkpoint], untie: bool) -> bool:
     if not untie or head is None:
         which = {c.folder.name: "tied" if c.tied else "untied" for c in checkpoints}
         raise MergeError(
-            f"Some of these models tie their output to the embedding and some do not: {which}; untie=True merges both ends."
+            f"Some of these models tie their output to the embedding and some do not: {which}; the option untie=true merges both ends."
         )
     for c in checkpoints:
         if c.tied and (embedding := c.first(EMBEDDING)):
@@ -113,7 +115,7 @@ class Aligned:
             if getattr(self, option) not in among:
                 raise OptionError(f"{option} is one of {', '.join(among)}; it got {getattr(self, option)!r}.")
         if self.missing == "zero" and self.on != "changes":
-            raise OptionError("missing='zero' counts a source as unchanged, which needs a method that works on changes.")
+            raise OptionError("missing=zero counts a source as unchanged, which needs a method that works on changes.")
 
     def job(self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]) -> Job:
         """The job of one tensor of the result from each source's (checkpoint, its name there)."""
@@ -125,7 +127,7 @@ class Aligned:
         lacking = [c.folder.name for c, n in [*([base] if base else []), *sources] if n not in c.table]
         if lacking and self.missing == "refuse":
             raise MergeError(
-                f"{', '.join(sorted(set(lacking)))} has no {name!r}, which {lead.folder.name} has; missing='copy' takes it over unmerged."
+                f"{', '.join(sorted(set(lacking)))} has no {name!r}, which {lead.folder.name} has; the option missing=copy takes it over unmerged."
             )
         copy = bool(lacking) and (self.missing == "copy" or (base is not None and base[1] not in base[0].table))
         if not dtype.is_floating_point and not lacking:
@@ -143,7 +145,7 @@ class Aligned:
         resized = mine[1:] == shape[1:] and mine[0] == c.vocabulary and shape[0] == lead.vocabulary
         if not resized or self.vocabulary == "refuse":
             why = (
-                "their vocabularies differ; vocabulary='base' keeps the rows of the first, if token numbers mean the same"
+                "their vocabularies differ; the option vocabulary=base keeps the rows of the first, if token numbers mean the same"
                 if resized
                 else "they are of different architectures"
             )

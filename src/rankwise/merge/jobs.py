@@ -41,7 +41,10 @@ class Job:
 
 @dataclasses.dataclass
 class CheckpointReport:
-    """What a merge did, by tensor: ``errors`` ‖merged − Σ w·x‖/‖Σ w·x‖, ``moved`` ‖result − base‖/‖base‖ where there is one."""
+    """What a merge did, by tensor: ``errors`` ‖merged − Σ w·x‖/‖Σ w·x‖, ``moved`` ‖result − base‖/‖base‖ where there is one.
+
+    ``weights``: those used, one a source or by tensor; ``score``: of a soup, what it was chosen by.
+    """
 
     path: Path
     method: str
@@ -49,6 +52,8 @@ class CheckpointReport:
     moved: dict[str, float] = dataclasses.field(default_factory=dict)
     copied: list[str] = dataclasses.field(default_factory=list)
     changed: bool = False
+    weights: Any = None
+    score: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write(
