@@ -139,6 +139,13 @@ def test_refusals(args: list[str], says: str, adapter: Path, tmp_path: Path, cap
     assert code == 2 and says in err and "Traceback" not in err and not (tmp_path / "o").exists()
 
 
+def test_blocks_are_coded_too(tmp_path: Path, capsys: Any) -> None:
+    model, _ = assets.load_base()
+    rw.attach(model, rw.Recipe(form="bottleneck", targets=["self_attn"])).save(tmp_path / "b")
+    code, text, err = call(capsys, "convert", str(tmp_path / "b"), *BASE, "--codec", "intk", "--out", str(tmp_path / "c"))
+    assert code == 0 and "times smaller" in text and "relative error" not in text, err
+
+
 def test_residual_starts_stay_and_whole_weights_are_refused(tmp_path: Path) -> None:
     model, _ = assets.load_base()
     here = rw.load(model, made(tmp_path / "p", init="pissa"), name="p")

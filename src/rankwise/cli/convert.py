@@ -158,10 +158,11 @@ def write(net: Any, loaded: Any, to: str, named: dict[str, Any], reference: str 
     with tempfile.TemporaryDirectory() as folder:
         plain = loaded.save(folder).stat().st_size
     path = save_coded(loaded, to, named, reference=reference)
-    was = {n: loaded.delta(n) for n in loaded.sites}
+    # a wrapped block (bottleneck) is no change of a weight, so it has no such error
+    was = {n: loaded.delta(n) for n, d in loaded.sites.items() if d.site.spec.mode != "block"}
     loaded.detach()
     back = rw.load(net, to, name="coded", reference=reference)
-    errors = {n: _distance(was[n], back.delta(n), d.site) for n, d in back.sites.items()}  # dense one place at a time
+    errors = {n: _distance(was[n], back.delta(n), d.site) for n, d in back.sites.items() if n in was}  # dense one place at a time
     back.detach()
     return {
         "path": str(path), "codec": named, "bytes": path.stat().st_size, "native": plain, "fp32": 4 * numel, "bf16": 2 * numel, "errors": errors,
@@ -191,6 +192,8 @@ def show(report: dict[str, Any], json: bool) -> None:
         soft_wrap=True,
     )
     errors = report["errors"]
+    if not errors:
+        return
     worst = max(errors, key=errors.__getitem__)
     out.print(
         f"relative error of ΔW over {len(errors)} places: mean {sum(errors.values()) / len(errors):.3g}, largest {errors[worst]:.3g} ({worst})",
