@@ -2,9 +2,9 @@
 
 The assistant's part is found in the *text* that the chat template makes, as spans of characters, and carried over to
 tokens by their offsets: by the template's ``{% generation %}`` markers where it has them, else by rendering each
-conversation's beginning and checking that the whole begins with it.  transformers' own mask is not used: a span that
-begins or ends with a space finds no token under tokenizers that trim offsets, and then it drops the rest of the
-conversation from the loss, or adds the user's turns to it (seen in 5.23).
+conversation's beginning and checking that the whole begins with it.  transformers' own mask is not used: in some of its
+versions (5.23) a span that begins or ends with a space finds no token under tokenizers that trim offsets, and then it
+drops the rest of the conversation from the loss, or adds the user's turns to it.
 """
 
 from __future__ import annotations
