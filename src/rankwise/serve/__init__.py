@@ -1,0 +1,1 @@
+"""Thousands of adapters served over one base, and trained beside it."""

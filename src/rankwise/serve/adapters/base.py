@@ -1,0 +1,80 @@
+"""What is known of an adapter before its numbers are read, and what the engine holds of it once they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rankwise.serve.ops.base import Pairs
+
+#: Δy of one segment at one module from the module's input x: n×in and the base's output y without bias: n×out
+Loose = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Manifest:
+    """An adapter or a mix, resolved: enough to queue, price and identify it.
+
+    Attributes:
+        digest: SHA-256 of what decides its outputs (content, weights of a mix); the identity everywhere else.
+        name: how it was asked for; several names may have one digest.
+        rank: of the widest module; ``cells``: ⌈rank/8⌉.
+        nbytes: host bytes once prepared.
+        exact: False where it was lowered; ``error`` is then the largest relative error of a module.
+        parts: of a mix, (digest, weight) in order.
+    """
+
+    digest: str
+    name: str
+    source: str
+    kind: str
+    rank: int
+    cells: int
+    nbytes: int
+    exact: bool = True
+    error: float = 0.0
+    parts: tuple[tuple[str, float], ...] = ()
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """An adapter's numbers, ready for a slot.
+
+    Attributes:
+        pairs: group → per module (A with the scale in it, B), for :class:`~rankwise.serve.ops.base.Cells`.
+        loose: module → changes that are no pair (columns, scales, gated mixtures …), in the order in which they add up.
+        whole: parameter → tensor that stands in for the base's on this adapter's rows (a head, an embedding).
+    """
+
+    manifest: Manifest
+    pairs: Mapping[str, Pairs]
+    loose: Mapping[str, tuple[Loose, ...]] = dataclasses.field(default_factory=dict)
+    whole: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class AdapterSource(Protocol):
+    """Where adapters come from (a folder of folders, a hub, an object store, memory)."""
+
+    def names(self) -> list[str]:
+        """Every name it can resolve now."""
+        ...
+
+    def resolve(self, name: str) -> Manifest:
+        """Read the header only.
+
+        Raises:
+            UnknownAdapter, AdapterRefused: no such adapter; one that this base cannot serve.
+        """
+        ...
+
+    def fetch(self, manifest: Manifest) -> Served:
+        """Read and prepare the numbers; every value finite, every tensor mapped.
+
+        Raises:
+            AdapterRefused: damaged since it was resolved, or not servable.
+        """
+        ...
