@@ -1,0 +1,207 @@
+"""Linear modules of a served model: products with packed weights, shared inputs multiplied once, changes added.
+
+Each linear of the model gets a :class:`Hook` as its ``forward``.  Modules that share an input run as one product with
+their weights laid together: the first one called computes all and leaves the slices for the others, which are told
+apart by the input being the very same object.  Outside a step (no plan on this thread) a module is its plain self.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.forms.packed import PACKED, choose, packable
+from rankwise.serve.adapters.base import Loose
+from rankwise.serve.ops.base import DeltaOp, Group
+from rankwise.serve.plan import HERE, Segment
+
+
+@dataclasses.dataclass(slots=True)
+class Changes:
+    """What acts on the rows of one product in this step.
+
+    Attributes:
+        op: the delta operator, begun for this step; ``groups``: names of the groups that an acting adapter touches.
+        loose: module → (segment, changes) to run one by one.
+        whole: parameter → (segment, tensor) that stands in for the base's.
+    """
+
+    op: DeltaOp | None = None
+    groups: frozenset[str] = frozenset()
+    loose: Mapping[str, Sequence[tuple[Segment, tuple[Loose, ...]]]] = dataclasses.field(default_factory=dict)
+    whole: Mapping[str, Sequence[tuple[Segment, Tensor]]] = dataclasses.field(default_factory=dict)
+
+
+NOTHING = Changes()
+
+
+@dataclasses.dataclass(slots=True)
+class Acting:
+    """The changes of the running step: of its packed tokens, and of the rows whose logits are wanted (the head's)."""
+
+    body: Changes = dataclasses.field(default_factory=lambda: NOTHING)
+    head: Changes = dataclasses.field(default_factory=lambda: NOTHING)
+
+
+class Bundle:
+    """Modules that share an input, and their product, made once for all of them.
+
+    Args:
+        rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
+    """
+
+    def __init__(self, group: Group, modules: Sequence[nn.Module], rows: int = 16, pack: bool | None = None):
+        self.group = group
+        self.plain = [m.forward for m in modules]
+        self.bias = [b if isinstance(b := getattr(m, "bias", None), Tensor) else None for m in modules]
+        self.packed: Tensor | None = None
+        self.together = False
+        self.key: Tensor | None = None
+        self.flat: Tensor
+        self.ys: list[Tensor | None] = []
+        self.v: Tensor | None = None
+        if all(type(m) is nn.Linear for m in modules):
+            self._pack(modules, rows, pack)
+
+    @torch.no_grad()
+    def _pack(self, modules: Sequence[nn.Module], rows: int, pack: bool | None) -> None:
+        weights = [m.weight.detach() for m in modules]
+        if not all(packable(w) for w in weights):
+            return
+        wanted = choose(weights[0], torch.float32, rows, training=False).kind == PACKED if pack is None else pack
+        if not wanted:
+            return
+        # only the packed copy of the weights laid together is kept: the model's own tensors stay what they are
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
+        biases = [torch.zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, self.bias, strict=True)]
+        self.joint_bias = torch.cat(biases) if any(b is not None for b in self.bias) else None
+        self.together = len(modules) > 1
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input as N×in; siblings are recognised by being handed the very same object."""
+        if self.key is not x:
+            self.key, self.v, self.ys = x, None, []
+            self.flat = x.reshape(-1, x.shape[-1])
+        return self.flat
+
+    def product(self, x: Tensor, j: int) -> Tensor:
+        """The base's output of module ``j``, N×out, to be changed in place by the caller."""
+        flat = self.enter(x)
+        if self.packed is None:
+            return self.plain[j](x).reshape(flat.shape[0], -1)
+        if not self.together:
+            return self._run(flat)
+        if not self.ys or self.ys[j] is None:  # the second: a module called again with the same object
+            self.ys = list(self._run(flat).split(self.group.outs, -1))
+        y = self.ys[j]
+        assert y is not None
+        self.ys[j] = None
+        return y
+
+    def _run(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.joint_bias, "none", [], "")
+
+    def shrunk(self, op: DeltaOp) -> Tensor:
+        if self.v is None:
+            self.v = op.shrink(self.group, self.flat)
+        return self.v
+
+    def forget(self) -> None:
+        """Let the step's tensors go."""
+        self.key, self.v, self.ys = None, None, []
+
+
+class Hook:
+    """The forward of one called module in a served model."""
+
+    def __init__(self, path: str, bundle: Bundle, j: int, acting: Acting, *, head: bool = False):
+        self.path, self.bundle, self.j, self.acting, self.head = path, bundle, j, acting, head
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bundle = self.bundle
+        if HERE.plan is None or not x.numel():  # the head, in a step that ends no prompt
+            return bundle.plain[self.j](x)
+        y = bundle.product(x, self.j)
+        changes = self.acting.head if self.head else self.acting.body
+        if changes is not NOTHING:
+            self._change(y, changes)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _change(self, y: Tensor, changes: Changes) -> None:
+        bundle, path = self.bundle, self.path
+        x, bias = bundle.flat, bundle.bias[self.j]
+        for seg, weight in changes.whole.get(f"{path}.weight", ()):
+            rows = slice(seg.start, seg.end)
+            y[rows] = nn.functional.linear(x[rows], weight.to(x.dtype), bias)
+        for seg, offset in changes.whole.get(f"{path}.bias", ()):
+            y[seg.start : seg.end] += offset.to(y.dtype) - (0 if bias is None else bias)
+        added = []
+        for seg, loose in changes.loose.get(path, ()):  # every change sees the base's own output
+            rows = slice(seg.start, seg.end)
+            base = y[rows] if bias is None else y[rows] - bias
+            added.append((rows, sum(fn(x[rows], base) for fn in loose)))
+        if changes.op is not None and bundle.group.name in changes.groups:
+            changes.op.expand(bundle.group, self.j, bundle.shrunk(changes.op), y)
+        for rows, change in added:
+            y[rows] += change
+
+
+class EmbeddingHook:
+    """The forward of the input embedding: an adapter's whole table on its rows, or a change of it."""
+
+    def __init__(self, path: str, module: nn.Module, acting: Acting):
+        self.path, self.plain, self.acting = path, module.forward, acting
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        y = self.plain(ids)
+        changes = self.acting.body
+        if HERE.plan is None or changes is NOTHING:
+            return y
+        flat, out = ids.reshape(-1), y.reshape(-1, y.shape[-1])
+        for seg, table in changes.whole.get(f"{self.path}.weight", ()):
+            rows = slice(seg.start, seg.end)
+            # a module may rescale what it looks up (Gemma): its own forward on the adapter's table
+            out[rows] = _looked_up(self.plain, table, flat[rows])
+        for seg, loose in changes.loose.get(self.path, ()):
+            rows = slice(seg.start, seg.end)
+            base = out[rows]
+            out[rows] = base + sum(fn(flat[rows], base) for fn in loose)
+        return out.view_as(y)
+
+
+def _looked_up(plain: Callable[[Tensor], Tensor], table: Tensor, ids: Tensor) -> Tensor:
+    module: nn.Module = plain.__self__  # type: ignore[attr-defined]
+    return torch.func.functional_call(_Plain(plain), {"inner.weight": table.to(module.weight.dtype)}, (ids,))
+
+
+class _Plain(nn.Module):
+    """A module's own forward, whatever hook stands in for it."""
+
+    def __init__(self, plain: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.inner: nn.Module = plain.__self__  # type: ignore[attr-defined]
+        self.plain = plain
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.plain(ids)
+
+
+def hook_model(
+    model: nn.Module, groups: Sequence[Group], acting: Acting, *, rows: int = 16, pack: bool | None = None
+) -> list[Bundle]:
+    """Hook every module of ``groups`` and the input embedding; returns the bundles."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    bundles = []
+    for g in groups:
+        modules = [model.get_submodule(p) for p in g.modules]
+        bundle = Bundle(g, modules, rows, pack)
+        for j, (path, m) in enumerate(zip(g.modules, modules, strict=True)):
+            m.forward = Hook(path, bundle, j, acting, head=m is head)  # type: ignore[assignment]
+        bundles.append(bundle)
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    path = next(n for n, m in model.named_modules() if m is table)
+    table.forward = EmbeddingHook(path, table, acting)
+    return bundles

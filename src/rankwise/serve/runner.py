@@ -1,0 +1,184 @@
+"""A model that runs packed steps: unmodified transformers modelling code, hooked linears, paged attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import AttachError
+from rankwise.serve.adapters.base import Served
+from rankwise.serve.attention import paged
+from rankwise.serve.hooks import NOTHING, Acting, Changes, hook_model
+from rankwise.serve.ops.base import Cells, DeltaOp, Group
+from rankwise.serve.plan import BASE, Role, Segment, Span, TokenPlan, make_plan, planned
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """What a slot holds: its cells, and the adapter whose numbers are in them."""
+
+    cells: tuple[int, ...]
+    served: Served
+
+
+class Runner(Protocol):
+    """One step of a plan to the logits of its sample rows."""
+
+    page: int
+
+    def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
+        """(S, vocabulary) fp32, in the order of ``plan.sample_rows``."""
+        ...
+
+
+class NativeRunner:
+    """Runs a causal language model of transformers on packed rows.
+
+    Args:
+        model: in evaluation mode; its linears and attention are taken over for good (load it afresh to use it elsewhere).
+        groups: the modules that adapters may change, by shared input.
+        cells: their numbers; ``op``, ``head_op``: two operators of one sort on these cells (packed tokens, sample rows).
+        blocks, page: size of the key-value cache in blocks of ``page`` tokens.
+        rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
+
+    Raises:
+        AttachError: a model whose packed steps do not give its own logits (recurrent layers, attention of its own sort).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        cells: Cells,
+        op: DeltaOp,
+        head_op: DeltaOp,
+        *,
+        blocks: int,
+        page: int = 16,
+        rows: int = 16,
+        pack: bool | None = None,
+    ):
+        self.model = model.eval()
+        self.page = page
+        self.cells, self.op, self.head_op = cells, op, head_op
+        self.groups = {g.name: g for g in groups}
+        self.acting = Acting()
+        expected = _own_logits(model)
+        self.head_groups = _groups_of_head(model, groups)
+        self.bundles = hook_model(model, groups, self.acting, rows=rows, pack=pack)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.store = paged.KvStore(blocks, page, dtype)
+        paged.install(model)
+        self._narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._check(expected)
+
+    def _check(self, expected: Tensor) -> None:
+        """Two chunks of one probe beside another request must give the model's own logits, or nothing is served."""
+        n, page = expected.shape[0], self.page
+        ids = _probe_ids(self.model, n)
+        blocks = tuple(range(-(-n // page)))
+        other = tuple(range(len(blocks), 2 * len(blocks)))
+        cut = n // 2
+        first = [Span("p", ids[:cut], 0, blocks, BASE, Role.PREFILL, cut), Span("q", ids, 0, other, BASE, Role.PREFILL, n)]
+        one = self.run(make_plan(first, page), {})
+        two = self.run(make_plan([Span("p", ids[cut:], cut, blocks, BASE, Role.PREFILL, n - cut)], page), {})
+        got = torch.cat([one[:cut], two])
+        tolerance = 1e-3 if expected.dtype == torch.float32 and self.store.dtype == torch.float32 else 5e-2
+        for what in (got, one[cut:]):
+            gap = float((what - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            if not gap <= tolerance:
+                raise AttachError(
+                    f"{type(self.model).__name__} computes other logits in packed steps (off by {gap:.1e} of the largest): "
+                    "some layer of it mixes tokens outside the attention interface, so it cannot be served."
+                )
+
+    @torch.inference_mode()
+    def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
+        """(S, vocabulary) fp32 logits of the sample rows, in order."""
+        used = {s.slot for s in plan.segments}
+        self.acting.body = self._changes(plan.segments, plan, slots, self.op, used)
+        self.acting.head = self._head_changes(plan, slots, used)
+        kwargs = {"logits_to_keep": plan.sample_rows} if self._narrow else {}
+        try:
+            with planned(plan), paged.attending(paged.Step(plan), self.store):
+                out = self.model(input_ids=plan.tokens[None], position_ids=plan.positions[None], use_cache=False, **kwargs).logits[
+                    0
+                ]
+        finally:
+            for b in self.bundles:
+                b.forget()
+            self.acting.body = self.acting.head = NOTHING
+        return (out if self._narrow else out[plan.sample_rows]).float()
+
+    def _changes(
+        self, segments: Sequence[Segment], plan: TokenPlan, slots: Mapping[int, Slot], op: DeltaOp, used: set[int]
+    ) -> Changes:
+        if not used:
+            return NOTHING
+        groups = frozenset(name for s in used for name in slots[s].served.pairs)
+        if groups:
+            op.begin(plan, {s: slots[s].cells for s in used})
+        loose: dict[str, list] = {}  # type: ignore[type-arg]
+        whole: dict[str, list] = {}  # type: ignore[type-arg]
+        for seg in segments:
+            served = slots[seg.slot].served
+            for path, fns in served.loose.items():
+                loose.setdefault(path, []).append((seg, fns))
+            for name, t in served.whole.items():
+                whole.setdefault(name, []).append((seg, t))
+        return Changes(op if groups else None, groups, loose, whole)
+
+    def _head_changes(self, plan: TokenPlan, slots: Mapping[int, Slot], used: set[int]) -> Changes:
+        """The same for the head, which sees only the sample rows (all rows where the model cannot narrow them)."""
+        if not self._narrow:
+            return self.acting.body
+        touched = [s for s in used if self._touches_head(slots[s].served)]
+        if not touched:
+            return NOTHING
+        rows = _sample_plan(plan, set(touched))
+        return self._changes(rows.segments, rows, slots, self.head_op, {s.slot for s in rows.segments})
+
+    def _touches_head(self, served: Served) -> bool:
+        paths = {m for n in self.head_groups for m in self.groups[n].modules}
+        return (
+            any(n in served.pairs for n in self.head_groups)
+            or any(p in served.loose for p in paths)
+            or any(n.rpartition(".")[0] in paths for n in served.whole)
+        )
+
+
+def _sample_plan(plan: TokenPlan, slots: set[int]) -> TokenPlan:
+    """The sample rows of ``slots`` as a plan of their own (only what a delta operator reads of it)."""
+    segments: list[Segment] = []
+    at = 0
+    for s in plan.spans:
+        if s.slot in slots and s.samples:
+            if segments and segments[-1].slot == s.slot and segments[-1].end == at:
+                segments[-1] = Segment(s.slot, segments[-1].start, at + s.samples)
+            else:
+                segments.append(Segment(s.slot, at, at + s.samples))
+        at += s.samples
+    made = tuple(segments)
+    return dataclasses.replace(plan, segments=made, composition=made, cu_q=(0, at))
+
+
+def _groups_of_head(model: nn.Module, groups: Sequence[Group]) -> frozenset[str]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return frozenset(g.name for g in groups if any(model.get_submodule(p) is head for p in g.modules))
+
+
+def _probe_ids(model: nn.Module, n: int) -> tuple[int, ...]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(vocabulary, (n,), generator=g).tolist())
+
+
+@torch.inference_mode()
+def _own_logits(model: nn.Module, n: int = 40) -> Tensor:
+    """The plain model's logits of a probe, before anything is hooked."""
+    return model(input_ids=torch.tensor([_probe_ids(model, n)]), use_cache=False).logits[0].float()

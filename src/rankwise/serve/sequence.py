@@ -1,0 +1,56 @@
+"""One request inside the engine: its tokens, what of them is in the cache, and who listens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from rankwise.serve.adapters.base import Served
+from rankwise.serve.plan import BASE
+from rankwise.serve.sampler import SamplerState
+from rankwise.serve.sched.base import Job
+from rankwise.serve.types import Event, Request
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """A request and its state.
+
+    Attributes:
+        tokens: prompt and what was generated; ``computed`` of them have keys and values in ``blocks``.
+        chain: hash of the last full block that was entered in the index (its salt at first); ``full``: how many were.
+        fetched: the adapter's numbers, while they are being read and after.
+        reused: prompt tokens found in the index when it entered.
+    """
+
+    request: Request
+    emit: Callable[[Event], None]
+    job: Job
+    sampler: SamplerState
+    tokens: list[int]
+    chain: bytes
+    computed: int = 0
+    full: int = 0
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    slot: int = BASE
+    fetched: Future[Served] | None = None
+    reused: int = 0
+    last: float | None = None
+
+    @property
+    def prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt
+
+    @property
+    def pending(self) -> int:
+        """Tokens not in the cache: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.generated > 0 and self.pending == 1
