@@ -27,6 +27,7 @@ FOLDERS = {
     "merge": "rankwise.merge",
     "logits": "rankwise.merge",
     "codec": "rankwise.codecs",
+    "policy": "rankwise.serve.sched",
 }
 
 T = TypeVar("T", bound=type)

@@ -20,7 +20,7 @@ def add(app: typer.Typer) -> None:
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its page.")] = None,
-    kind: Annotated[str | None, typer.Option(help="form, init, router, budget, optimizer, loss, merge or codec.")] = None,
+    kind: Annotated[str | None, typer.Option(help="form, init, router, budget, optimizer, loss, merge, codec or policy.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print every page as one Markdown document.")] = False,
 ) -> None:

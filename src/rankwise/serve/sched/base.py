@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
+
+from rankwise.errors import OptionError
 
 
 class Verdict(enum.Enum):
@@ -29,6 +31,7 @@ class Job:
         arrival, deadline, started: seconds on the engine's clock (deadline: of the first token; None: none).
         adapter: digest or None for the base; ``resident``: it is in a slot now; ``cells``: what it takes.
         prompt: prompt tokens not yet in the cache index; ``bound``: most new tokens; ``generated`` so far.
+        ready: its adapter's numbers are on this host (an adapter that is still being read keeps nobody waiting).
     """
 
     id: str
@@ -42,13 +45,19 @@ class Job:
     deadline: float | None = None
     generated: int = 0
     started: float | None = None
+    ready: bool = True
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still make."""
+        return max(self.bound - self.generated, 0)
 
 
 @dataclasses.dataclass(slots=True)
 class State:
     """The engine as a policy sees it at an admission.
 
-    ``seconds(prompt_tokens)``: predicted time of the next step if that many prompt tokens joined it.
+    ``waiting`` is in order of arrival.  ``chunk``: most prompt tokens that join one step (0: no limit).
     """
 
     now: float
@@ -60,12 +69,23 @@ class State:
     free_cells: int
     step_seconds: float = 0.0
     seconds_per_prompt_token: float = 0.0
+    chunk: int = 0
+
+    def seconds(self, prompt_tokens: int) -> float:
+        """Predicted seconds until the first token of a request with that many prompt tokens, were it let in now."""
+        steps = -(-prompt_tokens // self.chunk) if self.chunk else 1
+        return max(steps, 1) * self.step_seconds + prompt_tokens * self.seconds_per_prompt_token
+
+    def adapters(self) -> set[str]:
+        """The adapters of the running batch (the base not among them)."""
+        return {j.adapter for j in self.running if j.adapter is not None}
 
 
 class Policy(Protocol):
     """One rule of admission.
 
     ``blocking``: a request that does not fit keeps those behind it waiting (strict order); otherwise they are tried.
+    It is read after each :meth:`order`, which may set it: a request that has waited too long is given what becomes free.
     """
 
     name: str
@@ -75,7 +95,9 @@ class Policy(Protocol):
         """The waiting jobs in the order in which they are to be tried (a subset where some must wait)."""
         ...
 
-    def verdict(self, job: Job, state: State) -> Verdict: ...
+    def verdict(self, job: Job, state: State) -> Verdict:
+        """What becomes of ``job`` now.  Asked at arrival too, before it is among ``state.waiting``."""
+        ...
 
     def admitted(self, job: Job, now: float) -> None:
         """``job`` has entered the running batch."""
@@ -86,3 +108,56 @@ class Policy(Protocol):
         ...
 
     def finished(self, job: Job, now: float) -> None: ...
+
+
+class Rule:
+    """Defaults of a policy: in order of arrival, everybody let in, nothing remembered."""
+
+    name = "rule"
+    blocking = False
+
+    def order(self, state: State) -> list[Job]:
+        return list(state.waiting)
+
+    def verdict(self, job: Job, state: State) -> Verdict:
+        return Verdict.ADMIT
+
+    def admitted(self, job: Job, now: float) -> None:
+        """Nothing is remembered."""
+
+    def stepped(self, produced: Mapping[str, int], jobs: Sequence[Job], now: float) -> None:
+        """Nothing is remembered."""
+
+    def finished(self, job: Job, now: float) -> None:
+        """Nothing is remembered."""
+
+
+def tried(policy: Policy, state: State, fits: Callable[[Job], bool]) -> Iterator[tuple[Job, Verdict]]:
+    """One admission: every job with what becomes of it, as the policy says and room allows.
+
+    ``fits`` is asked of a job the policy lets in, in order, and takes the room where it says yes.  Jobs that wait on are not named.
+    """
+    for job in policy.order(state):
+        verdict = policy.verdict(job, state)
+        if verdict is Verdict.ADMIT and not fits(job):
+            if policy.blocking:
+                return
+        elif verdict is not Verdict.DEFER:
+            yield job, verdict
+
+
+def oldest_first(order: Sequence[Job], state: State, max_wait: float) -> tuple[list[Job], bool]:
+    """``order`` with those that have waited ``max_wait`` seconds at its head in order of arrival, and whether there are any.
+
+    A policy that sets ``blocking`` to the second value has no starvation: from then on what becomes free is theirs.
+    """
+    aged = sorted((j for j in state.waiting if j.ready and state.now - j.arrival >= max_wait), key=lambda j: j.arrival)
+    ids = {j.id for j in aged}
+    return [*aged, *(j for j in order if j.id not in ids)], bool(aged)
+
+
+def need(policy: str, **checks: tuple[float, bool, str]) -> None:
+    """OptionError naming the first option whose check fails: option=(value, right?, what is expected)."""
+    for option, (value, right, expected) in checks.items():
+        if not right:
+            raise OptionError(f"{policy} got {option} = {value}; it is {expected}.")
