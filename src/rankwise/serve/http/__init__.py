@@ -1,0 +1,1 @@
+"""The HTTP face of the serving engine: OpenAI's protocol, adapters by name, keys, limits."""

@@ -1,0 +1,95 @@
+"""Where the HTTP side and the engine's side meet: what the routes ask of an engine and of an adapter cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from rankwise.serve.adapters.base import Manifest
+from rankwise.serve.types import Event, Request
+
+#: name, value, labels: the engine reports a timing, a size or a count
+Observer = Callable[[str, float, Mapping[str, str]], None]
+
+
+class EngineStats(Protocol):
+    """The engine at this moment.  ``kv_*`` are cache blocks, ``cells_*`` adapter cells, ``step_seconds`` the last step's."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_used(self) -> int: ...
+    @property
+    def kv_total(self) -> int: ...
+    @property
+    def cells_used(self) -> int: ...
+    @property
+    def cells_total(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def healthy(self) -> bool: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def counters(self) -> Mapping[str, float]: ...
+
+
+class Engine(Protocol):
+    """A step loop on a thread of its own.
+
+    ``observer`` is called on that thread, so it is quick and never raises.
+    """
+
+    observer: Observer | None
+
+    def start(self) -> None:
+        """Begin to step; returns when requests are taken."""
+        ...
+
+    def stop(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """End the loop; with ``drain`` what runs is finished first, for at most ``timeout`` seconds."""
+        ...
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
+        """Queue a request; returns at once.  Events come on the engine's thread, the last one is a ``Finished``.
+
+        Raises:
+            Overloaded: the queue is full.
+            OptionError: prompt and ``max_tokens`` can never fit.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request within a step and free what it holds; of an unknown or finished id, nothing."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class AdapterCache(Protocol):
+    """Adapters by name.  Every method may read files, so the routes call them on worker threads."""
+
+    def resolve(self, name: str) -> Manifest:
+        """Raises UnknownAdapter, AdapterRefused."""
+        ...
+
+    def mix(self, parts: Sequence[tuple[str, float]]) -> Manifest:
+        """The exact linear mix of (name, weight) pairs.  Raises UnknownAdapter, AdapterRefused."""
+        ...
+
+    def load(self, name: str, path: str) -> Manifest:
+        """Make the folder ``path`` known as ``name``, in the place of an earlier one.  Raises AdapterRefused."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Forget ``name`` once nothing runs on it.  Raises UnknownAdapter."""
+        ...
+
+    def list(self) -> Sequence[tuple[str, Manifest, str, int]]:
+        """(name, manifest, tier, pins) of every known adapter."""
+        ...
