@@ -79,9 +79,7 @@ class Metrics:
         self._labels = Labels(labels, self._drop)
         self._made: dict[str, Any] = {}
         self._sources: tuple[Callable[[], Any], Callable[[], Adapters]] | None = None
-        counter = lambda name, text, *more: Counter(
-            f"rankwise_{name}", text, ("model", "adapter", *more), registry=self.registry
-        )
+        counter = lambda name, text, *more: Counter(f"rankwise_{name}", text, ("model", "adapter", *more), registry=self.registry)
         self._requests = counter("requests", "Sequences that ended, by how.", "outcome")
         self._prompt = counter("prompt_tokens", "Tokens of prompts, counted once for each sequence.")
         self._generated = counter("generated_tokens", "Tokens made.")
