@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankwise._version import __version__
 from rankwise.attach import _install, activate_adapters, choose_sites, make_deltas
+from rankwise.codecs.library import keep_stored
 from rankwise.delta import Delta
 from rankwise.errors import ArtefactError, MergeError, OptionError, nearest
 from rankwise.forms.base import Form
@@ -159,6 +160,7 @@ def load(
     Raises:
         ArtefactError: damaged, hostile or foreign file; the message names what differs.
     """
+    keep_stored(model)  # a base that inference has repacked is told as such, not taken for another one
     folder = Path(path)
     if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
         return _load_native(model, folder, name, activate, check_base, reference)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.codecs.library import keep_stored
 from rankwise.errors import AttachError, ViewError, unknown
 from rankwise.forms.base import Form, Plan, SiteDelta
 from rankwise.forms.fused import InputGroup
@@ -249,6 +250,7 @@ def roster_of(model: nn.Module, *, create: bool = False) -> Roster:
     if found is not None or hasattr(model, "rankwise"):
         raise AttachError("The model already has a child or attribute called 'rankwise'; rename it before attaching.")
     _refuse_sharded(model)
+    keep_stored(model)  # it stays so after the last adapter has left, or a forward would change the bits that detaching gave back
     roster = Roster(model)
     model.add_module("rankwise", roster)
     return roster

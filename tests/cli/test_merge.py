@@ -12,6 +12,7 @@ import yaml
 
 import rankwise as rw
 from rankwise.cli import merge as _verb  # noqa: F401 - so that its consoles are replaced
+from rankwise.codecs import keep_stored
 from rankwise.merge import read_state
 from rankwise.merge.folders import open_folder
 from tests.cli.tools import call
@@ -122,6 +123,7 @@ def test_a_quantised_base_tells_what_it_rounds_away(capsys: Any, made: dict[str,
         code == 0 and "as --force says" in text and "Storing rounded away" in text and text.count("%") >= 4 and "q_proj" in text
     ), err
     again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "w", dtype=torch.float32)
+    keep_stored(again)
     net = T.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
     rw.load(net, strong).merge(force=True)
     x = torch.tensor([[1, 5, 9]])

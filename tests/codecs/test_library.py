@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankwise.codecs.library import find_bridge, is_quantised
+import rankwise as rw
+from rankwise.codecs.library import find_bridge, is_quantised, keep_stored
 from rankwise.errors import TargetError
 from rankwise.seeds import generator
+from rankwise.store.fingerprint import fingerprint
 
 IN, OUT = 64, 32
 
@@ -224,6 +226,42 @@ def test_processor_packing_of_4bit_is_read_and_left(nested: bool) -> None:
     assert torch.equal(module(x), plain(x))
     bridge.restore(module, saved)
     assert torch.equal(module.weight.data, packed) and module.weight.quant_state.packing_format_for_cpu
+
+
+def willing(module: nn.Module) -> nn.Module:
+    """As on a processor with AVX512-bf16, where bitsandbytes repacks a 4-bit weight at the first inference forward."""
+    module.support_avx512bf16_for_cpu = True
+    return module
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (96, 40)], ids=["divides", "odd"])
+def test_an_adapted_4bit_linear_is_never_repacked(shape: tuple[int, int]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(
+        willing(filled(bnb.nn.Linear4bit(*shape, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")), nn.Linear(shape[1], 3)
+    ).eval()
+    bridge, x = find_bridge(net[0]), gaussian(2, shape[0], name="x")
+    W, codes, print_ = bridge.read(net[0]), net[0].weight.data.clone(), fingerprint(net)
+    adapter = rw.attach(net, {"r": 2, "targets": ["0"]})
+    with torch.no_grad(), rw.view(net, {}):
+        y = net[0](x)
+    assert torch.allclose(y, x @ W.T + net[0].bias, atol=1e-4)
+    assert torch.equal(net[0].weight.data, codes) and torch.equal(bridge.read(net[0]), W) and fingerprint(net) == print_
+    adapter.detach()
+    with torch.no_grad():
+        net(x)
+    assert torch.equal(net[0].weight.data, codes), "the bits that detaching gave back"
+
+
+def test_a_base_that_inference_has_repacked_is_refused() -> None:
+    F, bnb = pytest.importorskip("bitsandbytes.functional"), pytest.importorskip("bitsandbytes")
+    layer = filled(bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    layer.weight.data, layer.weight.quant_state = F._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    net = nn.Sequential(layer, nn.Linear(32, 3))
+    for refused in (keep_stored, lambda n: rw.attach(n, {"targets": ["1"]}), lambda n: rw.load(n, "any")):
+        with pytest.raises(TargetError, match="repacked this Linear4bit"):
+            refused(net)
+    assert "rankwise" not in net._modules
 
 
 def test_storage_dtype_and_state_dtype_are_kept() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rankwise as rw
+from rankwise.codecs import keep_stored
 from tests.models import batch_for, llama, logits
 from tests.train.tools import RECIPE, trainer
 
@@ -40,7 +41,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32)
+    keep_stored(model)
+    return model
 
 
 def bits(model: Any) -> dict[str, torch.Tensor]:

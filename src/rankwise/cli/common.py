@@ -40,6 +40,7 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
         RankwiseError: no such folder or id; the message has the loader's own reason.
     """
     from rankwise import assets
+    from rankwise.codecs import keep_stored
 
     try:
         import transformers
@@ -64,6 +65,7 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(name)
         cls = _class_for(transformers, config, task)
         model = cls.from_pretrained(name, dtype="float32")
+        keep_stored(model)
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     reader = transformers.AutoImageProcessor if model.main_input_name == "pixel_values" else transformers.AutoTokenizer

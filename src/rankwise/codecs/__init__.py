@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from rankwise.codecs.base import AdapterCodec, Codec
 from rankwise.codecs.bridge import Bridge
-from rankwise.codecs.library import find_bridge, is_quantised
+from rankwise.codecs.library import find_bridge, is_quantised, keep_stored
 
-__all__ = ["AdapterCodec", "Bridge", "Codec", "find_bridge", "is_quantised"]
+__all__ = ["AdapterCodec", "Bridge", "Codec", "find_bridge", "is_quantised", "keep_stored"]

@@ -22,6 +22,9 @@ class Bridge(ABC):
     name: str
     writable: bool = True
 
+    def keep(self, module: nn.Module) -> None:  # noqa: B027 - most formats have nothing to keep
+        """Keep the module's own forward from changing what is stored; TargetError where it has done so already."""
+
     @abstractmethod
     def read(self, module: nn.Module) -> Tensor:
         """The weight as codes and constants say, a fresh fp32 tensor, out×in (an embedding: num×dim).

@@ -19,11 +19,25 @@ from rankwise.errors import TargetError
 class Bits4(Bridge):
     """``Linear4bit`` and ``Embedding4bit``: packed codes in ``weight.data``, constants in a ``QuantState``.
 
-    An inference forward on a processor with AVX512-bf16 repacks both in place (rounding the scales to bf16);
-    ``read`` understands that form, and ``write`` goes back to the plain one, which the next forward repacks.
+    An inference forward on a processor with AVX512-bf16 repacks both in place (rounding the scales to bf16, and failing
+    where a row is no multiple of the block); a module that :meth:`keep` was called on computes from the stored form.
+    ``read`` understands a packed weight, and ``write`` goes back to the plain form.
     """
 
     name = "bitsandbytes-4bit"
+
+    def keep(self, module: nn.Module) -> None:
+        """By the module's own switch; a packed weight is refused, for it passes no gradient and its scales are lost."""
+        state = getattr(weight_of(module), "quant_state", None) or getattr(module, "quant_state", None)
+        if _packed(state):
+            raise TargetError(
+                f"An inference forward of bitsandbytes has repacked this {type(module).__name__} for the processor and rounded its "
+                "scales, so it is no longer the base that was loaded; load it again, and attach adapters (or call "
+                "rankwise.codecs.keep_stored(model)) before its first forward."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            switched: Any = module
+            switched.support_avx512bf16_for_cpu = False
 
     def read(self, module: nn.Module) -> Tensor:
         """fp32 decode, also where the state's own dtype is bfloat16."""

@@ -15,7 +15,7 @@ from rankwise.codecs.bridge_bnb import Bits4, Bits8
 from rankwise.codecs.bridge_torchao import subclass_bridge
 from rankwise.errors import TargetError
 
-__all__ = ["Bridge", "find_bridge", "is_quantised"]
+__all__ = ["Bridge", "find_bridge", "is_quantised", "keep_stored"]
 
 _BNB: dict[str, Bridge] = {
     "Linear4bit": Bits4(), "Embedding4bit": Bits4(), "Linear8bitLt": Bits8(), "Embedding8bit": Bits8(),
@@ -59,6 +59,22 @@ def is_quantised(module: nn.Module) -> bool:
         return find_bridge(module) is not None
     except TargetError:
         return True
+
+
+def keep_stored(model: nn.Module) -> None:
+    """Keep the forwards of ``model`` from changing what its quantised weights store, as attaching an adapter does.
+
+    bitsandbytes' 4-bit linears else repack themselves at the first inference on some processors.  What is not known is left.
+
+    Raises TargetError where that has happened already.
+    """
+    for module in model.modules():
+        try:
+            bridge = find_bridge(module)
+        except TargetError:  # only a target that names it is refused
+            continue
+        if bridge is not None:
+            bridge.keep(module)
 
 
 def _foreign(module: nn.Module, weight: Tensor | None) -> str:
