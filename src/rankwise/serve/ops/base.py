@@ -10,16 +10,19 @@ hands cells out sees one size, and an adapter of rank r owns ⌈r/8⌉ of them, 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rankwise.errors import OptionError
+from rankwise.errors import OptionError, unknown
 from rankwise.serve.plan import TokenPlan
 
 WIDTH = 8  #: components in a cell
+NARROW, WIDE = 64, 256  #: bounds of a chunk of outputs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,9 +35,26 @@ class Group:
     outs: tuple[int, ...]
 
     @property
+    def chunk(self) -> int:
+        """Outputs in a chunk: one size for all modules of the group, so that one call expands them together."""
+        return _chunk(self.outs)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Chunks of each module; the last one is padded where ``chunk`` does not divide the output."""
+        return tuple(-(-out // self.chunk) for out in self.outs)
+
+    @property
     def cell_numel(self) -> int:
         """Numbers a cell holds at this group."""
-        return WIDTH * (self.inp * len(self.modules) + sum(self.outs))
+        return WIDTH * (self.inp * len(self.modules) + sum(self.chunks) * self.chunk)
+
+
+@functools.cache
+def _chunk(outs: tuple[int, ...]) -> int:
+    common = math.gcd(*outs)
+    divisors = [d for d in range(NARROW, min(common, WIDE) + 1) if common % d == 0]
+    return max(divisors, key=lambda d: (d % 16 == 0, d), default=NARROW)
 
 
 #: what one adapter has at one group: per module (A: r×in with the scale in it, B: out×r), or None where it has nothing
@@ -44,55 +64,104 @@ Pairs = Sequence[tuple[Tensor, Tensor] | None]
 class Cells:
     """The numbers of all resident adapters, ``count`` cells of every group, in one dtype.
 
+    A cell's numbers at a group lie together, in the order in which they are read, so that a step streams them:
+
     ``shrink[g]``: (count·in, WIDTH·m), row (c·in + i) holds column i of the A's of cell c, module after module.
-    ``expand[g][j]``: (count·WIDTH, out_j), row (c·WIDTH + k) holds component k of cell c at module j.
+    ``packed[g]``: (count·chunks·WIDTH, chunk), row ((c·chunks + q)·WIDTH + k) holds component k of cell c at chunk q
+    of the outputs, the chunks of all modules one after the other.  ``expand[g][j]`` is the same memory seen as
+    (count, chunks_j, WIDTH, chunk) for module j.
+
+    Attributes:
+        version: changes with every write, for whoever keeps what depends on the contents.
     """
 
     def __init__(self, groups: Sequence[Group], count: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.groups = {g.name: g for g in groups}
         self.count = count
         self.dtype = dtype
+        self.version = 0
         # left unwritten on purpose: the system gives memory to the cells that are used
-        self.shrink = {g.name: torch.empty(count * g.inp, WIDTH * len(g.modules), dtype=dtype, device=device) for g in groups}
-        self.expand = {g.name: [torch.empty(count * WIDTH, out, dtype=dtype, device=device) for out in g.outs] for g in groups}
+        empty = functools.partial(torch.empty, dtype=dtype, device=device)
+        self.shrink = {g.name: empty(count * g.inp, WIDTH * len(g.modules)) for g in groups}
+        self.packed = {g.name: empty(count * sum(g.chunks) * WIDTH, g.chunk) for g in groups}
+        self.expand = {g.name: self._by_module(g) for g in groups}
+        self._blank: dict[str, set[int]] = {g.name: set() for g in groups}
+
+    def _by_module(self, g: Group) -> list[Tensor]:
+        whole = self.packed[g.name].view(self.count, sum(g.chunks), WIDTH, g.chunk)
+        return list(whole.split(list(g.chunks), 1))
 
     @property
     def cell_bytes(self) -> int:
         return sum(g.cell_numel for g in self.groups.values()) * self.dtype.itemsize
+
+    def used(self, group: str, cells: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``cells`` that are not all zero at ``group``: an adapter that leaves it alone costs nothing there."""
+        blank = self._blank[group]
+        return tuple(c for c in cells if c not in blank)
 
     @torch.no_grad()
     def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
         """Fill ``cells`` with one adapter; groups it does not name, and the tail of the last cell, become zero.
 
         Raises:
-            OptionError: a rank above WIDTH·len(cells).
+            UnknownName: a group that is not there.
+            OptionError: a rank above WIDTH·len(cells), factors that do not fit the group, a cell that is not there.
         """
+        for name in pairs:
+            if name not in self.groups:
+                raise unknown("group of modules", name, self.groups)
+        for name, g in self.groups.items():
+            _check(g, pairs.get(name), len(cells))
+        if wrong := [c for c in cells if not 0 <= c < self.count]:
+            raise OptionError(f"Cell {wrong[0]} is not one of the {self.count} cells 0 to {self.count - 1}.")
+        self.version += 1
         for name, g in self.groups.items():
             mine = pairs.get(name) or [None] * len(g.modules)
             for k, c in enumerate(cells):
-                self._write_one(g, c, k * WIDTH, mine)
-            for pair in mine:
-                if pair is not None and pair[0].shape[0] > WIDTH * len(cells):
-                    raise OptionError(f"A rank of {pair[0].shape[0]} does not fit {len(cells)} cells of {WIDTH} components.")
+                filled = self._write_one(g, c, k * WIDTH, mine)
+                (self._blank[name].discard if filled else self._blank[name].add)(c)
 
-    def _write_one(self, g: Group, c: int, first: int, pairs: Pairs) -> None:
+    def _write_one(self, g: Group, c: int, first: int, pairs: Pairs) -> bool:
         rows = self.shrink[g.name][c * g.inp : (c + 1) * g.inp]
-        for j, pair in enumerate(pairs):
-            n = 0 if pair is None else max(0, min(WIDTH, pair[0].shape[0] - first))
+        counts = [0 if p is None else max(0, min(WIDTH, p[0].shape[0] - first)) for p in pairs]
+        for j, (pair, n) in enumerate(zip(pairs, counts, strict=True)):
             at = rows[:, j * WIDTH : (j + 1) * WIDTH]
-            out = self.expand[g.name][j][c * WIDTH : (c + 1) * WIDTH]
+            out = self.expand[g.name][j][c]
             at[:, n:] = 0
-            out[n:] = 0
+            out[:, n:] = 0
             if pair is not None and n:
                 at[:, :n] = pair[0][first : first + n].t()
-                out[:n] = pair[1][:, first : first + n].t()
+                B = pair[1][:, first : first + n].t()
+                if short := out.shape[0] * g.chunk - B.shape[1]:
+                    B = torch.nn.functional.pad(B, (0, short))
+                out[:, :n] = B.unflatten(1, (-1, g.chunk)).transpose(0, 1)
+        return any(counts)
 
     def read(self, cells: Sequence[int], group: str, j: int) -> tuple[Tensor, Tensor]:
         """(A: r×in, B: out×r) of module ``j`` of a group as the cells hold it, r = WIDTH·len(cells)."""
         g = self.groups[group]
         A = torch.cat([self.shrink[group][c * g.inp : (c + 1) * g.inp, j * WIDTH : (j + 1) * WIDTH].t() for c in cells])
-        B = torch.cat([self.expand[group][j][c * WIDTH : (c + 1) * WIDTH].t() for c in cells], 1)
-        return A, B
+        B = torch.cat([self.expand[group][j][c].transpose(0, 1).flatten(1).t() for c in cells], 1)
+        return A, B[: g.outs[j]]
+
+
+def _check(g: Group, pairs: Pairs | None, cells: int) -> None:
+    if pairs is None:
+        return
+    if len(pairs) != len(g.modules):
+        raise OptionError(f"{g.name} has {len(g.modules)} modules, but {len(pairs)} pairs of factors came.")
+    for module, out, pair in zip(g.modules, g.outs, pairs, strict=True):
+        if pair is None:
+            continue
+        A, B = pair
+        if A.shape[0] > WIDTH * cells:
+            raise OptionError(f"A rank of {A.shape[0]} does not fit {cells} cells of {WIDTH} components.")
+        if A.shape[1:] != (g.inp,) or B.shape != (out, A.shape[0]):
+            raise OptionError(
+                f"{module} takes A r×{g.inp} and B {out}×r, but the factors are {'×'.join(map(str, A.shape))} "
+                f"and {'×'.join(map(str, B.shape))}."
+            )
 
 
 class DeltaOp(Protocol):
@@ -107,10 +176,14 @@ class DeltaOp(Protocol):
 
     def begin(self, plan: TokenPlan, slots: Mapping[int, Sequence[int]]) -> None: ...
 
-    def shrink(self, group: Group, x: Tensor) -> Tensor:
+    def shrink(self, group: Group, x: Tensor) -> Any:
         """What :meth:`expand` needs of x: T×in; opaque to the caller, made once a group and step."""
         ...
 
-    def expand(self, group: Group, j: int, v: Tensor, y: Tensor) -> None:
+    def expand(self, group: Group, j: int, v: Any, y: Tensor) -> None:
         """y: T×out_j, changed in place."""
+        ...
+
+    def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
+        """:meth:`shrink`, and :meth:`expand` for every module of the group: faster where all outputs are there already."""
         ...

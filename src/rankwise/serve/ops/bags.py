@@ -1,0 +1,105 @@
+"""Both products as weighted sums of rows: `embedding_bag`, the fastest way in plain PyTorch on a CPU.
+
+Shrink: the bag of a token and a cell holds the ``in`` rows of the cell's A, weighted by x.  Expand: the bag of a token
+and a chunk of outputs holds the WIDTH rows of each of its cells, weighted by v.  So the weights stay where they are,
+mixed ranks need no padding, tokens without an adapter are empty bags, and one call expands all modules of a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankwise.serve.ops.base import WIDTH, Group
+from rankwise.serve.ops.step import Op, Run
+
+SUM = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Index:
+    """Rows [lo, hi) of the step, P pairs (token, cell) on them.
+
+    Attributes:
+        token: (P,) the row of each pair from ``lo`` on; None where every row has one cell.
+        shrink, shrink_at: (P·in,) rows of ``Cells.shrink`` and (P+1,) where each pair's begin.
+        pick: rows of v, seen as (P·m, WIDTH), in the order of the expanding bags.
+        expand, expand_at: rows of ``Cells.packed``, and where each (token, chunk) begins.
+    """
+
+    lo: int
+    hi: int
+    token: Tensor | None
+    shrink: Tensor
+    shrink_at: Tensor
+    pick: Tensor
+    expand: Tensor
+    expand_at: Tensor
+
+
+class Bags(Op):
+    """Weighted sums of rows by torch's embedding_bag, both for the shrink and for all expands of a group at once."""
+
+    name = "bags"
+
+    def shrink(self, group: Group, x: Tensor) -> tuple[Index, Tensor] | None:
+        """The changes of all modules, rows × (chunks·chunk): expanding is part of it, since one call does all."""
+        if not self.step.runs(group):
+            return None
+        at = self.step.kept(group, self._index)
+        x = x[at.lo : at.hi].to(self.cells.dtype)
+        weights = x if at.token is None else x.index_select(0, at.token)
+        v = _bags(self.cells.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1))
+        weights = v.view(-1, WIDTH).index_select(0, at.pick)
+        return at, _bags(self.cells.packed[group.name], at.expand, at.expand_at, weights.view(-1)).view(at.hi - at.lo, -1)
+
+    def expand(self, group: Group, j: int, v: tuple[Index, Tensor] | None, y: Tensor) -> None:
+        if v is None:
+            return
+        at, change = v
+        first = sum(group.chunks[:j]) * group.chunk
+        y[at.lo : at.hi].add_(change[:, first : first + group.outs[j]])
+
+    def _index(self, group: Group, runs: tuple[Run, ...]) -> Index:
+        return make_index(group, runs, self.cells.count)
+
+
+def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    # the bare operator: F.embedding_bag around it costs twice as much as a small call itself
+    return torch._embedding_bag_forward_only(rows, index, offsets, False, SUM, False, weights, True, -1)[0]  # type: ignore[attr-defined]
+
+
+def make_index(group: Group, runs: Sequence[Run], count: int) -> Index:
+    """The bags of ``runs`` (one at least); int32 while ``count`` cells can be counted in it."""
+    chunks = sum(group.chunks)
+    kind = np.int32 if count * max(group.inp, chunks * WIDTH) < 2**31 else np.int64
+    lo, hi = runs[0].start, runs[-1].end
+    cells_of = np.zeros(hi - lo, np.int64)
+    for run in runs:
+        cells_of[run.start - lo : run.end - lo] = len(run.cells)
+    first = np.cumsum(cells_of) - cells_of
+    token = np.repeat(np.arange(hi - lo), cells_of)
+    cell = np.concatenate([np.tile(np.array(run.cells, np.int64), run.rows) for run in runs])
+    pairs = len(cell)
+
+    # pair p of token t goes, for chunk q, to place first[t]·chunks + q·cells_of[t] + (p - first[t]) of the expanding bags
+    place = ((chunks - 1) * first[token] + np.arange(pairs))[:, None] + np.arange(chunks) * cells_of[token][:, None]
+    pick, expand = np.empty(pairs * chunks, np.int64), np.empty((pairs * chunks, WIDTH), kind)
+    module = np.repeat(np.arange(len(group.outs)), group.chunks)
+    pick[place] = np.arange(pairs)[:, None] * len(group.outs) + module
+    expand[place] = (((cell[:, None] * chunks) + np.arange(chunks)) * WIDTH)[..., None] + np.arange(WIDTH)
+    bags = np.repeat(cells_of, chunks) * WIDTH
+    return Index(
+        lo,
+        hi,
+        None if (cells_of == 1).all() else torch.from_numpy(token),
+        torch.from_numpy((cell[:, None] * group.inp + np.arange(group.inp)).reshape(-1).astype(kind)),
+        torch.from_numpy((np.arange(pairs + 1) * group.inp).astype(kind)),
+        torch.from_numpy(pick),
+        torch.from_numpy(expand.reshape(-1)),
+        torch.from_numpy(np.concatenate([[0], np.cumsum(bags)]).astype(kind)),
+    )

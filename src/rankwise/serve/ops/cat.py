@@ -1,0 +1,44 @@
+"""All adapters of the step side by side as one of rank Σr, and a mask that leaves each row its own components."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankwise.serve.ops.base import WIDTH, Group
+from rankwise.serve.ops.grouped import stacked_A, stacked_B
+from rankwise.serve.ops.step import Op, Run
+
+Kept = tuple[list[int], Tensor, int, int]
+
+
+class Cat(Op):
+    """Stacked factors and a mask: work and memory grow with rows times adapters, so for few adapters on many short segments."""
+
+    name = "cat"
+
+    def shrink(self, group: Group, x: Tensor) -> tuple[Kept, Tensor] | None:
+        """Masked v: (rows, m, cells, WIDTH)."""
+        if not self.step.runs(group):
+            return None
+        kept = self.step.kept(group, self._kept)
+        cells, mask, lo, hi = kept
+        v = torch.matmul(x[lo:hi].to(self.cells.dtype), stacked_A(self.cells, group, cells))
+        v = torch.where(mask, v.view(len(cells), hi - lo, -1, WIDTH), 0)
+        return kept, v.permute(1, 2, 0, 3).contiguous()
+
+    def expand(self, group: Group, j: int, v: tuple[Kept, Tensor] | None, y: Tensor) -> None:
+        if v is None:
+            return
+        (cells, _, lo, hi), masked = v
+        B = stacked_B(self.cells, group, j, cells).reshape(-1, group.outs[j])
+        y[lo:hi] += (masked[:, j].flatten(1) @ B).to(y.dtype)
+
+    def _kept(self, group: Group, runs: tuple[Run, ...]) -> Kept:
+        lo, hi = runs[0].start, runs[-1].end
+        cells = list(dict.fromkeys(c for run in runs for c in run.cells))
+        mask = torch.zeros(len(cells), hi - lo, 1, 1, dtype=torch.bool)
+        for run in runs:
+            for c in run.cells:
+                mask[cells.index(c), run.start - lo : run.end - lo] = True
+        return cells, mask, lo, hi

@@ -1,0 +1,130 @@
+"""The changes of a step in one C call a group: optional, built by a compiler that is there (:mod:`.build`).
+
+The work is cut into pieces of at most eight rows of one adapter, which read each cell together: a prompt reads an
+adapter once per eight tokens, a decode step once per request.  Pieces go to the threads, the large ones first.  With
+:meth:`Native.apply` a piece is shrunk and expanded by one thread, so a group costs one fork and no v in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import OptionError
+from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.ops.build import load
+from rankwise.serve.ops.step import Op, Run
+
+ROWS, MODULES = 8, 8  # as in native.c
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("shrink", "expand")]
+        + [(n, ctypes.c_int64) for n in ("inp", "modules", "chunk", "chunks")]
+        + [(n, ctypes.c_int64 * MODULES) for n in ("out", "first")]
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled functions; see :func:`rankwise.serve.ops.build.load` for what can go wrong."""
+    lib = load(Path(__file__).with_name("native.c"))
+    at, n = ctypes.c_void_p, ctypes.c_int64
+    lib.rankwise_shrink.argtypes = [at, at, n, at, n, at, at]
+    lib.rankwise_expand.argtypes = [at, n, at, n, at, n, at, at]
+    lib.rankwise_apply.argtypes = [at, at, n, at, at, at, n, at]
+    for fn in (lib.rankwise_shrink, lib.rankwise_expand, lib.rankwise_apply):
+        fn.restype = None
+    return lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """Pieces (start, rows, first of its cells, cells) as int32, the list of cells, and their addresses."""
+
+    pieces: Tensor
+    cells: Tensor
+    at: tuple[int, int, int]
+
+
+class Native(Op):
+    """One C call a group, on fp32 cells in the computer's own memory."""
+
+    name = "native"
+
+    def __init__(self, cells: Cells):
+        super().__init__(cells)
+        if cells.dtype != torch.float32:
+            raise OptionError(f"The native operator computes in float32, and the cells hold {cells.dtype}; use 'bags' for these.")
+        if wide := [g for g in cells.groups.values() if len(g.modules) > MODULES]:
+            raise OptionError(f"The native operator takes {MODULES} modules in a group; {wide[0].name} has {len(wide[0].modules)}.")
+        self.lib = library()
+        self._groups = {name: _describe(cells, g) for name, g in cells.groups.items()}
+        self._address = {name: ctypes.addressof(g) for name, g in self._groups.items()}
+
+    def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
+        if not self.step.runs(group):
+            return
+        if any(y.dtype != torch.float32 or y.stride(1) != 1 for y in ys):
+            super().apply(group, x, ys)
+            return
+        x, work = _plain(x), self.step.kept(group, _pieces)
+        pieces, n, cells = work.at
+        y = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
+        ld = (ctypes.c_int64 * len(ys))(*[y.stride(0) for y in ys])
+        self.lib.rankwise_apply(self._address[group.name], x.data_ptr(), x.stride(0), y, ld, pieces, n, cells)
+
+    def shrink(self, group: Group, x: Tensor) -> tuple[Work, Tensor] | None:
+        """v of every piece and cell: (cells of all pieces, ROWS, modules·WIDTH)."""
+        if not self.step.runs(group):
+            return None
+        x, work = _plain(x), self.step.kept(group, _pieces)
+        pieces, n, cells = work.at
+        v = torch.empty(work.cells.numel(), ROWS, len(group.modules) * WIDTH)
+        self.lib.rankwise_shrink(self._address[group.name], x.data_ptr(), x.stride(0), pieces, n, cells, v.data_ptr())
+        return work, v
+
+    def expand(self, group: Group, j: int, v: tuple[Work, Tensor] | None, y: Tensor) -> None:
+        if v is None:
+            return
+        work, numbers = v
+        pieces, n, cells = work.at
+        out = _plain(y)
+        self.lib.rankwise_expand(self._address[group.name], j, out.data_ptr(), out.stride(0), pieces, n, cells, numbers.data_ptr())
+        if out is not y:
+            y.copy_(out)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """``t`` in fp32 with each row's numbers side by side: itself, or a copy."""
+    t = t if t.dtype == torch.float32 else t.float()
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _describe(cells: Cells, g: Group) -> _Group:
+    first = [sum(g.chunks[:j]) for j in range(len(g.outs))]
+    pad = [0] * (MODULES - len(first))
+    return _Group(
+        cells.shrink[g.name].data_ptr(), cells.packed[g.name].data_ptr(), g.inp, len(g.outs), g.chunk, sum(g.chunks),
+        (ctypes.c_int64 * MODULES)(*g.outs, *pad), (ctypes.c_int64 * MODULES)(*first, *pad),
+    )  # fmt: skip
+
+
+def _pieces(group: Group, runs: tuple[Run, ...]) -> Work:
+    pieces: list[tuple[int, int, int, int]] = []
+    cells: list[int] = []
+    for run in runs:
+        for start in range(run.start, run.end, ROWS):
+            pieces.append((start, min(ROWS, run.end - start), len(cells), len(run.cells)))
+            cells += run.cells
+    pieces.sort(key=lambda p: -p[1] * p[3])  # a long piece that comes last would leave the other threads waiting
+    table, listed = torch.tensor(pieces, dtype=torch.int32), torch.tensor(cells, dtype=torch.int32)
+    return Work(table, listed, (table.data_ptr(), len(pieces), listed.data_ptr()))

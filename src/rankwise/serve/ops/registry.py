@@ -1,0 +1,36 @@
+"""The delta operators by name; a file is read when its operator is asked for, so none needs another's libraries."""
+
+from __future__ import annotations
+
+import importlib
+
+from rankwise.errors import OptionError, unknown
+from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.step import Op
+
+OPS = {
+    "auto": "auto:Auto",
+    "reference": "reference:Reference",
+    "bags": "bags:Bags",
+    "grouped": "grouped:Grouped",
+    "cat": "cat:Cat",
+    "native": "native:Native",
+    "triton": "triton:Triton",
+}
+
+
+def make_op(name: str, cells: Cells, native: bool | None = None) -> Op:
+    """The operator ``name`` on ``cells``; ``native`` lets "auto" build and use the C operator (None: as $RANKWISE_NATIVE says).
+
+    Raises:
+        UnknownName: no operator of that name.
+        OptionError, MissingExtra: this machine, or the cells' dtype, cannot run it; the message says why.
+    """
+    if native is not None and name != "auto":
+        raise OptionError(f"`native` is a choice of the operator 'auto'; here {name!r} was named, which is used as it is.")
+    if name not in OPS:
+        raise unknown("delta operator", name, OPS)
+    module, _, cls = OPS[name].partition(":")
+    make = getattr(importlib.import_module(f"{__package__}.{module}"), cls)
+    op: Op = make(cells, native) if name == "auto" else make(cells)
+    return op

@@ -1,0 +1,99 @@
+"""What the operators know of the running step: which cells act on which rows, kept while the composition stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from rankwise.errors import OptionError
+from rankwise.serve.ops.base import Cells, Group
+from rankwise.serve.plan import Segment, TokenPlan
+
+KEPT = 8  #: compositions whose indices are kept
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """Rows [start, end) and the cells that act on them, one at least."""
+
+    start: int
+    end: int
+    cells: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+
+class Step:
+    """The segments of one composition with their cells, and what operators derived from them (``notes`` is theirs)."""
+
+    def __init__(self, cells: Cells, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
+        self.cells, self.segments, self.held = cells, segments, held
+        self._runs: dict[str, tuple[Run, ...]] = {}
+        self._of_group: dict[str, Any] = {}
+        self._shared: dict[Any, Any] = {}
+        self.notes: dict[str, Any] = {}
+
+    def runs(self, group: Group) -> tuple[Run, ...]:
+        """The rows that something acts on at ``group``, in order; empty where no adapter of the step touches it."""
+        if group.name not in self._runs:
+            used = [(s, self.cells.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
+            self._runs[group.name] = tuple(Run(s.start, s.end, c) for s, c in used if c and s.end > s.start)
+        return self._runs[group.name]
+
+    def kept(self, group: Group, make: Callable[[Group, tuple[Run, ...]], T]) -> T:
+        """``make(group, runs)``, made once for all groups of equal shape and runs."""
+        if group.name not in self._of_group:
+            key = (group.inp, group.outs, self.runs(group))
+            if key not in self._shared:
+                self._shared[key] = make(group, self.runs(group))
+            self._of_group[group.name] = self._shared[key]
+        return self._of_group[group.name]
+
+
+class Op:
+    """Base of the operators; a subclass computes from ``self.step``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, cells: Cells):
+        self.cells = cells
+        self.step = Step(cells, (), ())
+        self._key: Any = None
+        self._steps: dict[Any, Step] = {}
+
+    def begin(self, plan: TokenPlan, slots: Mapping[int, Sequence[int]]) -> None:
+        """Make ``plan`` the running step.
+
+        Raises:
+            OptionError: a segment names a slot that ``slots`` does not hold.
+        """
+        try:
+            held = tuple(tuple(slots[s.slot]) for s in plan.composition)
+        except KeyError as e:
+            raise OptionError(f"A segment of the step names slot {e.args[0]}, which holds no adapter.") from None
+        key = (self.cells.version, held, plan.composition)
+        if key == self._key:
+            return
+        known = self._steps.pop(key) if key in self._steps else None
+        self._key, self.step = key, known or Step(self.cells, plan.composition, held)
+        self._steps[key] = self.step
+        if len(self._steps) > KEPT:
+            del self._steps[next(iter(self._steps))]  # the one unused for longest
+
+    def shrink(self, group: Group, x: Tensor) -> Any:
+        raise NotImplementedError
+
+    def expand(self, group: Group, j: int, v: Any, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
+        v = self.shrink(group, x)
+        for j, y in enumerate(ys):
+            self.expand(group, j, v, y)
