@@ -1,61 +1,33 @@
 """The step loop: one thread owns every tensor; requests enter by a queue and leave as events.
 
 A step: commands → admission → plan → forward → sample → publish → training in what is left.  Decoding rows are in every
-step; prompts fill the rest of its token budget in chunks.  What does not fit waits or is put back (its tokens are kept
-and computed again), so a step never fails for want of room.
+step; prompts fill the rest of its token budget in chunks (:mod:`rankwise.serve.scheduler`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import torch
 
 from rankwise.errors import OptionError, RankwiseError
-from rankwise.serve.adapters.base import Served
-from rankwise.serve.plan import BASE, Role, Span, TokenPlan, make_plan
-from rankwise.serve.prefix import PrefixIndex, salt
-from rankwise.serve.runner import Runner, Slot
+from rankwise.serve.options import EngineOptions, EngineStats
+from rankwise.serve.plan import Role, Span, TokenPlan, make_plan
+from rankwise.serve.prefix import PrefixIndex
+from rankwise.serve.runner import Runner
 from rankwise.serve.sampler import Drawn, SamplerState, sample
-from rankwise.serve.sched.base import Job, Policy, State, Verdict
+from rankwise.serve.sched.base import Job, Policy
+from rankwise.serve.scheduler import Residency, Scheduler
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, ServeError, Token
 
 Observer = Callable[[str, float, Mapping[str, str]], None]
-
-
-class Residency(Protocol):
-    """Adapters as the engine sees them: read in the background, put in slots between steps."""
-
-    slots: Mapping[int, Slot]
-
-    def fetch(self, digest: str) -> Future[Served]:
-        """Pin the adapter and begin to read it; every call is answered by one :meth:`release`."""
-        ...
-
-    def enter(self, digest: str, served: Served) -> int | None:
-        """Its slot, held once more until :meth:`leave`; None where there is no room now."""
-        ...
-
-    def leave(self, slot: int) -> None: ...
-
-    def release(self, digest: str) -> None: ...
-
-    def resident(self, digest: str) -> bool: ...
-
-    def cells(self, digest: str) -> int: ...
-
-    def shrink(self) -> bool:
-        """Give up one idle slot; False where there is none."""
-        ...
 
 
 class Stream(Protocol):
@@ -68,51 +40,6 @@ class Stream(Protocol):
     def run(self, tokens: int) -> int:
         """Work on up to ``tokens`` tokens; how many it was."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Limits of the engine.
-
-    Attributes:
-        max_running: requests in a step; ``max_waiting``: in the queue, above which a request is refused.
-        step_tokens: most tokens of one step (decoding rows are never held back by it).
-        max_context: most tokens of one request, None for what the cache holds.
-        eos: token ids that end a request.
-        seed: of the draws of requests that bring none.
-        train_tokens: training tokens beside a step that serves, where no step-time model decides; ``idle_train_tokens``: alone.
-    """
-
-    max_running: int = 32
-    max_waiting: int = 1024
-    step_tokens: int = 256
-    max_context: int | None = None
-    eos: tuple[int, ...] = ()
-    seed: int = 0
-    train_tokens: int = 32
-    idle_train_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A look at the engine; ``counters`` only grow."""
-
-    running: int
-    waiting: int
-    kv_used: int
-    kv_total: int
-    steps: int
-    step_seconds: float
-    healthy: bool
-    error: str
-    counters: Mapping[str, float]
-    cells_used: int = 0
-    cells_total: int = 0
 
 
 class Engine:
@@ -132,7 +59,7 @@ class Engine:
         index: PrefixIndex,
         adapters: Residency,
         policy: Policy,
-        options: EngineOptions = EngineOptions(),  # noqa: B008  frozen
+        options: EngineOptions | None = None,
         *,
         total_blocks: int,
         base: str = "",
@@ -140,15 +67,13 @@ class Engine:
         stream: Stream | None = None,
         split: Callable[[int, int], int] | None = None,
     ):
-        self.runner, self.index, self.adapters, self.policy, self.options = runner, index, adapters, policy, options
-        self.total_blocks, self.base, self.clock = total_blocks, base, clock
+        options = options or EngineOptions()
+        self.runner, self.adapters, self.policy, self.options, self.clock = runner, adapters, policy, options, clock
         self.stream, self.split = stream, split
         self.observer: Observer | None = None
-        self.waiting: dict[str, Sequence] = {}
-        self.running: dict[str, Sequence] = {}
-        self.counters: Counter[str] = Counter()
+        self.queue = Scheduler(runner.page, total_blocks, index, adapters, policy, options, base, clock, self._finish)
+        self.counters: Counter[str] = self.queue.counters
         self.steps = 0
-        self.step_seconds = 0.0
         self.error = ""
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = threading.Event()
@@ -178,7 +103,7 @@ class Engine:
         self._do(lambda: self._enqueue(request, on_event))
 
     def _check_length(self, request: Request) -> None:
-        room = self.total_blocks * self.runner.page
+        room = self.queue.total_blocks * self.runner.page
         limit = room if self.options.max_context is None else min(room, self.options.max_context)
         wanted = len(request.prompt) + request.sampling.max_tokens
         if wanted > limit:
@@ -200,9 +125,9 @@ class Engine:
         self._wake.set()
 
     def stats(self) -> EngineStats:
-        used = self.total_blocks - self.index.available()
+        used = self.queue.total_blocks - self.queue.index.available()
         return EngineStats(
-            len(self.running), len(self.waiting), used, self.total_blocks, self.steps, self.step_seconds,
+            len(self.queue.running), len(self.queue.waiting), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
             not self.error, self.error, dict(self.counters),
         )  # fmt: skip
 
@@ -222,7 +147,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join(timeout)
         self._drain_commands()
-        for seq in [*self.running.values(), *self.waiting.values()]:
+        for seq in [*self.queue.running.values(), *self.queue.waiting.values()]:
             self._finish(seq, Outcome.CANCELLED, "The server is going down.")
 
     def _loop(self) -> None:
@@ -236,8 +161,10 @@ class Engine:
     def step(self) -> bool:
         """Everything of one step; True where there was something to compute."""
         self._drain_commands()
-        self._admit()
-        spans = self._spans()
+        self.queue.admit()
+        for seconds in self.queue.take_queued():
+            self._observe("queue_seconds", seconds)
+        spans = self.queue.spans()
         if spans:
             self._serve(spans)
         return self._train(sum(len(s.tokens) for s in spans)) or bool(spans)
@@ -258,11 +185,11 @@ class Engine:
             request.adapter,
             deadline=request.deadline,
         )
-        first = salt({"base": self.base, "adapter": request.adapter or "", "tenant": request.tenant, "salt": request.salt})
+        first = self.queue.first_link(request)
         seq = Sequence(
             request, emit, job, SamplerState.of(request.sampling, self.options.seed, request.id), list(request.prompt), first
         )
-        self.waiting[request.id] = seq
+        self.queue.waiting[request.id] = seq
         if request.adapter is not None:
             try:
                 seq.fetched = self.adapters.fetch(request.adapter)
@@ -273,168 +200,15 @@ class Engine:
             seq.fetched.add_done_callback(lambda _: self._wake.set())
 
     def _cancel(self, request_id: str) -> None:
-        seq = self.running.get(request_id) or self.waiting.get(request_id)
+        seq = self.queue.running.get(request_id) or self.queue.waiting.get(request_id)
         if seq is not None:
             self._finish(seq, Outcome.CANCELLED)
-
-    # --- admission ------------------------------------------------------------------------------------------------
-    def _state(self) -> State:
-        for s in self.waiting.values():
-            s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
-        return State(
-            self.clock(), [s.job for s in self.running.values()], [s.job for s in self.waiting.values()],
-            self.index.available(), self.total_blocks, self.runner.page, 0, self.step_seconds,
-        )  # fmt: skip
-
-    def _admit(self) -> None:
-        if not self.waiting:
-            return
-        state = self._state()
-        for job in self.policy.order(state):
-            seq = self.waiting[job.id]
-            verdict = self.policy.verdict(job, state)
-            if verdict is Verdict.ABORT:
-                self._finish(seq, Outcome.ABORTED, "Its first token would have come after its deadline.")
-            elif verdict is Verdict.REJECT:
-                self._finish(seq, Outcome.REJECTED, "The server cannot serve it in time; try again later.")
-            elif verdict is Verdict.ADMIT:
-                if self._enter(seq):
-                    self.policy.admitted(job, state.now)
-                    state.running = [s.job for s in self.running.values()]
-                    state.free_blocks = self.index.available()
-                elif self.policy.blocking and seq.request.id in self.waiting:
-                    break
-
-    def _enter(self, seq: Sequence) -> bool:
-        """Move a waiting request to the running ones, if there is room for it now."""
-        if len(self.running) >= self.options.max_running or self._waits_for_sibling(seq):
-            return False
-        served = self._fetched(seq)
-        if served is None and seq.request.adapter is not None:
-            return False
-        if not seq.blocks:
-            self._match(seq)
-        wanted = -(-(len(seq.tokens) + 1) // self.runner.page) - len(seq.blocks)
-        # a block for each request that runs is left, so that one newly let in is not put back in the next step
-        spare = 0 if not self.running else len(self.running)
-        fits = self._room(wanted + spare)
-        slot: int | None = BASE
-        if fits and served is not None:
-            assert seq.request.adapter is not None
-            slot = self.adapters.enter(seq.request.adapter, served)
-        if not fits or slot is None:
-            self._unmatch(seq)
-            return False
-        seq.slot = slot
-        now = self.clock()
-        if seq.job.started is None:
-            seq.job.started = now
-            self._observe("queue_seconds", now - seq.job.arrival)
-        self.counters["prefix_hit_tokens"] += seq.reused
-        self.running[seq.request.id] = self.waiting.pop(seq.request.id)
-        return True
-
-    def _waits_for_sibling(self, seq: Sequence) -> bool:
-        """A sample of the same prompt is being computed, whose blocks this one will share."""
-        group = seq.request.group
-        return (
-            group is not None
-            and self.index.share
-            and any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
-        )
-
-    def _fetched(self, seq: Sequence) -> Served | None:
-        if seq.fetched is None or not seq.fetched.done():
-            return None
-        error = seq.fetched.exception()
-        if error is None:
-            return seq.fetched.result()
-        kind = error if isinstance(error, RankwiseError) else None
-        self._finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
-        return None
-
-    def _match(self, seq: Sequence) -> None:
-        seq.blocks, hashes = self.index.match(seq.chain, seq.tokens)
-        seq.full = len(hashes)
-        seq.computed = seq.reused = seq.full * self.runner.page
-        seq.chain = hashes[-1] if hashes else seq.chain
-
-    def _unmatch(self, seq: Sequence) -> None:
-        """Back to before :meth:`_match`: what waits holds no block."""
-        self.index.release(seq.blocks)
-        self._reset(seq)
-
-    def _reset(self, seq: Sequence) -> None:
-        r = seq.request
-        seq.blocks, seq.computed, seq.full, seq.reused = [], 0, 0, 0
-        seq.chain = salt({"base": self.base, "adapter": r.adapter or "", "tenant": r.tenant, "salt": r.salt})
-
-    def _room(self, blocks: int) -> bool:
-        """Whether ``blocks`` can be taken; idle adapters make way for them."""
-        while self.index.available() < blocks:
-            if not self.adapters.shrink():
-                return False
-        return True
-
-    # --- the plan -------------------------------------------------------------------------------------------------
-    def _spans(self) -> list[Span]:
-        spans: list[Span] = []
-        for seq in [s for s in self.running.values() if s.decoding]:
-            if seq.request.id in self.running and self._grow(seq, len(seq.tokens), preempt=True):
-                spans.append(self._span(seq, 1))
-        # putting a request back may have taken one that is in the list already
-        spans = [s for s in spans if s.request in self.running]
-        budget = max(self.options.step_tokens - len(spans), 0 if spans else 1)
-        for seq in [s for s in self.running.values() if not s.decoding]:
-            n = min(seq.pending, budget)
-            if n and self._grow(seq, seq.computed + n, preempt=not spans):
-                spans.append(self._span(seq, n))
-                budget -= n
-        return [s for s in spans if s.request in self.running]
-
-    def _span(self, seq: Sequence, n: int) -> Span:
-        last = n == seq.pending
-        at = seq.computed
-        role = Role.DECODE if seq.decoding else Role.PREFILL
-        return Span(seq.request.id, tuple(seq.tokens[at : at + n]), at, tuple(seq.blocks), seq.slot, role, 1 if last else 0)
-
-    def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
-        """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""
-        wanted = -(-tokens // self.runner.page) - len(seq.blocks)
-        while wanted > 0:
-            if self._room(wanted):
-                taken = self.index.take(wanted)
-                if taken is not None:
-                    seq.blocks += taken
-                    return True
-            if not preempt:
-                return False
-            youngest = max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
-            self._put_back(youngest)
-            if youngest is seq:
-                return False
-        return True
-
-    def _put_back(self, seq: Sequence) -> None:
-        """From running to waiting: its tokens stay, their keys and values will be computed (or found) again."""
-        self.counters["preemptions"] += 1
-        del self.running[seq.request.id]
-        self._let_go(seq)
-        self._reset(seq)
-        self.waiting = {seq.request.id: seq, **self.waiting}
-
-    def _let_go(self, seq: Sequence) -> None:
-        self.index.release(seq.blocks)
-        seq.blocks = []
-        if seq.slot != BASE:
-            self.adapters.leave(seq.slot)
-            seq.slot = BASE
 
     # --- the forward ----------------------------------------------------------------------------------------------
     def _serve(self, spans: list[Span]) -> None:
         start = self.clock()
         plan = make_plan(spans, self.runner.page)
-        seqs = [self.running[s.request] for s in plan.spans]
+        seqs = [self.queue.running[s.request] for s in plan.spans]
         try:
             logits = self.runner.run(plan, self.adapters.slots)
         except Exception as error:  # a fault of the model or a kernel: these requests end, the others go on
@@ -446,7 +220,7 @@ class Engine:
         self.error = ""
         self._advance(plan, seqs, logits)
         self.steps += 1
-        self.step_seconds = self.clock() - start
+        self.queue.step_seconds = self.clock() - start
         self._report_step(plan)
 
     def _advance(self, plan: TokenPlan, seqs: list[Sequence], logits: torch.Tensor) -> None:
@@ -470,7 +244,7 @@ class Engine:
         page = self.runner.page
         while (seq.full + 1) * page <= seq.computed:
             at = seq.full * page
-            seq.chain = self.index.complete(seq.blocks[seq.full], seq.chain, seq.tokens[at : at + page])
+            seq.chain = self.queue.index.complete(seq.blocks[seq.full], seq.chain, seq.tokens[at : at + page])
             seq.full += 1
 
     def _publish(self, seq: Sequence, token: Drawn) -> None:
@@ -503,10 +277,10 @@ class Engine:
 
     def _finish(self, seq: Sequence, outcome: Outcome, message: str = "", error: RankwiseError | None = None) -> None:
         r = seq.request
-        was_running = self.running.pop(r.id, None) is not None
-        if not was_running and self.waiting.pop(r.id, None) is None:
+        was_running = self.queue.running.pop(r.id, None) is not None
+        if not was_running and self.queue.waiting.pop(r.id, None) is None:
             return
-        self._let_go(seq)
+        self.queue.let_go(seq)
         if r.adapter is not None and seq.fetched is not None:
             self.adapters.release(r.adapter)
         with self._lock:
@@ -536,7 +310,7 @@ class Engine:
         if self.observer is None:
             return
         kind = "mixed" if any(s.role is Role.PREFILL for s in plan.spans) else "decode"
-        self._observe("step_seconds", self.step_seconds, kind=kind)
+        self._observe("step_seconds", self.queue.step_seconds, kind=kind)
         self._observe("step_tokens", plan.T)
         self._observe("distinct_adapters_per_step", len({s.slot for s in plan.segments}))
 
@@ -545,7 +319,7 @@ class Engine:
             self.observer(name, value, labels)
 
     def idle(self) -> bool:
-        return not self.running and not self.waiting and self._commands.empty()
+        return not self.queue.running and not self.queue.waiting and self._commands.empty()
 
 
 def run_until_idle(engine: Engine, most: int = 100_000) -> int:

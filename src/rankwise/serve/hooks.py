@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from rankwise.forms.packed import PACKED, choose, packable
+from rankwise.forms.packed import PACKED, packable, probe
 from rankwise.serve.adapters.base import Loose
 from rankwise.serve.ops.base import DeltaOp, Group
 from rankwise.serve.plan import HERE, Segment
@@ -55,7 +56,7 @@ class Bundle:
 
     def __init__(self, group: Group, modules: Sequence[nn.Module], rows: int = 16, pack: bool | None = None):
         self.group = group
-        self.plain = [m.forward for m in modules]
+        self.plain: list[Callable[[Tensor], Tensor]] = [m.forward for m in modules]
         self.bias = [b if isinstance(b := getattr(m, "bias", None), Tensor) else None for m in modules]
         self.packed: Tensor | None = None
         self.together = False
@@ -71,7 +72,8 @@ class Bundle:
         weights = [m.weight.detach() for m in modules]
         if not all(packable(w) for w in weights):
             return
-        wanted = choose(weights[0], torch.float32, rows, training=False).kind == PACKED if pack is None else pack
+        joint = sum(w.shape[0] for w in weights)
+        wanted = probe(joint, self.group.inp, torch.float32, rows, training=False).kind == PACKED if pack is None else pack
         if not wanted:
             return
         # only the packed copy of the weights laid together is kept: the model's own tensors stay what they are
@@ -153,7 +155,8 @@ class EmbeddingHook:
     """The forward of the input embedding: an adapter's whole table on its rows, or a change of it."""
 
     def __init__(self, path: str, module: nn.Module, acting: Acting):
-        self.path, self.plain, self.acting = path, module.forward, acting
+        self.path, self.acting = path, acting
+        self.plain: Callable[[Tensor], Tensor] = module.forward
 
     def __call__(self, ids: Tensor) -> Tensor:
         y = self.plain(ids)
@@ -173,8 +176,9 @@ class EmbeddingHook:
 
 
 def _looked_up(plain: Callable[[Tensor], Tensor], table: Tensor, ids: Tensor) -> Tensor:
-    module: nn.Module = plain.__self__  # type: ignore[attr-defined]
-    return torch.func.functional_call(_Plain(plain), {"inner.weight": table.to(module.weight.dtype)}, (ids,))
+    wrapped = _Plain(plain)
+    own = wrapped.inner.get_parameter("weight")
+    return functional_call(wrapped, {"inner.weight": table.to(own.dtype)}, (ids,))
 
 
 class _Plain(nn.Module):

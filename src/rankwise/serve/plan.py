@@ -93,7 +93,11 @@ class TokenPlan:
 def make_plan(spans: Sequence[Span], page: int) -> TokenPlan:
     """Pack ``spans``, ordered by slot (base first), decoding before prefill within one slot."""
     ordered = tuple(sorted(spans, key=lambda s: (s.slot, s.role is Role.PREFILL)))
-    cu, ids, positions, cells, rows = [0], [], [], [], []
+    cu = [0]
+    ids: list[int] = []
+    positions: list[int] = []
+    cells: list[int] = []
+    rows: list[int] = []
     for s in ordered:
         ids += s.tokens
         positions += range(s.start, s.end)

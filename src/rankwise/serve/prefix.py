@@ -52,31 +52,29 @@ class PrefixIndex:
         self.hash_of: dict[int, bytes] = {}
         self.block_of: dict[bytes, int] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()
-        self.queried = 0  # prompt tokens looked up
-        self.hits = 0  # … of them found
 
     def available(self) -> int:
         """Blocks that :meth:`take` could give now."""
         return self.pool.available(self.tag) + len(self.idle)
 
-    def match(self, first: bytes, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
-        """(blocks, hashes) of the longest known prefix of ``tokens`` that leaves one token to compute; they are now held."""
+    def match(self, links: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest known prefix of a chain; they are now held.  See :meth:`chain`."""
         blocks: list[int] = []
-        hashes: list[bytes] = []
-        if not self.share:
-            return blocks, hashes
-        before = first
-        for at in range(0, len(tokens) - self.page, self.page):
-            before = link(before, tokens[at : at + self.page])
-            block = self.block_of.get(before)
+        for h in links if self.share else ():
+            block = self.block_of.get(h)
             if block is None:
                 break
             self._hold(block)
             blocks.append(block)
-            hashes.append(before)
-        self.queried += len(tokens)
-        self.hits += len(blocks) * self.page
-        return blocks, hashes
+        return blocks
+
+    def chain(self, first: bytes, tokens: Sequence[int]) -> list[bytes]:
+        """The hashes of the full blocks of ``tokens`` that leave one token to compute."""
+        links: list[bytes] = []
+        for at in range(0, len(tokens) - self.page, self.page):
+            first = link(first, tokens[at : at + self.page])
+            links.append(first)
+        return links
 
     def _hold(self, block: int) -> None:
         self.refs[block] = self.refs.get(block, 0) + 1

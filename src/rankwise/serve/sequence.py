@@ -21,7 +21,7 @@ class Sequence:
         tokens: prompt and what was generated; ``computed`` of them have keys and values in ``blocks``.
         chain: hash of the last full block that was entered in the index (its salt at first); ``full``: how many were.
         fetched: the adapter's numbers, while they are being read and after.
-        reused: prompt tokens found in the index when it entered.
+        reused: tokens found in the index when it entered; ``links``: the hashes they are looked up by.
     """
 
     request: Request
@@ -36,6 +36,7 @@ class Sequence:
     slot: int = BASE
     fetched: Future[Served] | None = None
     reused: int = 0
+    links: list[bytes] = dataclasses.field(default_factory=list)
     last: float | None = None
 
     @property

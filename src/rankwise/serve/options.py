@@ -1,0 +1,53 @@
+"""Limits of the engine, and a look at it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from rankwise.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Limits of the engine.
+
+    Attributes:
+        max_running: requests in a step; ``max_waiting``: in the queue, above which a request is refused.
+        step_tokens: most tokens of one step (decoding rows are never held back by it).
+        max_context: most tokens of one request, None for what the cache holds.
+        eos: token ids that end a request.
+        seed: of the draws of requests that bring none.
+        train_tokens: training tokens beside a step that serves, where no step-time model decides; ``idle_train_tokens``: alone.
+    """
+
+    max_running: int = 32
+    max_waiting: int = 1024
+    step_tokens: int = 256
+    max_context: int | None = None
+    eos: tuple[int, ...] = ()
+    seed: int = 0
+    train_tokens: int = 32
+    idle_train_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at the engine; ``counters`` only grow."""
+
+    running: int
+    waiting: int
+    kv_used: int
+    kv_total: int
+    steps: int
+    step_seconds: float
+    healthy: bool
+    error: str
+    counters: Mapping[str, float]
+    cells_used: int = 0
+    cells_total: int = 0

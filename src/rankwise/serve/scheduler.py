@@ -1,0 +1,252 @@
+"""Who runs: waiting and running requests, their blocks and slots, and the spans of the next step.
+
+What does not fit waits; where a running request must grow and nothing is left, the youngest is put back (its tokens are
+kept, their keys and values found or computed again), so a step never fails for want of room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Protocol
+
+from rankwise.errors import RankwiseError
+from rankwise.serve.adapters.base import Served
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.plan import BASE, Role, Span
+from rankwise.serve.prefix import PrefixIndex, salt
+from rankwise.serve.runner import Slot
+from rankwise.serve.sched.base import Policy, State, Verdict
+from rankwise.serve.sequence import Sequence
+from rankwise.serve.types import Outcome, Request
+
+#: (sequence, outcome, message, error): ends a request wherever it is
+Finish = Callable[[Sequence, Outcome, str, RankwiseError | None], None]
+
+
+class Residency(Protocol):
+    """Adapters as the engine sees them: read in the background, put in slots between steps."""
+
+    slots: Mapping[int, Slot]
+
+    def fetch(self, digest: str) -> Future[Served]:
+        """Pin the adapter and begin to read it; every call is answered by one :meth:`release`."""
+        ...
+
+    def enter(self, digest: str, served: Served) -> int | None:
+        """Its slot, held once more until :meth:`leave`; None where there is no room now."""
+        ...
+
+    def leave(self, slot: int) -> None: ...
+
+    def release(self, digest: str) -> None: ...
+
+    def resident(self, digest: str) -> bool: ...
+
+    def cells(self, digest: str) -> int: ...
+
+    def free_cells(self) -> int: ...
+
+    def shrink(self) -> bool:
+        """Give up one idle slot; False where there is none."""
+        ...
+
+
+class Scheduler:
+    """Requests between their arrival and their end.
+
+    Args:
+        finish: called for a request that ends here (its adapter cannot be read, a policy's verdict).
+    """
+
+    def __init__(
+        self,
+        page: int,
+        total_blocks: int,
+        index: PrefixIndex,
+        adapters: Residency,
+        policy: Policy,
+        options: EngineOptions,
+        base: str,
+        clock: Callable[[], float],
+        finish: Finish,
+    ):
+        self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
+        self.policy, self.options, self.base, self.clock, self.finish = policy, options, base, clock, finish
+        self.waiting: dict[str, Sequence] = {}
+        self.running: dict[str, Sequence] = {}
+        self.counters: Counter[str] = Counter()
+        self.step_seconds = 0.0  # of the last step
+        self._asked = 0
+        self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
+
+    def take_queued(self) -> list[float]:
+        """Seconds in the queue of those let in since the last call."""
+        taken, self.queued = self.queued, []
+        return taken
+
+    # --- admission ------------------------------------------------------------------------------------------------
+    def _state(self) -> State:
+        for s in self.waiting.values():
+            s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
+        return State(
+            self.clock(), [s.job for s in self.running.values()], [s.job for s in self.waiting.values()],
+            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds,
+        )  # fmt: skip
+
+    def admit(self) -> None:
+        """Try the waiting requests in the policy's order.
+
+        While every place is taken only verdicts can change anything, so they are asked for every 16th step.
+        """
+        self._asked += 1
+        full = len(self.running) >= self.options.max_running
+        if not self.waiting or (full and self._asked % 16):
+            return
+        state = self._state()
+        for job in self.policy.order(state):
+            seq = self.waiting[job.id]
+            verdict = self.policy.verdict(job, state)
+            if verdict is Verdict.ABORT:
+                self.finish(seq, Outcome.ABORTED, "Its first token would have come after its deadline.", None)
+            elif verdict is Verdict.REJECT:
+                self.finish(seq, Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
+            elif verdict is Verdict.ADMIT:
+                if self._enter(seq):
+                    self.policy.admitted(job, state.now)
+                    state.running = [s.job for s in self.running.values()]
+                    state.free_blocks = self.index.available()
+                elif self.policy.blocking and seq.request.id in self.waiting:
+                    break
+
+    def _enter(self, seq: Sequence) -> bool:
+        """Move a waiting request to the running ones, if there is room for it now."""
+        if len(self.running) >= self.options.max_running or self._waits_for_sibling(seq):
+            return False
+        served = self._fetched(seq)
+        if served is None and seq.request.adapter is not None:
+            return False
+        if not seq.blocks:
+            self._match(seq)
+        wanted = -(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks)
+        # a block for each request that runs is left, so that one newly let in is not put back in the next step
+        spare = 0 if not self.running else len(self.running)
+        fits = self._room(wanted + spare)
+        slot: int | None = BASE
+        if fits and served is not None:
+            assert seq.request.adapter is not None
+            slot = self.adapters.enter(seq.request.adapter, served)
+        if not fits or slot is None:
+            self._unmatch(seq)
+            return False
+        seq.slot = slot
+        now = self.clock()
+        if seq.job.started is None:
+            seq.job.started = now
+            self.queued.append(now - seq.job.arrival)
+        self.counters["prefix_query_tokens"] += len(seq.tokens)
+        self.counters["prefix_hit_tokens"] += seq.reused
+        self.running[seq.request.id] = self.waiting.pop(seq.request.id)
+        return True
+
+    def _waits_for_sibling(self, seq: Sequence) -> bool:
+        """A sample of the same prompt is being computed, whose blocks this one will share."""
+        group = seq.request.group
+        return (
+            group is not None
+            and self.index.share
+            and any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
+        )
+
+    def _fetched(self, seq: Sequence) -> Served | None:
+        if seq.fetched is None or not seq.fetched.done():
+            return None
+        error = seq.fetched.exception()
+        if error is None:
+            return seq.fetched.result()
+        kind = error if isinstance(error, RankwiseError) else None
+        self.finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
+        return None
+
+    def _match(self, seq: Sequence) -> None:
+        if len(seq.links) * self.page + self.page < len(seq.tokens):
+            seq.links = self.index.chain(self.first_link(seq.request), seq.tokens)
+        seq.blocks = self.index.match(seq.links)
+        seq.full = len(seq.blocks)
+        seq.computed = seq.reused = seq.full * self.page
+        seq.chain = seq.links[seq.full - 1] if seq.full else seq.chain
+
+    def _unmatch(self, seq: Sequence) -> None:
+        """Back to before :meth:`_match`: what waits holds no block."""
+        self.index.release(seq.blocks)
+        self._reset(seq)
+
+    def _reset(self, seq: Sequence) -> None:
+        seq.blocks, seq.computed, seq.full, seq.reused = [], 0, 0, 0
+        seq.chain = self.first_link(seq.request)
+
+    def first_link(self, r: Request) -> bytes:
+        """The salt of a request's prefix chain."""
+        return salt({"base": self.base, "adapter": r.adapter or "", "tenant": r.tenant, "salt": r.salt})
+
+    def _room(self, blocks: int) -> bool:
+        """Whether ``blocks`` can be taken; idle adapters make way for them."""
+        while self.index.available() < blocks:
+            if not self.adapters.shrink():
+                return False
+        return True
+
+    # --- the plan -------------------------------------------------------------------------------------------------
+    def spans(self) -> list[Span]:
+        spans: list[Span] = []
+        for seq in [s for s in self.running.values() if s.decoding]:
+            if seq.request.id in self.running and self._grow(seq, len(seq.tokens), preempt=True):
+                spans.append(self._span(seq, 1))
+        # putting a request back may have taken one that is in the list already
+        spans = [s for s in spans if s.request in self.running]
+        budget = max(self.options.step_tokens - len(spans), 0 if spans else 1)
+        for seq in [s for s in self.running.values() if not s.decoding]:
+            n = min(seq.pending, budget)
+            if n and self._grow(seq, seq.computed + n, preempt=not spans):
+                spans.append(self._span(seq, n))
+                budget -= n
+        return [s for s in spans if s.request in self.running]
+
+    def _span(self, seq: Sequence, n: int) -> Span:
+        last = n == seq.pending
+        at = seq.computed
+        role = Role.DECODE if seq.decoding else Role.PREFILL
+        return Span(seq.request.id, tuple(seq.tokens[at : at + n]), at, tuple(seq.blocks), seq.slot, role, 1 if last else 0)
+
+    def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
+        """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""
+        wanted = -(-tokens // self.page) - len(seq.blocks)
+        while wanted > 0:
+            if self._room(wanted):
+                taken = self.index.take(wanted)
+                if taken is not None:
+                    seq.blocks += taken
+                    return True
+            if not preempt:
+                return False
+            youngest = max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
+            self._put_back(youngest)
+            if youngest is seq:
+                return False
+        return True
+
+    def _put_back(self, seq: Sequence) -> None:
+        """From running to waiting: its tokens stay, their keys and values will be computed (or found) again."""
+        self.counters["preemptions"] += 1
+        del self.running[seq.request.id]
+        self.let_go(seq)
+        self._reset(seq)
+        self.waiting = {seq.request.id: seq, **self.waiting}
+
+    def let_go(self, seq: Sequence) -> None:
+        self.index.release(seq.blocks)
+        seq.blocks = []
+        if seq.slot != BASE:
+            self.adapters.leave(seq.slot)
+            seq.slot = BASE
