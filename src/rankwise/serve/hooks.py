@@ -196,8 +196,11 @@ class _Plain(nn.Module):
 def hook_model(
     model: nn.Module, groups: Sequence[Group], acting: Acting, *, rows: int = 16, pack: bool | None = None
 ) -> list[Bundle]:
-    """Hook every module of ``groups`` and the input embedding; returns the bundles."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """Hook every module of ``groups``, the output head and the input embedding; returns the bundles."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head_path = next(n for n, m in model.named_modules() if m is head)
+    if not any(head_path in g.modules for g in groups):
+        groups = [*groups, Group(head_path, (head_path,), head.in_features, (head.out_features,))]
     bundles = []
     for g in groups:
         modules = [model.get_submodule(p) for p in g.modules]

@@ -18,11 +18,11 @@ from rankwise.errors import RankwiseError
 class Pool(Protocol):
     """Where blocks come from: ids of one tag, each with one owner here."""
 
-    def allocate(self, n: int, tag: str) -> list[int] | None: ...
+    def allocate(self, n: int, tag: str) -> Sequence[int] | None: ...
 
-    def free(self, ids: Sequence[int], tag: str) -> None: ...
+    def free(self, ids: Sequence[int], tag: str) -> object: ...
 
-    def available(self, tag: str) -> int: ...
+    def room(self, tag: str) -> int: ...
 
 
 def salt(fields: Mapping[str, str]) -> bytes:
@@ -55,7 +55,7 @@ class PrefixIndex:
 
     def available(self) -> int:
         """Blocks that :meth:`take` could give now."""
-        return self.pool.available(self.tag) + len(self.idle)
+        return self.pool.room(self.tag) + len(self.idle)
 
     def match(self, links: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known prefix of a chain; they are now held.  See :meth:`chain`."""
@@ -84,15 +84,14 @@ class PrefixIndex:
         """``n`` fresh blocks, held once each; idle ones are given up where the pool has none.  None: not enough, nothing is taken."""
         if n > self.available():
             return None
-        short = n - self.pool.available(self.tag)
-        for _ in range(short):
+        while self.pool.room(self.tag) < n and self.idle:
             self._forget(self.idle.popitem(last=False)[0])
         blocks = self.pool.allocate(n, self.tag)
         if blocks is None:
             return None
         for b in blocks:
             self.refs[b] = 1
-        return blocks
+        return list(blocks)
 
     def _forget(self, block: int) -> None:
         self.block_of.pop(self.hash_of.pop(block))

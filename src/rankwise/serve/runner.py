@@ -18,12 +18,14 @@ from rankwise.serve.ops.base import Cells, DeltaOp, Group
 from rankwise.serve.plan import BASE, Role, Segment, Span, TokenPlan, make_plan, planned
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class Slot(Protocol):
     """What a slot holds: its cells, and the adapter whose numbers are in them."""
 
-    cells: tuple[int, ...]
-    served: Served
+    @property
+    def cells(self) -> tuple[int, ...]: ...
+
+    @property
+    def served(self) -> Served: ...
 
 
 class Runner(Protocol):
@@ -69,7 +71,12 @@ class NativeRunner:
         self.groups = {g.name: g for g in groups}
         self.acting = Acting()
         expected = _own_logits(model)
-        self.head_groups = _groups_of_head(model, groups)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self.head_path = next((n for n, m in model.named_modules() if m is head), None)
+        if self.head_path is None:
+            raise AttachError(
+                f"{type(model).__name__} has no output head over a vocabulary; only causal language models are served."
+            )
         self.bundles = hook_model(model, groups, self.acting, rows=rows, pack=pack)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.store = paged.KvStore(blocks, page, dtype)
@@ -144,11 +151,11 @@ class NativeRunner:
         return self._changes(rows.segments, rows, slots, self.head_op, {s.slot for s in rows.segments})
 
     def _touches_head(self, served: Served) -> bool:
-        paths = {m for n in self.head_groups for m in self.groups[n].modules}
+        path = self.head_path
         return (
-            any(n in served.pairs for n in self.head_groups)
-            or any(p in served.loose for p in paths)
-            or any(n.rpartition(".")[0] in paths for n in served.whole)
+            any(path in self.groups[n].modules for n in served.pairs)
+            or path in served.loose
+            or any(n.rpartition(".")[0] == path for n in served.whole)
         )
 
 
@@ -165,11 +172,6 @@ def _sample_plan(plan: TokenPlan, slots: set[int]) -> TokenPlan:
         at += s.samples
     made = tuple(segments)
     return dataclasses.replace(plan, segments=made, composition=made, cu_q=(0, at))
-
-
-def _groups_of_head(model: nn.Module, groups: Sequence[Group]) -> frozenset[str]:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return frozenset(g.name for g in groups if any(model.get_submodule(p) is head for p in g.modules))
 
 
 def _probe_ids(model: nn.Module, n: int) -> tuple[int, ...]:
