@@ -27,6 +27,7 @@ except ImportError as error:  # pragma: no cover
 log = logging.getLogger("rankwise.serve")
 
 OTHER = "other"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
@@ -110,9 +111,13 @@ class Metrics:
             raise ValueError("the HTTP side counts it")
         metric = self._made.get(name)
         if metric is None:
+            if not NAME.fullmatch(name):
+                raise ValueError("a name has small letters, digits and _ only")
             with self._lock:
                 metric = self._made.get(name) or self._new(name, keys)
                 self._made[name] = metric
+        if metric._labelnames[1:] != keys:
+            raise ValueError(f"its labels were {metric._labelnames[1:]} before and are {keys} now")
         named = metric.labels(self.model, *(labels[k] for k in keys))
         named.inc(value) if name.endswith("_total") else named.observe(value)
 
@@ -141,7 +146,7 @@ class Metrics:
         yield from self._adapters(adapters)
         taken = self._own | set(self._made)
         for name, value in stats.counters.items():
-            if not {name, f"{name}_total"} & taken and re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            if not {name, f"{name}_total"} & taken and NAME.fullmatch(name):
                 yield self._one(CounterMetricFamily, name.removesuffix("_total"), "Counted by the engine.", value)
         if self.aliases:
             yield from self._gateway(stats, adapters)

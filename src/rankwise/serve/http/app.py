@@ -16,10 +16,10 @@ from starlette.routing import Route
 from rankwise.errors import RankwiseError
 from rankwise.serve.http import admin, openai
 from rankwise.serve.http.auth import Access, Caller, Keys
-from rankwise.serve.http.errors import log, on_http, on_known, on_unforeseen
+from rankwise.serve.http.errors import Refusal, log, on_http, on_known, on_unforeseen
 from rankwise.serve.http.face import AdapterCache, Engine
 from rankwise.serve.http.service import Service
-from rankwise.serve.http.settings import Settings
+from rankwise.serve.http.settings import HEADER_BYTES, Settings
 from rankwise.serve.http.stream import ClientGone
 
 Handler = Callable[[Request, Service, Caller], Awaitable[Response]]
@@ -67,6 +67,8 @@ def _guarded(handler: Handler, access: Access, service: Service) -> Callable[[Re
     """The handler behind its access check; a defect in it is logged and answered with a bare 500."""
 
     async def endpoint(request: Request) -> Response:
+        if sum(len(k) + len(v) for k, v in request.scope["headers"]) > HEADER_BYTES:
+            raise Refusal(431, "headers_too_large", f"The request's headers are longer than {HEADER_BYTES} bytes.")
         caller = service.keys.admit(request, access)
         try:
             return await handler(request, service, caller)

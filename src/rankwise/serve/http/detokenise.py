@@ -9,8 +9,10 @@ from functools import cache
 from typing import Any, Protocol
 
 REPLACEMENT = "�"
-#: tokens looked back at where a tokenizer's decoder needs neighbours
-WINDOW = 6
+#: tokens of the prompt looked back at where a tokenizer's decoder needs neighbours
+LOOK_BACK = 6
+#: tokens that wait for a character to become whole; more are no character (one has four bytes), and go out as they are
+PATIENCE = 16
 
 
 class Stream(Protocol):
@@ -71,30 +73,30 @@ class _Bytes:
 
 
 class _Window:
-    """Any other tokenizer: the difference of two decodings that share their beginning."""
+    """Any other tokenizer: the difference of two decodings that share their beginning, which is a whole character's."""
 
     def __init__(self, owner: Detokeniser, prompt: Sequence[int]):
         self.owner = owner
-        self.ids = [i for i in prompt if i not in owner.special][-WINDOW:]
-        self.begin, self.read = 0, len(self.ids)
+        self.ids = [i for i in prompt if i not in owner.special][-LOOK_BACK:]
+        while self.ids and owner.text(self.ids).startswith(REPLACEMENT):
+            self.ids.pop(0)
+        self.read = len(self.ids)
 
     def push(self, token: int) -> str:
         if token in self.owner.special:
             return ""
         self.ids.append(token)
-        return self._advance(final=False)
+        return self._advance(final=len(self.ids) - self.read > PATIENCE)
 
     def flush(self) -> str:
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
-        old = self.owner.text(self.ids[self.begin : self.read])
-        new = self.owner.text(self.ids[self.begin :])
+        old, new = self.owner.text(self.ids[: self.read]), self.owner.text(self.ids)
         if not final and new.endswith(REPLACEMENT):
             return ""
-        self.begin, self.read = max(self.read - WINDOW, 0), len(self.ids)
-        if self.begin > 64:
-            self.ids, self.read, self.begin = self.ids[self.begin :], self.read - self.begin, 0
+        self.ids = self.ids[self.read :] or self.ids  # what follows is decoded beside what has just come
+        self.read = len(self.ids)
         return new[len(old) :]
 
 

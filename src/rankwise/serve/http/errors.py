@@ -78,20 +78,21 @@ def response_of(error: BaseException) -> Response:
 class Cut(Response):
     """An answer to a request whose body is not wanted: it goes out at once, and the connection closes.
 
-    What the client has already sent is read and thrown away for a moment, since closing on unread bytes would reset the
-    connection, and the client might never see the answer.
+    What the client has already sent is read and thrown away for a moment, a few megabytes at most, since closing on
+    unread bytes would reset the connection, and the client might never see the answer.
     """
 
-    LINGER = 1.0
+    SECONDS, BYTES = 1.0, 4 << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [*self.raw_headers, (b"connection", b"close")]
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.LINGER):
-                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                    pass
+            async with asyncio.timeout(self.SECONDS):
+                read = 0
+                while read < self.BYTES and (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                    read += len(message.get("body", b""))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

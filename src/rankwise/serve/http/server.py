@@ -13,9 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rankwise.serve.http.auth import is_loopback
 from rankwise.serve.http.service import Phase, Service
+from rankwise.serve.http.settings import HEADER_BYTES
 
-#: bytes of a request's headers
-HEADER_BYTES = 16 * 1024
 #: connections of one address, other than this machine's own (a proxy here speaks for many)
 CONNECTIONS_PER_CLIENT = 64
 #: seconds in which a new connection sends its first request's headers

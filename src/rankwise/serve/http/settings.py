@@ -7,6 +7,9 @@ from pathlib import Path
 
 from rankwise.errors import OptionError
 
+#: of one request's headers
+HEADER_BYTES = 16 * 1024
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
