@@ -69,7 +69,7 @@ class Bundle:
 
     @torch.no_grad()
     def _pack(self, modules: Sequence[nn.Module], rows: int, pack: bool | None) -> None:
-        weights = [m.weight.detach() for m in modules]
+        weights = [m.get_parameter("weight").detach() for m in modules]
         if not all(packable(w) for w in weights):
             return
         joint = sum(w.shape[0] for w in weights)

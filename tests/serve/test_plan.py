@@ -1,0 +1,78 @@
+"""Plans of packed steps, and the paged attention that reads them, against its definition."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise.serve.attention import paged
+from rankwise.serve.plan import BASE, Role, Segment, Span, make_plan
+
+
+def spans_of(shapes: list[tuple[int, int, int]], page: int) -> list[Span]:
+    """(start, tokens, slot) of each request; blocks in a scrambled order."""
+    out, free = [], list(range(sum(-(-(s + q) // page) for s, q, _ in shapes)))[::-1]
+    free = free[::2] + free[1::2]
+    for i, (start, q, slot) in enumerate(shapes):
+        blocks = tuple(free.pop() for _ in range(-(-(start + q) // page)))
+        role = Role.DECODE if q == 1 and start else Role.PREFILL
+        out.append(Span(f"r{i}", tuple(range(10 * i, 10 * i + q)), start, blocks, slot, role, 1))
+    return out
+
+
+def test_spans_of_one_slot_lie_together_and_the_base_first() -> None:
+    plan = make_plan(spans_of([(4, 1, 2), (0, 3, 1), (5, 1, BASE), (6, 1, 1)], 2), 2)
+    assert [s.slot for s in plan.spans] == [BASE, 1, 1, 2]
+    assert plan.segments == (Segment(1, 1, 5), Segment(2, 5, 6))
+    assert plan.T == 6 and plan.cu_q == (0, 1, 2, 5, 6)
+    assert plan.positions.tolist() == [5, 6, 0, 1, 2, 4]
+    assert plan.sample_rows.tolist() == [0, 1, 4, 5]
+
+
+def test_cells_follow_the_block_table() -> None:
+    plan = make_plan([Span("r", (7, 8, 9), 3, (5, 2, 9), BASE, Role.PREFILL, 0)], 2)
+    assert plan.cell.tolist() == [2 * 2 + 1, 9 * 2, 9 * 2 + 1]
+    assert plan.sample_rows.numel() == 0
+
+
+shape = st.tuples(st.integers(0, 9), st.integers(1, 6), st.sampled_from([BASE, 0, 3]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(shape, min_size=1, max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([None, 3]), st.integers(0, 9))
+def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: int, window: int | None, seed: int) -> None:
+    """Any mix of chunks and decoding rows, any pages, windows, grouped heads; cells that nobody wrote hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    plan = make_plan(spans_of(shapes, page), page)
+    heads, kv, d = 4, 2, 8
+    store = paged.KvStore(64, page)
+    k, v = (torch.randn(1, kv, plan.T, d, generator=g) for _ in range(2))
+    q = torch.randn(1, heads, plan.T, d, generator=g)
+    K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))
+    K.fill_(torch.nan), V.fill_(torch.nan)
+    for s in plan.spans:  # what earlier steps would have written
+        cells = paged._cells(s, page)[: s.start]
+        K[cells], V[cells] = (torch.randn(s.start, kv, d, generator=g) for _ in range(2))
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    with paged.attending(paged.Step(plan), store):
+        got, _ = paged.paged_attention(module, q, k, v, None, sliding_window=window)
+    want = paged.naive(q, K, V, plan, d**-0.5, window)
+    torch.testing.assert_close(got[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_softcap_is_the_definitions() -> None:
+    g = torch.Generator().manual_seed(0)
+    plan = make_plan(spans_of([(5, 1, BASE), (2, 3, BASE)], 2), 2)
+    store, module = paged.KvStore(16, 2), torch.nn.Module()
+    module.layer_idx = 0
+    k, v, q = (torch.randn(1, 2, plan.T, 4, generator=g) for _ in range(3))
+    K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))
+    K.normal_(generator=g), V.normal_(generator=g)
+    with paged.attending(paged.Step(plan), store):
+        got, _ = paged.paged_attention(module, q, k, v, None, softcap=0.5)
+    cells = paged._cells(plan.spans[0], 2)
+    scores = torch.einsum("hd,chd->hc", q[0, :, 0], K[cells]) * 4**-0.5
+    weights = (torch.tanh(scores / 0.5) * 0.5).softmax(-1)
+    torch.testing.assert_close(got[0, 0], torch.einsum("hc,chd->hd", weights, V[cells]), rtol=1e-5, atol=1e-5)
