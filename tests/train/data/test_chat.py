@@ -35,7 +35,9 @@ def test_a_blank_at_the_edge_of_a_turn_neither_drops_nor_adds_a_turn(tokenizer: 
     (e,) = tokenize(read([chat("ask", said, "two", said, "the cat", "dos")]), tokenizer, 256)
     assert learnt(e, tokenizer) == f"{said}<eos>{said}<eos>dos<eos>"
     taught = [i for i, label in enumerate(e.labels) if label != -100]
-    assert "ask" not in tokenizer.decode([e.input_ids[i] for i in taught]) and [e.input_ids[i] for i in taught] == [e.labels[i] for i in taught]
+    assert "ask" not in tokenizer.decode([e.input_ids[i] for i in taught]) and [e.input_ids[i] for i in taught] == [
+        e.labels[i] for i in taught
+    ]
 
 
 def test_both_ways_agree(tokenizer: Any) -> None:
