@@ -123,8 +123,10 @@ class Adapter:
     def lower(self, rank: int | None = None, energy: float | None = None) -> AdapterState:
         """The adapter as a value, every site low-rank: exactly, or cut to ``rank`` or to a share ``energy`` of ‖ΔW‖².
 
-        The relative errors made are in ``meta["errors"]`` by site.
+        Components that a budget has masked are left out, and so is a site that keeps none.  The relative errors made are in ``meta["errors"]`` by site.
         """
+        from rankwise.delta.lowrank import standing
+
         record = self._record
         sites: dict[str, Delta] = {}
         errors: dict[str, float] = {}
@@ -135,7 +137,7 @@ class Adapter:
             weight = site.untouched() if d.needs_weight else None
             low, error = d.to_lowrank(rank=rank, energy=energy, weight=weight)
             sites[name], errors[name] = low, error
-        return AdapterState(sites, meta={"errors": errors, "name": self.name})
+        return AdapterState(standing(sites), meta={"errors": errors, "name": self.name})
 
     # --- merge and detach ---------------------------------------------------------------------------------
     def merge(self, *, probe: Mapping[str, Any] | None = None, force: bool = False, tolerance: float = 0.5) -> MergeReport:

@@ -298,6 +298,7 @@ def export(adapter: Adapter, path: Path, format: str = "peft", **options: Any) -
 def value_of(adapter: Adapter, format: str = "peft") -> tuple[AdapterState, dict[str, Tensor]]:
     """(state of low-rank changes and whole parameters, DoRA's norms by site) as other libraries hold an adapter."""
     from rankwise.delta import AdapterState
+    from rankwise.delta.lowrank import standing
 
     sites: dict[str, Delta] = {}
     magnitude: dict[str, Tensor] = {}
@@ -320,7 +321,7 @@ def value_of(adapter: Adapter, format: str = "peft") -> tuple[AdapterState, dict
             ) from error
         if m is not None:
             magnitude[name] = m.detach()
-    return AdapterState(sites, full), magnitude
+    return AdapterState(standing(sites) if not magnitude else sites, full), magnitude
 
 
 def whole(site: Site, value: Delta) -> Tensor:

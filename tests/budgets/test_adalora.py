@@ -1,4 +1,4 @@
-"""AdaLoRA: its schedule, its scores, its masks."""
+"""AdaLoRA: its schedule, its scores, its masks, and what leaves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
 
 import rankwise as rw
 from rankwise.errors import OptionError, RecipeError
 from tests.budgets.tools import run
+from tests.models import batch_for, llama, logits
 
 ADALORA = {
     "form": "svd",
@@ -82,3 +85,60 @@ def test_adalora_refuses() -> None:
 def test_preset_is_the_three_parts() -> None:
     r = rw.Recipe(preset="adalora", r=6)
     assert (r.form, r.budget, r.losses) == ("svd", "adalora", ["orthogonality"])
+
+
+def test_masked_triplets_leave_as_smaller_ranks_that_peft_loads(tmp_path: Any) -> None:
+    """λ folded into one factor: a plain LoRA whose rank at each place is the number of λ that stand, with the same logits."""
+    adapter, _ = run(ADALORA, 24)
+    model, batch = adapter.model, batch_for(adapter.model)
+    want = logits(model, batch)
+    adapter.export(tmp_path)
+    stand = {n: int((d.core != 0).sum()) for n, d in adapter.sites.items()}
+    assert sum(stand.values()) == 28 and len(set(stand.values())) > 1, "the mask must leave uneven ranks, or nothing is shown"
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        held = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for name, rank in stand.items():
+        key = f"base_model.model.{name}.lora_A.weight"
+        assert (held[key].shape[0] if rank else key in held) == rank, name
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.allclose(logits(theirs, batch), want, atol=1e-5)
+    assert (want - logits(llama(), batch)).abs().max() > 1e-2
+    assert torch.allclose(logits(rw.load(llama(), tmp_path).model, batch), want, atol=1e-5)
+
+
+def test_the_budget_gathers_where_the_task_is() -> None:
+    """Four matrices, one of which carries the task: the triplets that stand are its own, and a uniform rank does worse."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 64, 12)
+    change = torch.randn(12, 6) @ torch.randn(6, 12) / 4
+
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.lin = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([m(v) for m, v in zip(self.lin, x, strict=True)])
+
+    def trained(recipe: dict[str, Any]) -> tuple[Any, float]:
+        model = Four()
+        want = model(inputs).detach()
+        want[2] += inputs[2] @ change.T
+        want += 0.1 * torch.randn(want.shape, generator=torch.Generator().manual_seed(2))  # the others have noise alone to learn
+        adapter = rw.attach(model, {"targets": "all-linear", **recipe})
+        session = rw.Session(model, adapter, lr=3e-2, total_steps=200, schedule="constant")
+        for _ in range(200):
+            session.step_begin()
+            loss = (model(inputs) - want).square().mean()
+            (loss + session.penalty(None, {})).backward()
+            session.step()
+        return adapter, (model(inputs) - want).square().mean().item()
+
+    budget = {"name": "adalora", "target_r": 2, "every": 5, "warmup": 20, "final": 60}
+    adapter, gathered = trained({"form": "svd", "r": 6, "budget": budget, "losses": ["orthogonality"]})
+    stand = [int((d.core != 0).sum()) for _, d in sorted(adapter.sites.items())]
+    assert stand[2] >= 5 and sum(stand) == 8, "the published score finds the triplets of the one matrix that has a task"
+    _, uniform = trained({"form": "svd", "r": 2, "losses": ["orthogonality"]})
+    assert gathered < uniform / 2

@@ -87,3 +87,18 @@ def test_tied_embedding_and_head_share_one_delta() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     adapter.detach()
     assert torch.equal(model.lm_head.weight, base)
+
+
+@pytest.mark.parametrize(("r", "reached"), [(1, False), (2, True), (4, True)])
+def test_a_teacher_whose_change_has_rank_two_is_reached_from_rank_two_on(r: int, reached: bool) -> None:
+    model, adapter, _ = one({"r": r, "alpha": r})
+    x, change = torch.randn(200, 12), torch.randn(10, 2) @ torch.randn(2, 12) / 3
+    want = (model(x) + x @ change.T).detach()
+    session = rw.Session(model, adapter, lr=3e-2, total_steps=400)
+    for _ in range(400):
+        session.step_begin()
+        (nn.functional.mse_loss(model(x), want) + session.penalty(None, {})).backward()
+        session.step()
+    rest = nn.functional.mse_loss(model(x), want).item()
+    least = torch.linalg.svdvals(change)[r:].square().sum().item() / 10  # E‖x·(ΔW − best)ᵀ‖² an output, x white
+    assert rest < 1e-4 if reached else rest > least / 2

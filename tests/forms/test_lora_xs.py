@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.forms.helpers import one
@@ -23,3 +24,11 @@ def test_gradient_of_the_core() -> None:
     x, w = torch.randn(7, 12), torch.randn(7, 10)
     (model(x) * w).sum().backward()
     assert torch.allclose(d.core.grad, d.scale * d.B.T @ (w.T @ x) @ d.A.T, atol=1e-4)
+
+
+def test_it_starts_a_hundred_thousandth_from_the_base_whatever_the_width() -> None:
+    for wide in (64, 256):
+        model, adapter, d = one({"form": "lora_xs", "r": 8}, inp=wide, out=wide)
+        assert adapter.numel() == 64 and d.core.std().item() == pytest.approx(1e-5, rel=0.4)
+        S = torch.linalg.svdvals(model[0].weight)[0]
+        assert 0 < d.delta().dense().norm() < 1e-5 * 3 * 8 * S * d.scale

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import rankwise as rw
 from rankwise.train.memory import saved_bytes
 from tests.forms.helpers import one
 
@@ -50,3 +51,19 @@ def test_as_a_lora_it_selects_columns() -> None:
         d.V.normal_()
     low, error = adapter.delta("0").to_lowrank()
     assert error == 0 and torch.equal(low.A.sum(0).nonzero().flatten(), d.index) and set(low.A.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_every_other_column_keeps_its_bits_through_training_and_merge() -> None:
+    model, adapter, d = one({"form": "paca"})
+    before = model[0].weight.detach().clone()
+    session = rw.Session(model, adapter, lr=1e-1, total_steps=5)
+    x, want = torch.randn(20, 12), torch.randn(20, 10)
+    for _ in range(5):
+        session.step_begin()
+        (F.mse_loss(model(x), want) + session.penalty(None, {})).backward()
+        session.step()
+    session.close()
+    adapter.merge(probe={"input": x})
+    others = [c for c in range(12) if c not in d.index.tolist()]
+    assert torch.equal(model[0].weight[:, others], before[:, others])
+    assert not torch.isclose(model[0].weight[:, d.index], before[:, d.index]).all(0).any(), "every chosen column moved"

@@ -23,12 +23,15 @@ def test_first_sgd_step_is_the_best_rank_2r_step() -> None:
     zeta = 10**0.25 / 16**0.5
     eye = torch.eye(3)
     assert torch.allclose(d.A @ d.A.T, zeta**2 * eye, atol=1e-5) and torch.allclose(d.B.T @ d.B, zeta**2 * eye, atol=1e-5)
+    U, S, Vh = torch.linalg.svd(G.double())
+    on = lambda M, basis: (M.double() @ basis).norm(dim=0) > 1e-3
+    assert on(d.A, Vh.T)[:10].tolist() == [True] * 3 + [False] * 7, "rows of A are the first r right singular vectors"
+    assert on(d.B.T, U).tolist() == [False] * 3 + [True] * 3 + [False] * 4, "columns of B the next r left ones"
     before = d.delta().dense().detach().double()
     gA, gB = d.scale * d.B.T @ G, d.scale * G @ d.A.T
     lr = 1e-4
     with torch.no_grad():
         first_order = -lr * d.scale * (gB.double() @ d.A.double() + d.B.double() @ gA.double())
-    U, S, Vh = torch.linalg.svd(G.double())
     best = (U[:, :6] * S[:6]) @ Vh[:6]
     assert torch.allclose(first_order, -lr * d.scale**2 * zeta**2 * best, atol=1e-8)
     assert before.norm() > 0

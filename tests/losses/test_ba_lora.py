@@ -31,6 +31,19 @@ def test_parts_of_ba_lora() -> None:
     assert decorrelation(Z[:1]) is None and concentration(Z[:1], 3) is None
 
 
+def test_each_term_stays_within_its_bounds() -> None:
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        Z, Z0 = (torch.randn(8, 5, dtype=torch.float64, generator=g) for _ in range(2))
+        assert 0 <= consistency(Z, Z0) <= 4 / 5
+        assert consistency(7 * Z, Z0 / 3).item() == pytest.approx(consistency(Z, Z0).item()), "positive scaling says nothing"
+        assert -1 <= concentration(Z, 3) <= -3 / 5
+    flat = torch.linalg.qr(torch.randn(8, 5, dtype=torch.float64))[0]
+    assert concentration(flat, 3).item() == pytest.approx(-3 / 5, abs=1e-3), "equal singular values"
+    alone = torch.eye(4, dtype=torch.float64).repeat(2, 1)[:, :1] @ torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
+    assert decorrelation(alone).item() == pytest.approx(0.0), "a diagonal covariance"
+
+
 def test_generation_terms_mask_padding_and_are_per_token() -> None:
     Z, Z0 = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
     labels = torch.tensor([[1, 2, -100, -100], [3, 4, 5, -100]])

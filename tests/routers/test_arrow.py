@@ -77,3 +77,45 @@ def test_arrow_needs_adapters_that_reach_its_targets(library: list[str]) -> None
         rw.Recipe(router="arrow")
     with pytest.raises(TargetError, match="no adapter has a change"):
         rw.attach(llama(), {"targets": ["k_proj"], "router": {"name": "arrow", "adapters": library}})
+
+
+def test_neither_signs_nor_scales_nor_a_gauge_of_the_experts_change_the_route(library: list[str], tmp_path: Any) -> None:
+    targets = ["q_proj", "up_proj"]
+    model, batch = llama(), batch_for(llama())
+    adapter = rw.attach(model, {"targets": targets, "router": {"name": "arrow", "adapters": library, "top_k": 2}})
+    want = logits(model, batch)
+    with torch.no_grad():
+        for d in adapter.sites.values():
+            d.router.V.mul_(torch.tensor([-1.0, 1.0, -1.0])[:, None])
+    assert torch.equal(logits(model, batch), want), "the sign of a prototype is of no matter"
+    turned = []
+    for i, path in enumerate(library):
+        expert = rw.load(llama(), path)
+        with torch.no_grad():
+            for d in expert.sites.values():  # (A, B) → (T·A, B·T⁻¹) is the same expert
+                T = torch.linalg.qr(torch.randn(len(d.A), len(d.A)))[0] * -3.0
+                d.B.copy_(d.B @ torch.linalg.inv(T))
+                d.A.copy_(T @ d.A)
+        expert.export(tmp_path / f"t{i}")
+        turned.append(str(tmp_path / f"t{i}"))
+    other = llama()
+    rw.attach(other, {"targets": targets, "router": {"name": "arrow", "adapters": turned, "top_k": 2}})
+    assert torch.allclose(logits(other, batch), want, atol=1e-4)
+    louder = []
+    for i, path in enumerate(library):
+        expert = rw.load(llama(), path)
+        with torch.no_grad():
+            for d in expert.sites.values():
+                d.B.mul_(5.0)  # as a five-fold alpha
+        expert.export(tmp_path / f"l{i}")
+        louder.append(str(tmp_path / f"l{i}"))
+    loud = rw.attach(llama(), {"targets": targets, "router": {"name": "arrow", "adapters": louder, "top_k": 2}})
+    x = torch.randn(9, 32)
+    for name, d in adapter.sites.items():
+        assert torch.allclose(d.router.route(x).dense(), loud.sites[name].router.route(x).dense(), atol=1e-4)
+
+
+def test_more_to_choose_than_there_are_is_all_of_them(library: list[str]) -> None:
+    adapter = rw.attach(llama(), {"targets": ["q_proj"], "router": {"name": "arrow", "adapters": library[:2], "top_k": 3}})
+    gate = next(iter(adapter.sites.values())).router.route(torch.randn(5, 32)).dense()
+    assert gate.shape == (5, 2) and torch.allclose(gate.sum(1), torch.ones(5), atol=1e-6) and (gate > 0).all()

@@ -69,3 +69,29 @@ def test_bias_moves_by_u_once_a_step_and_only_in_training() -> None:
 def test_smora_refuses(options: dict) -> None:
     with pytest.raises(OptionError, match="'smora'"):
         smora(**options)
+
+
+def test_groups_that_are_fixed_are_a_mixture_of_lora_experts() -> None:
+    """Blocks of p = r/E components share a score: y = Σ_e g_e·s·B_e·A_e·x with the gates of a top-K mixture of E experts."""
+    E, K, p = 4, 2, 3
+    model, _, d = smora(r=E * p, k=K * p, p=p)
+    x = torch.randn(30, 12)
+    q = torch.sigmoid(x @ d.router.weight.T)  # one score an expert
+    top = q.topk(K, dim=-1)
+    gate = torch.zeros(30, E).scatter(1, top.indices, K * top.values / top.values.sum(-1, keepdim=True))
+    A, B = d.inner.A.view(E, p, 12), d.inner.B.view(10, E, p).movedim(1, 0)
+    experts = torch.stack([x @ a.T @ b.T for a, b in zip(A, B, strict=True)], 1)  # 30×E×10
+    want = torch.nn.functional.linear(x, model[0].weight, model[0].bias) + 16 / (K * p) * (gate[..., None] * experts).sum(1)
+    assert torch.allclose(model(x), want, atol=1e-5)
+    assert torch.allclose(gate.sum(1), torch.full((30,), float(K)))
+
+
+def test_the_bias_chooses_and_enters_the_value_only_if_asked() -> None:
+    x = torch.randn(20, 12)
+    for in_value in (True, False):
+        _, _, d = smora(r=4, k=2, bias_in_value=in_value)
+        d.router.bias.copy_(torch.tensor([10.0, 0.0, 0.0, 10.0]))
+        gate = d.router.route(x).dense()
+        q = torch.sigmoid(x @ d.router.weight.T) + (d.router.bias if in_value else 0)
+        assert not gate[:, 1:3].any(), "b decides who acts"
+        assert torch.allclose(gate[:, 0], 2 * q[:, 0] / (q[:, 0] + q[:, 3]), atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -127,9 +128,24 @@ class LowRank(Delta):
         A, B = self.factors()
         return LowRank(A.index_select(-2, index), B.index_select(-1, index))
 
+    def standing(self) -> LowRank:
+        """Without the components whose entry of a diagonal core is zero (in all of a stack), as a budget's mask leaves them."""
+        if self.core is None or self.core.dim() != self.A.dim() - 1:
+            return self
+        kept = (self.core != 0).reshape(-1, self.r).any(0)
+        if bool(kept.all()):
+            return self
+        return LowRank(self.A[..., kept, :], self.B[..., kept], self.scale, self.core[..., kept])
+
     @classmethod
     def zeros(cls, out: int, inp: int, r: int = 1, **kwargs: Any) -> LowRank:
         return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))
+
+
+def standing(sites: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The sites without masked components, and without the sites that keep none; all as they are where none stands, as before training."""
+    kept = {n: d.standing() if isinstance(d, LowRank) else d for n, d in sites.items()}
+    return {n: d for n, d in kept.items() if not isinstance(d, LowRank) or d.r} or dict(sites)
 
 
 def from_dense(W: Tensor) -> LowRank:
