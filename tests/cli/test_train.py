@@ -51,7 +51,7 @@ def test_a_saved_dataset_by_its_splits(saved: Path, tmp_path: Path, capsys: Any)
         (["--split", "train", "--eval-split", "dev"], "there is no 'dev'"),
         (["--split", "train", "--format", "messages"], "needs messages too"),
         (["--split", "train", "--format", "chat"], "fmt is one of auto, text"),
-        (["--split", "train", "--stage", "pt"], "stage='pt' learns whole texts"),
+        (["--split", "train", "--stage", "pt"], "--stage pt learns whole texts"),
         (["--split", "train", "--stage", "dpo"], "preference pairs"),
         (["--split", "train", "--arg", "save_strategy=never"], "refused by TrainingArguments"),
         (["--split", "train", "--arg", "bf16=true", "--arg", "fp16=true"], "refused by TrainingArguments"),
@@ -142,7 +142,7 @@ def test_a_table_of_a_run_on_images(digits: Any, tmp_path: Path, capsys: Any) ->
     [
         (["train", "--out", "OUT", "--split", "train"], "choose among text records"),
         (["train", "--out", "OUT", "--format", "text"], "choose among text records"),
-        (["train", "--out", "OUT", "--stage", "pt"], "An image model is trained with stage='sft'"),
+        (["train", "--out", "OUT", "--stage", "pt"], "An image model is trained with --stage sft"),
         (["train", "--out", "OUT", "--max-length", "64"], "max_length and overlong are about tokens"),
         (["eval", "--split", "test"], "choose among text records"),
         (["compare", "-r", "lora"], "digits has no tokenizer"),

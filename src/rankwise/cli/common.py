@@ -165,7 +165,8 @@ def picture_path(path: str | None) -> str | None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
     """Print rows as a table; numbers to the right."""
-    t = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    out.print(title, style="italic", highlight=False, markup=False)  # a title of the table's own is folded to its width
+    t = Table(header_style="bold", box=None, pad_edge=False)
     for c in columns:
         t.add_column(c, justify="right" if c in right else "left", overflow="fold")
     for row in rows:

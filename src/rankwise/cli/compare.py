@@ -20,10 +20,12 @@ def add(app: typer.Typer) -> None:
 
 
 def compare(
-    model: Model = "base",
-    recipes: Annotated[
-        list[str] | None, typer.Option("--recipes", "-r", help="Recipe files, or names of forms and presets; repeatable.")
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE]...", help="Recipe files, or names of forms and presets.", show_default=False),
     ] = None,
+    model: Model = "base",
+    recipes: Annotated[list[str] | None, typer.Option("--recipes", "-r", help="The same; several may follow.")] = None,
     data: Annotated[str, typer.Option(help="A text file or folder, or the name of a shipped domain.")] = "email",
     to: Annotated[str, typer.Option("--out", "-o", help="Folder for report.html and report.json.")] = "comparison",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps a recipe.")] = 60,
@@ -35,10 +37,11 @@ def compare(
 ) -> None:
     """Train several recipes on the same text in the same order, and compare quality, size, memory and time.
 
-    Example: rankwise compare -r lora -r dora -r paca --data email --out comparison
+    Example: rankwise compare --recipes lora dora run.yaml --data email --out comparison
     """
+    recipes = [*(recipes or ()), *(more or ())]
     if not recipes:
-        raise OptionError("compare needs recipes: give -r lora -r dora, or files.")
+        raise OptionError("compare needs recipes: give --recipes lora dora, or files.")
     net, tokenizer = load_text_model(model)
     chosen = {
         Path(r).stem: (recipe_from(r) if r.endswith((".yaml", ".yml", ".json")) else recipe_from(None, r), lr) for r in recipes

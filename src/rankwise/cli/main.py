@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from rankwise.cli import common
+from rankwise.cli.spelling import as_options
 from rankwise.errors import RankwiseError
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, standalone_mode=False)
     except RankwiseError as error:
-        common.err.print(f"[bold red]rankwise:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        common.err.print(f"[bold red]rankwise:[/] {escape(as_options(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)

@@ -58,9 +58,9 @@ def merge(
     options = _options(set or [])
     numbers = _numbers(weights, len(sources))
     _fresh(to, sources)
+    rule = method or ("average" if kind == "models" else "cat")
     if kind != "yaml":
-        method = method or ("average" if kind == "models" else "cat")
-        _scored(method, kind, options, score_data, score, numbers, model)
+        _scored(rule, kind, options, score_data, score, numbers, model)
     if kind == "yaml":
         from rankwise.merge.mergekit import merge_yaml
 
@@ -73,16 +73,16 @@ def merge(
 
         with _bar("tensors") as tick:
             report = merge_checkpoints(
-                sources, to, method, numbers, base, seed=seed, force=force, progress=tick, dtype=_dtype(dtype), **options
+                sources, to, rule, numbers, base, seed=seed, force=force, progress=tick, dtype=_dtype(dtype), **options
             )  # fmt: skip
         models_told(report, json)
     elif model is None:
         if into_base:
             raise OptionError("--into-base folds into a model; give it with --model.")
-        _without_model(sources, to, method, numbers, options, seed, force, source_rank, json)
+        _without_model(sources, to, rule, numbers, options, seed, force, source_rank, json)
     else:
         held = (score_data, score) if score_data is not None else None
-        _with_model(sources, model, to, method, numbers, options, seed, force, source_rank, into_base, json, held)
+        _with_model(sources, model, to, rule, numbers, options, seed, force, source_rank, into_base, json, held)
 
 
 _NAMES = {"yaml": "a mergekit file", "models": "whole models", "adapters": "adapters"}

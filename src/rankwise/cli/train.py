@@ -80,8 +80,6 @@ def train(
     if json:
         emit_json(result.metrics)
         return
-    out.print()
-    table("trainable by role", ["role", "numbers"], result.metrics["trainable"].items(), right=["numbers"])
     if "before" in result.metrics:
         before, after = result.metrics["before"], result.metrics["after"]
         rows = [(k, before[k], after[k]) for k in ("loss", "perplexity", "accuracy") if k in before]

@@ -6,7 +6,7 @@ The scores are those of :mod:`rankwise.train.evaluate`; the batches, for a learn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,7 +80,7 @@ def _text(model: nn.Module, reader: Any, data: Any, score: str, max_length: int,
     examples = tokenize(records, reader, max_length)
     pad = reader.pad_token_id or 0
     size = sum(len(r.fields["text"].encode()) for r in records) if plain else None
-    batches = [Collator(pad)(examples[i : i + batch]) for i in range(0, len(examples), batch)]
+    batches: list[Mapping[str, Any]] = [Collator(pad)(examples[i : i + batch]) for i in range(0, len(examples), batch)]
     return HeldOut(score, lambda m: evaluate(m, examples, pad_id=pad, bytes_=size)[score], batches, len(examples))
 
 

@@ -23,12 +23,13 @@ from rankwise.train import stages
 from rankwise.train.checkpoint import whole_checkpoint
 from rankwise.train.data import Collator, Example, check_isolation, pack, read, tokenize
 from rankwise.train.evaluate import classify, evaluate
+from rankwise.train.progress import one_bar
 from rankwise.train.stages import STAGES
 from rankwise.train.trainer import Reference, bridge, trainer_class
 
 #: TrainingArguments that a run has unless it says otherwise
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4, "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5,
+    "learning_rate": 2e-4, "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 5, "logging_first_step": True,
     "report_to": "none", "save_strategy": "epoch", "save_total_limit": 2, "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }  # fmt: skip
 
@@ -136,6 +137,7 @@ def train(
         model=model, adapter=adapter, args=args, train_dataset=_Rows(rows), data_collator=collator, processing_class=tokenizer,
         eval_dataset=_Rows(eval_examples),
     )  # fmt: skip
+    one_bar(trainer)
     result = trainer.train(resume_from_checkpoint=resume)
     after = evaluate(model, eval_examples, pad_id=pad)
     metrics = {"scored_on": scored, "before": before, "after": after, "train": result.metrics, "trainable": adapter.by_role()}
@@ -277,6 +279,7 @@ def _images(
         eval_dataset=_Rows(eval_rows),
         processing_class=processor,
     )
+    one_bar(trainer)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = {"before": before, "after": classify(model, *held), "train": result.metrics, "trainable": adapter.by_role()}
     return _finish(adapter, trainer, out, metrics)
@@ -305,8 +308,9 @@ def _dpo(
         model=model, ref_model=Reference(adapter), adapter=adapter, args=args, processing_class=tokenizer,
         train_dataset=stages.pairs(records), eval_dataset=None if eval_records is None else stages.pairs(eval_records),
     )  # fmt: skip
+    one_bar(trainer)
     result = trainer.train(resume_from_checkpoint=resume)
-    log = [e for e in trainer.state.log_history if "rewards/accuracies" in e]
+    log = [e for e in trainer.state.log_history if "rewards/accuracies" in e and "loss" in e]
     metrics = {
         "train": result.metrics,
         "first": log[0] if log else {},
