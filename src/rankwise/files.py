@@ -339,7 +339,7 @@ def _load_foreign(model: nn.Module, path: str, name: str | None, activate: bool)
     roster = roster_of(model, create=True)
     try:
         state, info = read_foreign(path, roster.known, getattr(model, "config", None))
-        parts, tensors = _from_peft(roster.known, state, info, path)
+        parts, tensors = as_native(roster.known, state, info, path)
     except BaseException:
         if not had and not roster.records:
             model._modules.pop("rankwise", None)
@@ -348,7 +348,7 @@ def _load_foreign(model: nn.Module, path: str, name: str | None, activate: bool)
     return rebuild(model, recipe, {"parts": parts, "states": {}}, tensors, name or "default", activate)
 
 
-def _from_peft(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def as_native(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """(parts as a native header has them, tensors by our names) of a PEFT adapter."""
     magnitude: Mapping[str, Tensor] = info["magnitude"]
     parts: list[dict[str, Any]] = []

@@ -91,6 +91,15 @@ def load_native(
         tensors, metadata = tensorfile.read_tensors(path, FILE, allow_nonfinite=allow_nonfinite, mapped=mapped)
     except FileNotFoundError as e:
         raise ArtefactError(f"There is no {FILE} in {where!r}: it is not a native rankwise adapter.") from e
+    return tensors, header_of(tensors, metadata, where)
+
+
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str, *, check: bool = True) -> dict[str, Any]:
+    """The header of a native file whose tensors and metadata are read; ``check=False`` where its bytes were checked before.
+
+    Raises:
+        ArtefactError: not a native file, damage, an unknown version, or a header outside the schema.
+    """
     if metadata.get("format") != "rankwise" or set(metadata) != {"format", "rankwise", "sha256"}:
         raise ArtefactError(f"{where}/{FILE} is a safetensors file, but not one of rankwise.")
     text = metadata["rankwise"]
@@ -98,9 +107,9 @@ def load_native(
     version = data.get("version")
     if version != VERSION:
         raise ArtefactError(f"{where}/{FILE} has format version {version!r}; this rankwise reads {VERSION}. Update rankwise.")
-    if tensorfile.digest(tensors, text) != metadata["sha256"]:
+    if check and tensorfile.digest(tensors, text) != metadata["sha256"]:
         raise ArtefactError(f"{where}/{FILE} is damaged: its digest does not fit its content.")
-    return tensors, _validate(data, where)
+    return _validate(data, where)
 
 
 def is_native(path: str | os.PathLike[str]) -> bool:

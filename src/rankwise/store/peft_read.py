@@ -96,13 +96,18 @@ def _read_pair(folder: os.PathLike[str], allow_nonfinite: bool) -> tuple[dict[st
         finally:
             os.close(at)
     config = cfg.parse_config(raw, f"{where}/{cfg.CONFIG}")
+    check_stamp(raw, tensors, metadata, where)
+    return config, tensors
+
+
+def check_stamp(raw: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
+    """ArtefactError where our export stamped the tensors with a config that is not this one."""
     stamp = metadata.get("rankwise_sha256")
     if stamp is not None and stamp != tensorfile.digest(tensors, cfg.config_salt(tensorfile.strict_json(raw, where))):
         raise ArtefactError(
             f"{where}: {cfg.CONFIG} and {cfg.WEIGHTS} do not belong together, or one was changed after it was written. "
             "Export the adapter again."
         )
-    return config, tensors
 
 
 def _replaced(folder: os.PathLike[str], at: int) -> bool:

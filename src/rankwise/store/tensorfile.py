@@ -84,11 +84,27 @@ def read_small(folder: str | os.PathLike[str], name: str, limit: int, *, at: int
 def parse(buffer: Any, where: str, *, allow_nonfinite: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (views of ``buffer``, which must be writable) and metadata of safetensors bytes."""
     table, metadata, start = read_header(buffer, where)
-    tensors: dict[str, Tensor] = {}
-    for name, (dtype, shape, begin, end) in table.items():
-        tensors[name] = _tensor(buffer, dtype, shape, start + begin, end - begin)
-        _check_values(tensors[name], f"{where}: tensor {name!r}", allow_nonfinite)
+    tensors = {n: _tensor(buffer, dtype, shape, start + begin, end - begin) for n, (dtype, shape, begin, end) in table.items()}
+    if not allow_nonfinite:
+        for dtype, begin, end, names in _runs(table):
+            run = _tensor(buffer, dtype, (-1,), start + begin, end - begin)
+            for name in names if not _finite(run) else ():  # one look at many tensors; only a bad run is looked at singly
+                _check_values(tensors[name], f"{where}: tensor {name!r}", False)
     return tensors, metadata
+
+
+def _runs(table: Mapping[str, Entry]) -> list[tuple[torch.dtype, int, int, list[str]]]:
+    """Stretches of bytes whose tensors are of one floating dtype: (dtype, begin, end, names)."""
+    out: list[tuple[torch.dtype, int, int, list[str]]] = []
+    for name, (dtype, _, begin, end) in sorted(table.items(), key=lambda item: item[1][2:]):
+        if end == begin or not dtype.is_floating_point:
+            continue
+        if out and out[-1][0] == dtype and out[-1][2] == begin:
+            out[-1][3].append(name)
+            out[-1] = (dtype, out[-1][1], end, out[-1][3])
+        else:
+            out.append((dtype, begin, end, [name]))
+    return out
 
 
 Entry = tuple[torch.dtype, tuple[int, ...], int, int]
@@ -266,12 +282,14 @@ def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...], at: int, nb
 
 
 def _check_values(tensor: Tensor, what: str, allow_nonfinite: bool) -> None:
-    if allow_nonfinite or not tensor.is_floating_point() or not tensor.numel():
-        return
-    flat = tensor.reshape(-1)
-    for part in flat.split(1 << 20):  # in pieces: the check must not cost a second copy
-        if not bool(torch.isfinite(part.float() if part.element_size() == 1 else part).all()):
-            raise ArtefactError(f"{what} holds values that are not finite.")
+    if not allow_nonfinite and tensor.is_floating_point() and not _finite(tensor):
+        raise ArtefactError(f"{what} holds values that are not finite.")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """In pieces: the check must not cost a second copy."""
+    parts = tensor.reshape(-1).split(1 << 20)
+    return all(bool(torch.isfinite(p.float() if p.element_size() == 1 else p).all()) for p in parts)
 
 
 def _read_all(fd: int, size: int, where: str) -> bytearray:

@@ -1,0 +1,325 @@
+"""Adapters by digest in host memory, and the names that lead to them.
+
+A name is an alias: a reload under it changes where it leads and nothing else, so requests that run finish on the
+numbers they began with.  Numbers are read in worker threads; whoever asks gets a future and never waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from rankwise.errors import OptionError
+from rankwise.serve.adapters.base import AdapterSource, Manifest, Served
+from rankwise.serve.adapters.kinds import Limits
+from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.adapters.mix import mix_manifest, mix_served
+from rankwise.serve.adapters.registry import Registry
+from rankwise.serve.adapters.source import no_adapter, shown, valid
+from rankwise.serve.adapters.usage import Tally, Use, stalest
+from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
+
+
+@dataclasses.dataclass(slots=True)
+class _Kept:
+    served: Served
+    use: Use
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """One name: ``manifest`` None until it was first resolved; ``tier`` ``host`` or ``disk``; ``loaded`` at run time."""
+
+    name: str
+    manifest: Manifest | None
+    tier: str
+    pins: int
+    loaded: bool
+
+
+Names = list[str]
+Listing = list[Listed]
+
+
+class AdapterCache:
+    """See the module.  All methods may be called from any thread; none but ``load`` and ``resolve`` touches a disk.
+
+    Args:
+        source: where names come from; runtime loading needs one with ``resolve_path(path, name)``.
+        nbytes: budget of the host tier; what is pinned stays, so a load that does not fit beside it is turned away.
+        registry: file that keeps runtime-loaded names over restarts.
+        workers: threads that read.
+        clock: seconds.
+        on_load: told (format, outcome, seconds) of each load.
+    """
+
+    def __init__(
+        self,
+        source: AdapterSource,
+        layout: Layout,
+        *,
+        nbytes: int = 4 << 30,
+        limits: Limits | None = None,
+        registry: str | Path | None = None,
+        workers: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+        on_load: Callable[[str, str, float], None] | None = None,
+    ):
+        self.source, self.layout, self.budget, self.limits = source, layout, nbytes, limits or Limits()
+        self.tally = Tally()
+        self._registry = Registry(registry)
+        self._clock, self._on_load = clock, on_load
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._writing = threading.Lock()  # names change one at a time; the disk is written under this one alone
+        self._known: dict[str, Manifest] = {}  # by digest
+        self._led: dict[str, str] = {}  # name → the digest it last led to
+        self._host: dict[str, _Kept] = {}
+        self._pins: Counter[str] = Counter()
+        self._loading: dict[str, Future[Served]] = {}
+        self._leaving: set[str] = set()  # digests whose name was unloaded: they go with their last pin
+
+    # --- names ------------------------------------------------------------------------------------------------
+    def resolve(self, name: str) -> Manifest:
+        """Where ``name`` leads now.
+
+        Raises:
+            UnknownAdapter, AdapterRefused: as the source says; a name that was unloaded is unknown.
+        """
+        path, hidden = self._registry.names.get(name), name in self._registry.hidden
+        if path is not None:
+            return self._note(name, self._resolve_path(path, name))
+        if hidden:
+            raise no_adapter(name, self.names())
+        try:
+            return self._note(name, self.source.resolve(name))
+        except UnknownAdapter:
+            raise self._unknown(name) from None
+
+    def names(self) -> Names:
+        return sorted(set(self._registry.names) | (set(self.source.names()) - self._registry.hidden))
+
+    def list(self) -> Listing:
+        """Every name with what is known of it, without reading anything of it."""
+        names = self.names()
+        with self._lock:
+            return [self._listed(n) for n in names]
+
+    def load(self, name: str, path: str) -> Manifest:
+        """Give the adapter at ``path`` the name ``name``, after reading and checking all of it; an older one of that name is let go.
+
+        Raises:
+            AdapterRefused: the path or the adapter is refused; the name leads where it led.
+        """
+        if not valid(name):
+            raise AdapterRefused(f"An adapter cannot be called {shown(name)}; use letters, digits, spaces and ._-.")
+        manifest = self._resolve_path(path, name)
+        with self._lock:
+            self._known[manifest.digest] = manifest
+            self._leaving.discard(manifest.digest)
+        self.fetch(manifest.digest).result()
+        with self._writing:
+            self._registry.set({**self._registry.names, name: path}, self._registry.hidden - {name})
+            with self._lock:
+                before = self._led.get(name)
+                manifest = self._note(name, manifest)
+                if before is not None and before != manifest.digest:
+                    self._part(before)
+        return manifest
+
+    def unload(self, name: str, wait: float = 0.0) -> int:
+        """Take a name away; its numbers go with the last request that uses them.
+
+        Args:
+            wait: seconds to wait for that.
+
+        Returns: how many requests still use them.
+
+        Raises:
+            UnknownAdapter: no such name.
+        """
+        with self._writing:
+            if name not in self.names():
+                raise self._unknown(name)
+            hidden = self._registry.hidden | ({name} if name in self.source.names() else set())
+            self._registry.set({n: p for n, p in self._registry.names.items() if n != name}, hidden)
+            with self._lock:
+                digest = self._led.pop(name, None)
+        with self._idle:
+            if digest is None:
+                return 0
+            self._part(digest)
+            self._idle.wait_for(lambda: not self._pins[digest], timeout=wait)
+            return self._pins[digest]
+
+    def mix(self, parts: Sequence[tuple[str, float]]) -> Manifest:
+        """The manifest of Σ weight·adapter; its numbers are made by :meth:`fetch`.
+
+        Raises:
+            UnknownAdapter, AdapterRefused: an adapter of it; see :func:`~rankwise.serve.adapters.mix.mix_manifest`; too large.
+        """
+        manifest = mix_manifest([(self.resolve(name), weight) for name, weight in parts])
+        self.limits.check(manifest)
+        with self._lock:
+            return self._known.setdefault(manifest.digest, manifest)
+
+    # --- numbers ----------------------------------------------------------------------------------------------
+    def fetch(self, digest: str) -> Future[Served]:
+        """The numbers of a resolved adapter or mix, now or later; one load of a digest at a time.
+
+        Pin the digest first (:meth:`acquire`), or they may be gone again before they are used.
+        """
+        with self._lock:
+            manifest = self._manifest(digest)
+            kept = self._host.get(digest)
+            if kept is not None:
+                kept.use.last = self._clock()
+                done: Future[Served] = Future()
+                done.set_result(kept.served)
+                return done
+            if digest not in self._loading:
+                future: Future[Served] = Future()
+                self._loading[digest] = future
+                self._threads.submit(self._load, manifest, future)
+            return self._loading[digest]
+
+    def get(self, digest: str) -> Served | None:
+        """The numbers, where they are in memory."""
+        with self._lock:
+            kept = self._host.get(digest)
+            if kept is not None:
+                kept.use.last = self._clock()
+            return None if kept is None else kept.served
+
+    def acquire(self, digest: str) -> None:
+        """Hold a digest: while held it stays in memory once it is there."""
+        with self._lock:
+            self._manifest(digest)
+            self._pin(digest, 1)
+
+    def release(self, digest: str) -> None:
+        """Let go what :meth:`acquire` held.
+
+        Raises:
+            OptionError: it is not held.
+        """
+        with self._idle:
+            if self._pins[digest] < 1:
+                raise OptionError(f"The adapter {digest[:12]} is released more often than it was acquired.")
+            self._pin(digest, -1)
+            if not self._pins[digest]:
+                del self._pins[digest]
+                self._part(digest) if digest in self._leaving else None
+                self._idle.notify_all()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the host tier."""
+        with self._lock:
+            return sum(k.served.manifest.nbytes for k in self._host.values())
+
+    def close(self) -> None:
+        """Stop the threads, after the loads that run."""
+        self._threads.shutdown(wait=True)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+    def _load(self, manifest: Manifest, future: Future[Served]) -> None:
+        start, what = self._clock(), manifest.meta.get("format", manifest.source)
+        try:
+            served = self._made(manifest)
+            self._keep(served, self._clock() - start)
+            outcome: tuple[str, Served | BaseException] = ("ok", served)
+        except BaseException as error:
+            outcome = ("refused" if isinstance(error, AdapterRefused) else "error", error)
+        with self._lock:
+            del self._loading[manifest.digest]
+            self.tally.loads[what, outcome[0]] += 1
+        if self._on_load is not None:
+            self._on_load(what, outcome[0], self._clock() - start)
+        if isinstance(outcome[1], BaseException):
+            future.set_exception(outcome[1])
+        else:
+            future.set_result(outcome[1])
+
+    def _made(self, manifest: Manifest) -> Served:
+        if not manifest.parts:
+            return self.source.fetch(manifest)
+        parts = [(self.get(d) or self.source.fetch(self._known[d]), w) for d, w in manifest.parts]
+        served = mix_served(manifest, parts, self.layout)
+        self.limits.check(served.manifest)
+        return served
+
+    def _keep(self, served: Served, seconds: float) -> None:
+        """Into the host tier, evicting what was longest out of use for its cost.
+
+        Raises:
+            AdapterRefused, Overloaded: larger than the tier; what is in use leaves no room.
+        """
+        digest, size = served.manifest.digest, served.manifest.nbytes
+        if size > self.budget:
+            raise AdapterRefused(f"The adapter {served.manifest.name!r} takes {size:,} bytes; the host tier holds {self.budget:,}.")
+        with self._lock:
+            while self.nbytes + size > self.budget:
+                gone = stalest(self._host, self._clock(), lambda key, _: key != digest)
+                if gone is None:
+                    raise Overloaded(f"Adapters in use leave no room for {served.manifest.name!r} ({size:,} bytes); try again.")
+                del self._host[gone]
+                self.tally.evictions["host"] += 1
+            self._host[digest] = _Kept(served, Use(self._clock(), max(seconds, 1e-3), self._pins[digest]))
+            self._known[digest] = served.manifest
+
+    def _note(self, name: str, manifest: Manifest) -> Manifest:
+        """Remember where a name leads; what was measured of the same digest before is kept."""
+        with self._lock:
+            self._known.setdefault(manifest.digest, manifest)
+            self._led[name] = manifest.digest
+            self._leaving.discard(manifest.digest)
+            return dataclasses.replace(self._known[manifest.digest], name=name, source=manifest.source)
+
+    def _part(self, digest: str) -> None:
+        """Let the numbers of a digest go that no name leads to: now, or with the last pin."""
+        if digest in self._led.values():
+            return
+        if self._pins[digest]:
+            self._leaving.add(digest)
+        else:
+            self._leaving.discard(digest)
+            self._host.pop(digest, None)
+
+    def _pin(self, digest: str, n: int) -> None:
+        self._pins[digest] += n
+        if digest in self._host:
+            self._host[digest].use.pins = self._pins[digest]
+
+    def _manifest(self, digest: str) -> Manifest:
+        if digest not in self._known:
+            raise UnknownAdapter(f"No adapter with the digest {digest[:12]!r} was resolved.")
+        return self._known[digest]
+
+    def _listed(self, name: str) -> Listed:
+        digest = self._led.get(name)
+        known = self._known.get(digest) if digest is not None else None
+        manifest = None if known is None else dataclasses.replace(known, name=name)
+        return Listed(
+            name,
+            manifest,
+            "host" if digest in self._host else "disk",
+            self._pins[digest] if digest else 0,
+            name in self._registry.names,
+        )
+
+    def _resolve_path(self, path: str, name: str) -> Manifest:
+        if not hasattr(self.source, "resolve_path"):
+            raise AdapterRefused(f"The adapter {name!r} cannot be loaded: this server's source of adapters takes no paths.")
+        return self.source.resolve_path(path, name)
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        if not valid(name):
+            return UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
+        return no_adapter(name, self.names())

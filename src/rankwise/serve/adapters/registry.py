@@ -1,0 +1,61 @@
+"""The names that were loaded (and taken away) at run time, on disk: whole after any crash, read again at the next start."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from rankwise.errors import ArtefactError, OptionError
+from rankwise.store.atomic import replace_file
+from rankwise.store.names import check_name
+
+
+class _File(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+    version: Literal[1] = 1
+    names: dict[str, str] = {}
+    hidden: list[str] = []
+
+
+class Registry:
+    """``names``: name → path it was loaded from; ``hidden``: names of the folders that were unloaded.  ``path`` None keeps nothing.
+
+    Raises:
+        ArtefactError: the file is damaged; it is never taken for an empty one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None):
+        self.path = None if path is None else Path(path)
+        self.names: dict[str, str] = {}
+        self.hidden: set[str] = set()
+        if self.path is not None and self.path.exists():
+            found = self._read(self.path)
+            self.names, self.hidden = found.names, set(found.hidden)
+
+    def _read(self, path: Path) -> _File:
+        try:
+            found = _File.model_validate_json(path.read_bytes())
+            for name in (*found.names, *found.hidden):
+                check_name(name)
+        except (OSError, pydantic.ValidationError, OptionError) as error:
+            raise ArtefactError(
+                f"The registry of loaded adapters, {os.fspath(path)!r}, cannot be read: {str(error).splitlines()[0]}. "
+                "Move it away to start with the folders alone."
+            ) from error
+        return found
+
+    def set(self, names: Mapping[str, str], hidden: set[str]) -> None:
+        """Take these over, on disk first: what could not be written is not so.
+
+        Raises:
+            ArtefactError: the system refused; what was stands.
+        """
+        if self.path is not None:
+            text = json.dumps(_File(names=dict(names), hidden=sorted(hidden)).model_dump(), sort_keys=True, indent=1)
+            replace_file(self.path, text.encode())
+        self.names, self.hidden = dict(names), set(hidden)

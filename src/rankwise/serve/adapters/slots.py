@@ -1,0 +1,165 @@
+"""Which adapters are on the device: slot → cells of the pool, what stands beside its pairs, and who uses it.
+
+Only the engine's thread uses a table, between steps.  A slot's number is never used again, so whatever is kept by
+slot (a step's composition, a packed index) can never be another adapter's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+from torch import Tensor
+
+from rankwise.errors import OptionError
+from rankwise.serve.adapters.base import Loose, Served
+from rankwise.serve.adapters.kinds import cells_for, rank_of
+from rankwise.serve.adapters.usage import Use, stalest
+from rankwise.serve.ops.base import Cells
+from rankwise.serve.types import AdapterRefused
+
+
+class CellAllocator(Protocol):
+    """Hands out cells; the pool behind it may hold other things too."""
+
+    def take(self, n: int) -> list[int] | None:
+        """``n`` free cells, or None where there are not so many."""
+        ...
+
+    def give(self, ids: Sequence[int]) -> None:
+        """Take back what :meth:`take` gave."""
+        ...
+
+
+@dataclasses.dataclass(slots=True)
+class Slot:
+    """One resident adapter: its number, digest, cells, and what is no pair of it."""
+
+    number: int
+    digest: str
+    cells: tuple[int, ...]
+    served: Served
+    use: Use
+
+    @property
+    def loose(self) -> Mapping[str, tuple[Loose, ...]]:
+        return self.served.loose
+
+    @property
+    def whole(self) -> Mapping[str, Tensor]:
+        return self.served.whole
+
+
+class SlotTable:
+    """The slots of one device.
+
+    Attributes:
+        cells: slot → its cells, as the delta operators take it.
+        evictions: how many slots were emptied, by why (``room``, ``asked``).
+    """
+
+    def __init__(self, cells: Cells, pool: CellAllocator, *, clock: Callable[[], float] = time.monotonic):
+        self._cells, self._pool, self._clock = cells, pool, clock
+        self._numbers = itertools.count()
+        self._by_digest: dict[str, Slot] = {}
+        self._by_number: dict[int, Slot] = {}
+        self._owned: dict[int, tuple[int, ...]] = {}
+        self.cells: Mapping[int, tuple[int, ...]] = MappingProxyType(self._owned)
+        self.evictions: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def __getitem__(self, number: int) -> Slot:
+        if number not in self._by_number:
+            raise OptionError(f"There is no slot {number}; it was evicted, or never was.")
+        return self._by_number[number]
+
+    def find(self, digest: str) -> int | None:
+        """The slot of a digest, where it is resident."""
+        slot = self._by_digest.get(digest)
+        return None if slot is None else slot.number
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cells in use."""
+        return sum(map(len, self._owned.values())) * self._cells.cell_bytes
+
+    def ensure(self, digest: str, served: Served) -> int | None:
+        """The slot of ``digest``, its cells written; None where what is in use leaves no room now.
+
+        Unpinned slots go, the longest out of use for what they cost first, until the pool has cells enough.
+
+        Raises:
+            AdapterRefused: it needs more cells than there are.
+        """
+        slot = self._by_digest.get(digest)
+        if slot is not None:
+            slot.use.last = self._clock()
+            return slot.number
+        need = cells_for(rank_of(served.pairs))
+        if need > self._cells.count:
+            raise AdapterRefused(
+                f"The adapter {served.manifest.name!r} needs {need} cells (rank {served.manifest.rank}); the device has {self._cells.count}."
+            )
+        ids = self._take(need)
+        if ids is None:
+            return None
+        try:
+            self._cells.write(ids, served.pairs)
+        except BaseException:
+            self._give(ids)
+            raise
+        slot = Slot(next(self._numbers), digest, tuple(ids), served, Use(self._clock(), float(need or 1)))
+        self._by_digest[digest] = self._by_number[slot.number] = slot
+        self._owned[slot.number] = slot.cells
+        return slot.number
+
+    def pin(self, number: int) -> None:
+        """A request uses this slot; it stays until :meth:`unpin`."""
+        self[number].use.pins += 1
+
+    def unpin(self, number: int) -> None:
+        """
+        Raises:
+            OptionError: it is not pinned.
+        """
+        slot = self[number]
+        if slot.use.pins < 1:
+            raise OptionError(f"Slot {number} is unpinned more often than it was pinned.")
+        slot.use.pins -= 1
+        slot.use.last = self._clock()
+
+    def drop(self, digest: str) -> bool:
+        """Empty the slot of a digest if nobody uses it; whether it is gone."""
+        slot = self._by_digest.get(digest)
+        if slot is not None and slot.use.pins:
+            return False
+        if slot is not None:
+            self._evict(slot, "asked")
+        return True
+
+    def _take(self, need: int) -> list[int] | None:
+        """Cells of the pool, made free where they must be."""
+        if not need:
+            return []
+        while (ids := self._pool.take(need)) is None:
+            gone = stalest(self._by_digest, self._clock(), lambda _, s: bool(s.cells))
+            if gone is None:
+                return None
+            self._evict(self._by_digest[gone], "room")
+        return ids
+
+    def _give(self, ids: Sequence[int]) -> None:
+        if ids:
+            self._pool.give(list(ids))
+
+    def _evict(self, slot: Slot, why: str) -> None:
+        del self._by_digest[slot.digest], self._by_number[slot.number], self._owned[slot.number]
+        self._give(slot.cells)
+        self.evictions[why] += 1

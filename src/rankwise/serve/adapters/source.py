@@ -1,0 +1,161 @@
+"""Adapters in folders of folders: a name is a sub-folder of a configured root, and nothing outside the roots is ever opened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rankwise.errors import OptionError, nearest
+from rankwise.serve.adapters.base import AdapterSource, Manifest, Served
+from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.read import holds_adapter, refusing
+from rankwise.serve.types import AdapterRefused, UnknownAdapter
+from rankwise.store.names import check_name
+
+
+class FolderSource:
+    """Sub-folders of ``roots`` that hold an adapter: native (coded too), PEFT, diffusers, kohya or GGUF; never a pickle.
+
+    Where two roots have one name, the first root's is meant.  A link may stand inside a root as long as it leads to
+    somewhere inside the roots.
+    """
+
+    def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], intake: Intake):
+        given = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
+        self.intake = intake
+        self.roots = tuple(Path(os.path.realpath(r)) for r in given)
+        missing = next((r for r in given if not os.path.isdir(r)), None)
+        if missing is not None or not given:
+            raise OptionError(f"The folder of adapters {os.fspath(missing or '')!r} is no folder; give one that exists.")
+
+    def names(self) -> list[str]:
+        """Every sub-folder with a usable name that looks like an adapter."""
+        found: dict[str, None] = {}
+        for root in self.roots:
+            with os.scandir(root) as entries:
+                found |= {
+                    e.name: None
+                    for e in entries
+                    if valid(e.name) and e.is_dir() and self._inside(root / e.name) is not None and holds_adapter(e.path)
+                }
+        return sorted(found)
+
+    def resolve(self, name: str) -> Manifest:
+        """See :meth:`~rankwise.serve.adapters.intake.Intake.resolve`.
+
+        Raises:
+            UnknownAdapter: no such sub-folder; the message lists the nearest names.
+            AdapterRefused: what the intake refuses; a link out of the roots.
+        """
+        if not valid(name):
+            raise UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
+        for root in self.roots:
+            if os.path.lexists(root / name):
+                return self._open(root / name, name)
+        raise no_adapter(name, self.names())
+
+    def resolve_path(self, path: str | os.PathLike[str], name: str) -> Manifest:
+        """The adapter in a folder, given by its path (absolute, or below a root), under a name of the caller's choice.
+
+        Raises:
+            AdapterRefused: outside the roots, no folder, or what the intake refuses.
+        """
+        for root in self.roots:
+            candidate = root / path
+            if os.path.isdir(candidate) and self._inside(candidate) is not None:
+                return self._open(candidate, name)
+        raise AdapterRefused(
+            f"The adapter {name!r} cannot be loaded: its path is no folder inside the folders of adapters of this server."
+        )
+
+    def fetch(self, manifest: Manifest) -> Served:
+        return self.intake.fetch(manifest)
+
+    def _open(self, folder: Path, name: str) -> Manifest:
+        real = self._inside(folder)
+        if real is None:
+            raise AdapterRefused(f"The adapter {name!r} lies outside the folders of adapters of this server.")
+        root = next(r for r in self.roots if real.is_relative_to(r))
+        with refusing(name, real), beneath(root, real) as at:
+            return self.intake.resolve(real, at, name, os.fspath(real.relative_to(root)))
+
+    def _inside(self, folder: Path) -> Path | None:
+        """Where a folder really is, if that is below a root."""
+        real = Path(os.path.realpath(folder))
+        return real if any(real != r and real.is_relative_to(r) for r in self.roots) else None
+
+
+class Sources:
+    """Several sources as one; the first that knows a name answers."""
+
+    def __init__(self, *sources: AdapterSource):
+        self.sources = sources
+        self._of: dict[str, AdapterSource] = {}
+
+    def names(self) -> list[str]:
+        return sorted({n for s in self.sources for n in s.names()})
+
+    def resolve(self, name: str) -> Manifest:
+        for source in self.sources:
+            with contextlib.suppress(UnknownAdapter):
+                return self._noted(source, source.resolve(name))
+        raise (
+            no_adapter(name, self.names())
+            if valid(name)
+            else UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
+        )
+
+    def resolve_path(self, path: str, name: str) -> Manifest:
+        """By the first source that takes the path; the last refusal where none does."""
+        refused: AdapterRefused | None = None
+        for source in self.sources:
+            if hasattr(source, "resolve_path"):
+                try:
+                    return self._noted(source, source.resolve_path(path, name))
+                except AdapterRefused as error:
+                    refused = error
+        raise refused or AdapterRefused(f"The adapter {name!r} cannot be loaded: no source of this server takes paths.")
+
+    def fetch(self, manifest: Manifest) -> Served:
+        if manifest.digest not in self._of:
+            raise AdapterRefused(f"The adapter {manifest.name!r} was not resolved here; resolve it first.")
+        return self._of[manifest.digest].fetch(manifest)
+
+    def _noted(self, source: AdapterSource, manifest: Manifest) -> Manifest:
+        self._of[manifest.digest] = source
+        return manifest
+
+
+@contextlib.contextmanager
+def beneath(root: Path, folder: Path) -> Iterator[int]:
+    """A descriptor of ``folder``, reached from ``root`` without following a link: what was checked is what is read."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in folder.relative_to(root).parts:
+            deeper = os.open(part, flags, dir_fd=at)
+            os.close(at)
+            at = deeper
+        yield at
+    finally:
+        os.close(at)
+
+
+def valid(name: object) -> bool:
+    """Whether an adapter may be called so (never a path)."""
+    try:
+        check_name(name)
+    except OptionError:
+        return False
+    return True
+
+
+def shown(name: object) -> str:
+    """A name as a message may hold it, whatever it is."""
+    return repr(name if len(str(name)) <= 128 else str(name)[:128] + "…")
+
+
+def no_adapter(name: str, known: Iterable[str]) -> UnknownAdapter:
+    return UnknownAdapter(f"There is no adapter {shown(name)}; {nearest(name, known)}")

@@ -1,0 +1,136 @@
+"""Adapters behind a URL that fsspec reads (``s3://``, ``gs://``, ``memory://``, ``file://``): copied here by version, then read as folders are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import need
+from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.intake import Intake, Locks
+from rankwise.serve.adapters.read import refusing
+from rankwise.serve.adapters.source import FolderSource, no_adapter, shown, valid
+from rankwise.serve.types import AdapterRefused, UnknownAdapter
+from rankwise.store.atomic import write_folder
+from rankwise.store.peft_config import CONFIG
+
+#: what tells one version of a remote file from another, as file systems call it
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "md5Hash", "generation", "uid", "ino")
+
+
+class UriSource:
+    """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
+
+    Only plain files of one folder are copied, each within the intake's byte limit.  Credentials are the file system's own affair
+    (its environment variables, or ``storage_options``).
+    """
+
+    def __init__(self, roots: str | Sequence[str], intake: Intake, cache: str | os.PathLike[str], **storage_options: Any):
+        self.roots = tuple(r.rstrip("/") for r in ([roots] if isinstance(roots, str) else roots))
+        self.cache = Path(cache)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self._local = FolderSource(self.cache, intake)
+        self._intake, self._options = intake, storage_options
+        self._locks, self._guard = Locks(), threading.Lock()
+        self._copied: dict[str, list[str]] = {}  # url of a folder → its last two versions here
+
+    def names(self) -> list[str]:
+        found: set[str] = set()
+        for root in self.roots:
+            fs, path = self._fs(root)
+            if fs.isdir(path):
+                found |= {n for e in fs.ls(path, detail=True) if e["type"] == "directory" and valid(n := _leaf(e["name"]))}
+        return sorted(found)
+
+    def resolve(self, name: str) -> Manifest:
+        """The adapter of that name, its newest version copied here.
+
+        Raises:
+            UnknownAdapter, AdapterRefused: as :class:`~rankwise.serve.adapters.source.FolderSource`; the store cannot be read.
+        """
+        if not valid(name):
+            raise UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
+        for root in self.roots:
+            found = self._version(f"{root}/{name}", name)
+            if found is not None:
+                return found
+        raise no_adapter(name, self.names())
+
+    def resolve_path(self, path: str, name: str) -> Manifest:
+        """The adapter in a folder given by its URL, which is one name below a root."""
+        root, _, leaf = path.rstrip("/").rpartition("/")
+        found = self._version(f"{root}/{leaf}", name) if root in self.roots and valid(leaf) else None
+        if found is None:
+            raise AdapterRefused(
+                f"The adapter {name!r} cannot be loaded: its URL is no folder inside the stores of adapters of this server."
+            )
+        return found
+
+    def fetch(self, manifest: Manifest) -> Served:
+        return self._local.fetch(manifest)
+
+    def _version(self, url: str, name: str) -> Manifest | None:
+        with self._locks(url), refusing(name):
+            try:
+                fs, path = self._fs(url)
+                fs.invalidate_cache()
+                files = [e for e in fs.ls(path, detail=True) if e["type"] == "file"] if fs.isdir(path) else []
+            except (OSError, ValueError) as error:
+                raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
+            if not files:
+                return None
+            version = _version_of(url, files)
+            if not (self.cache / version).is_dir():
+                write_folder(self.cache / version, self._copy(fs, files, name))
+            manifest = self._local.resolve_path(version, name)
+            self._forget_older(url, version)
+            return Manifest(**{f: getattr(manifest, f) for f in Manifest.__dataclass_fields__} | {"source": url})
+
+    def _copy(self, fs: Any, files: list[dict[str, Any]], name: str) -> dict[str, bytes]:
+        out: dict[str, bytes] = {}
+        for entry in files:
+            leaf = _leaf(entry["name"])
+            if leaf != CONFIG and not leaf.endswith((".safetensors", ".gguf")):
+                continue
+            self._intake.limits.check_file(name, entry.get("size") or 0)
+            try:
+                out[leaf] = fs.cat_file(entry["name"])
+            except OSError as error:
+                raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
+        if not out:
+            raise AdapterRefused(f"The adapter {name!r} holds no .safetensors or .gguf file.")
+        return out
+
+    def _forget_older(self, url: str, version: str) -> None:
+        """Keep one version back, for a load that was asked for before the change; remove what is older."""
+        with self._guard:
+            kept = self._copied.setdefault(url, [])
+            if version in kept:
+                return
+            kept.append(version)
+            gone = kept.pop(0) if len(kept) > 2 else None
+        if gone is not None:
+            shutil.rmtree(self.cache / gone, ignore_errors=True)
+
+    def _fs(self, url: str) -> tuple[Any, str]:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise need("fsspec", "serve", "An adapter behind a URL") from error
+        return fsspec.core.url_to_fs(url, **self._options)
+
+
+def _leaf(path: str) -> str:
+    return str(path).rstrip("/").rpartition("/")[2]
+
+
+def _version_of(url: str, files: list[dict[str, Any]]) -> str:
+    """A folder name for exactly these files as the store describes them."""
+    said = [[_leaf(e["name"]), e.get("size"), *(str(e[k]) for k in _STAMPS if k in e)] for e in files]
+    return "v" + hashlib.sha256(json.dumps([url, sorted(said)]).encode()).hexdigest()[:40]

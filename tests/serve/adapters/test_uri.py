@@ -1,0 +1,136 @@
+"""Adapters behind URLs, through fsspec: copied by version, noticed when they change, checked as folders are."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from rankwise.serve.adapters.cache import AdapterCache
+from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.kinds import Limits
+from rankwise.serve.adapters.source import FolderSource, Sources
+from rankwise.serve.adapters.uri import UriSource
+from rankwise.serve.types import AdapterRefused, UnknownAdapter
+from tests.models import llama
+from tests.serve.adapters.helpers import attached, folder_of
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    name = f"memory://adapters-{uuid.uuid4().hex}"
+    yield name
+    fs = fsspec.filesystem("memory")
+    if fs.exists(name):
+        fs.rm(name, recursive=True)
+
+
+def put(folder: Path, url: str) -> None:
+    fs = fsspec.core.url_to_fs(url)[0]
+    for f in folder.iterdir():
+        with fs.open(f"{url}/{f.name}", "wb") as out:
+            out.write(f.read_bytes())
+
+
+def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
+    model, root = folder_of(tmp_path, "a", "b")
+    attached(llama(), {"r": 2}).export(root / "p")
+    intake = Intake(model)
+    local = FolderSource(root, intake)
+    for base in (bucket, f"file://{tmp_path}/remote"):
+        fsspec.core.url_to_fs(base)[0].makedirs(base.removeprefix("file://"), exist_ok=True)
+        for name in ("a", "b", "p"):
+            fsspec.core.url_to_fs(base)[0].makedirs(f"{base}/{name}".removeprefix("file://"), exist_ok=True)
+            put(root / name, f"{base}/{name}")
+        source = UriSource(base, intake, tmp_path / "copies")
+        assert source.names() == ["a", "b", "p"]
+        for name in source.names():
+            manifest = source.resolve(name)
+            assert manifest.digest == local.resolve(name).digest and manifest.name == name and manifest.source == f"{base}/{name}"
+        served = source.fetch(source.resolve("b"))
+        want = local.fetch(local.resolve("b"))
+        assert torch.equal(served.pairs["model.layers.0.mlp.down_proj"][0][0], want.pairs["model.layers.0.mlp.down_proj"][0][0])  # type: ignore[index]
+        with pytest.raises(UnknownAdapter, match="did you mean|known"):
+            source.resolve("c")
+
+
+def test_a_version_is_copied_once_and_a_new_one_is_noticed(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, root = folder_of(tmp_path, "a", "b", "c", "d")
+    put(root / "a", f"{bucket}/live")
+    source = UriSource(bucket, Intake(model, keep=0), tmp_path / "copies")
+    copies: list[str] = []
+    copy = source._copy
+    monkeypatch.setattr(source, "_copy", lambda fs, files, name: (copies.append(name), copy(fs, files, name))[1])
+    first = source.resolve("live")
+    assert source.resolve("live") == first and copies == ["live"]
+    put(root / "b", f"{bucket}/live")
+    second = source.resolve("live")
+    assert second.digest != first.digest and copies == ["live"] * 2
+    assert source.fetch(first).manifest.digest == first.digest, "one version back is still here"
+    for name in ("c", "d"):
+        put(root / name, f"{bucket}/live")
+        source.resolve("live")
+    assert len(list((tmp_path / "copies").iterdir())) == 2
+    with pytest.raises(AdapterRefused, match="changed on disk"):
+        source.fetch(first)
+
+
+def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, root = folder_of(tmp_path, "a")
+    data = bytearray((root / "a" / "rankwise.safetensors").read_bytes())
+    put(root / "a", f"{bucket}/good")
+    data[-3] ^= 4
+    fs = fsspec.filesystem("memory")
+    with fs.open(f"{bucket}/damaged/rankwise.safetensors", "wb") as out:
+        out.write(bytes(data))
+    with fs.open(f"{bucket}/pickled/adapter_model.bin", "wb") as out:
+        out.write(b"\x80\x04.")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies")
+    for name, why in {"damaged": "damaged", "pickled": "no .safetensors"}.items():
+        with pytest.raises(AdapterRefused, match=why):
+            source.resolve(name)
+    for name in ("../good", "a/b", "..", ""):
+        with pytest.raises(UnknownAdapter, match="no valid adapter name"):
+            source.resolve(name)
+    for url in ("s3://elsewhere/x", f"{bucket}/../x", "/etc", f"{bucket}/good/../good", "memory://other/good"):
+        with pytest.raises(AdapterRefused, match="inside the stores"):
+            source.resolve_path(url, "x")
+    assert source.resolve_path(f"{bucket}/good", "x").name == "x"
+    monkeypatch.setattr("rankwise.serve.adapters.kinds.HEADERS", 0)
+    tight = UriSource(bucket, Intake(model, limits=Limits(nbytes=100)), tmp_path / "more")
+    monkeypatch.setattr(fs, "cat_file", lambda *a, **k: pytest.fail("read before its size was looked at"))
+    with pytest.raises(AdapterRefused, match="reads at most 200"):
+        tight.resolve("good")
+
+
+def test_a_store_that_fails_is_a_refusal(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, root = folder_of(tmp_path, "a")
+    put(root / "a", f"{bucket}/a")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies")
+
+    def broken(*a: Any, **k: Any) -> Any:
+        raise OSError("credentials in this message must not reach a client")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "ls", broken)
+    with pytest.raises(AdapterRefused, match="cannot be read from its store: OSError") as raised:
+        source.resolve("a")
+    assert "credentials" not in str(raised.value)
+
+
+def test_loading_by_url_at_run_time(tmp_path: Path, bucket: str) -> None:
+    model, root = folder_of(tmp_path, "a", "b")
+    put(root / "b", f"{bucket}/b")
+    intake = Intake(model)
+    cache = AdapterCache(
+        Sources(FolderSource(root, intake), UriSource(bucket, intake, tmp_path / "copies")),
+        intake.layout,
+        registry=tmp_path / "names.json",
+    )
+    assert cache.load("far", f"{bucket}/b").digest == cache.resolve("b").digest
+    again = AdapterCache(cache.source, intake.layout, registry=tmp_path / "names.json")
+    assert again.resolve("far").digest == cache.resolve("b").digest
