@@ -106,6 +106,7 @@ class PoolMachine(RuleBasedStateMachine):
             mine = {
                 t: sorted(Counter({i: n for (o, u, i), n in self.held.items() if (o, u) == (owner, t)}).elements()) for t in UNITS
             }
+            assert {t: pool.count(owner, t) for t in UNITS} == {t: len(ids) for t, ids in mine.items()}
             assert {t: sorted(ids) for t, ids in pool.held(owner).items()} == {t: ids for t, ids in mine.items() if ids}
 
     @invariant()

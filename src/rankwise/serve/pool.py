@@ -196,6 +196,12 @@ class BlockPool:
         """What ``owner`` holds, per tag."""
         return {tag: tuple(ids.elements()) for tag, ids in self._held.get(owner, {}).items()}
 
+    def count(self, owner: str, tag: str) -> int:
+        """How many units of ``tag`` ``owner`` holds, a shared reference counted each time."""
+        self._unit(tag)
+        held = self._held.get(owner)
+        return held[tag].total() if held is not None and tag in held else 0
+
     def owners(self, i: int, tag: str) -> tuple[str, ...]:
         """Who holds ``i``; looks through all owners."""
         self._unit(tag)

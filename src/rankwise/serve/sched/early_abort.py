@@ -11,7 +11,7 @@ from rankwise.serve.sched.base import Job, Rule, State, Verdict, need
 
 
 @register(
-    "admission", "early_abort", title="Early abort, newest first under overload", paper="S-LoRA, arXiv:2311.03285", reference="001"
+    "policy", "early_abort", title="Early abort, newest first under overload", paper="S-LoRA, arXiv:2311.03285", reference="001"
 )
 @dataclasses.dataclass
 class EarlyAbort(Rule):

@@ -64,6 +64,8 @@ class MergeMode(Rule):
 
     def order(self, state: State) -> list[Job]:
         self._waiting = Counter(j.adapter or "" for j in state.waiting)
+        if self.mode is not None and not self._waiting[self.mode] and self.mode not in state.adapters():
+            self._set(None)  # nothing of it is left, and no step would come to say so
         return [j for j in state.waiting if self.mode is None or j.adapter == self.mode]
 
     def ready(self, state: State) -> bool:
