@@ -22,14 +22,15 @@ class EarlyAbort(Rule):
     ``margin`` can add.  Hopeless at arrival is REJECT (a client can go elsewhere), later it is ABORT.
     Rates, as published, over periods of ``every`` steps: ρ ← ⌊0.7·arrivals + 0.3·ρ⌋, β ← max(⌊0.7·admissions + 0.3·β⌋, 1),
     from ρ = β = 1.  Newest first where ρ ≥ β and the oldest has spent ``patience`` of its time; the second condition is
-    new and keeps the order of arrival under light load, where the rates alone often say otherwise.
+    new and keeps the order of arrival under light load, where the rates alone often say otherwise.  More patience
+    meets more limits (1: oldest first always, nothing but the abort), less makes the first tokens that are in time earlier.
     Every request with a deadline is let in or let go by then; one without follows in order of arrival and is
     never let go.  Without deadlines this is first come, first served.
     """
 
     slo: float | None = 6.0
     margin: float = 0.0
-    patience: float = 0.5
+    patience: float = 0.8
     every: int = 10
     name = "early_abort"
     _arrivals: int = dataclasses.field(default=0, init=False, repr=False)
