@@ -140,6 +140,6 @@ def test_what_cannot_fit_and_what_cannot_fit_now() -> None:
 def test_cells_come_back_when_writing_fails() -> None:
     slots, pool, _ = table(2)
     bad = Served(adapter(8, 1).manifest, {"qkv": ((torch.randn(8, 5), torch.randn(6, 8)), None)})
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OptionError, match="q takes A"):
         slots.ensure("bad", bad)
     assert sorted(pool.free) == [0, 1] and len(slots) == 0
