@@ -196,7 +196,7 @@ class SiteDelta(nn.Module):
 
 def apply_delta(d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
     """Δy of a delta at a site, in ``y``'s dtype; hands over the base output and weight only where they are needed."""
-    if d.dtype != y.dtype:
+    if any(part.dtype != y.dtype for part in getattr(d, "parts", (d,))):  # the parts of a sum may differ on an fp64 base
         d = d.to(dtype=y.dtype)
     if x.is_floating_point() and x.dtype != y.dtype:
         x = x.to(y.dtype)

@@ -41,6 +41,8 @@ class Init:
     info: ClassVar[MethodInfo]
     #: names of statistics (see :mod:`rankwise.calibration`); empty: weights alone
     needs_stats: ClassVar[tuple[str, ...]] = ()
+    #: whether it has the base's weight replaced, so that a base others use at the same time is no place for it
+    replaces: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
 
     def requests(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class LoftQ(Init):
     ‖W − deq(Q) − B·A‖ ≤ ‖W − deq(Q)‖, with the tail of the spectrum as the gap.  Source: yxli2123/LoftQ.
     """
 
+    replaces: ClassVar[bool] = True
     start_gap: ClassVar[float] = 0.05  # the base itself is replaced by its quantised twin
     codec: str = "nf4"
     iterations: int = 1

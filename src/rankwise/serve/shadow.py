@@ -7,7 +7,9 @@ model of transformers whose decoder layers pass one hidden state on, and mix tok
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,6 +106,15 @@ class Net:
         finally:
             self._calls = self._injected = None
 
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """In this block the shadow runs whole sequences, as transformers does (calibration)."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(window.NAME)
+
     def _inputs(self, ids: Tensor, start: int) -> dict[str, Any]:
         positions = torch.arange(start, start + ids.shape[0], device=ids.device)
         return {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}
@@ -121,7 +132,7 @@ class Net:
                 for i, call in enumerate(calls):
                     before = Before(earlier[i])
                     h = self.layer(i, h, call, before)
-                    earlier[i] = _grown(earlier[i], before.own)
+                    earlier[i] = joined(earlier[i], before.own)
                 rows.append(self.leave(ids[a:b], a, h)[0].float())
             gap = float((torch.cat(rows) - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
@@ -165,7 +176,8 @@ def _layers(model: Any) -> nn.ModuleList:
     return found[0]
 
 
-def _grown(held: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def joined(held: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with a window's own behind them."""
     assert own is not None
     return own if held is None else (torch.cat((held[0], own[0]), 2), torch.cat((held[1], own[1]), 2))
 
