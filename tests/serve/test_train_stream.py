@@ -157,7 +157,7 @@ def test_a_job_that_breaks_ends_alone(tmp_path: Path, served: Served) -> None:
     unfit = stream.submit(TrainSpec("unfit", samples(2), {"targets": ["nothing_of_that_name"]}))
     for job in (bad, good, unfit):
         drive(stream, job)
-    assert bad.status is Status.FAILED and "finite" in bad.error or "loss is" in bad.error
+    assert bad.status is Status.FAILED and ("finite" in bad.error or "loss is" in bad.error)
     assert good.status is Status.SUCCEEDED and list(served.folders) == ["good"]
     assert unfit.status is Status.FAILED and "nothing_of_that_name" in unfit.error
 
@@ -227,7 +227,16 @@ def test_recipes_that_do_not_fit_are_refused_at_once(recipe: dict[str, Any], why
 
 
 def test_wrong_values_are_refused_at_once(tmp_path: Path, served: Served) -> None:
-    for wrong in ({"lr": 0.0}, {"epochs": 0.0}, {"batch_size": 0}, {"steps": 0}, {"lr": math.nan}, {"samples": ()}, {"warmup": 99.0}, {"name": "../x"}):
+    for wrong in (
+        {"lr": 0.0},
+        {"epochs": 0.0},
+        {"batch_size": 0},
+        {"steps": 0},
+        {"lr": math.nan},
+        {"samples": ()},
+        {"warmup": 99.0},
+        {"name": "../x"},
+    ):
         with pytest.raises(OptionError):
             TrainSpec(**{"name": "a", "samples": samples(2), **wrong})  # type: ignore[arg-type]
     stream = TrainStream(llama(), tmp_path, served, context=10)
@@ -248,7 +257,9 @@ def done(task: Task, budget: float = 4) -> Any:
 def test_a_loop_of_ones_own_by_the_primitives(tmp_path: Path) -> None:
     """Reward the token 5: sample, weigh, step; and greedy samples are those of the adapted model."""
     base = llama()
-    training = Training(Net(base), Recipe.of({"r": 4, "targets": ["all-linear", "lm_head"]}), lr=5e-2, total_steps=60, schedule="constant")
+    training = Training(
+        Net(base), Recipe.of({"r": 4, "targets": ["all-linear", "lm_head"]}), lr=5e-2, total_steps=60, schedule="constant"
+    )
     prompt = [3, 9, 4]
     for step in range(60):
         loss = done(training.forward_backward([Sample.of([*prompt, 5, 5, 5], [-100, -100, -100, 5, 5, 5])]))
@@ -272,7 +283,7 @@ def test_a_loop_of_ones_own_by_the_primitives(tmp_path: Path) -> None:
 def test_real_text_improves(tmp_path: Path, served: Served) -> None:
     """A style that the shipped base has not seen: every word said twice."""
     model, tokenizer = assets.load_base()
-    words = "the old man went down to the river and sat under a tall tree for a while".split()
+    words = tuple("the old man went down to the river and sat under a tall tree for a while".split())  # noqa: SIM905
     lines = [" ".join(w for w in words[i : i + 6] for _ in range(2)) for i in range(8)]
     spec = TrainSpec("twice", tuple(Sample.of(tokenizer(line)["input_ids"]) for line in lines), {"r": 8}, steps=16, lr=1e-2)
     stream = TrainStream(model, tmp_path, served)
@@ -280,7 +291,7 @@ def test_real_text_improves(tmp_path: Path, served: Served) -> None:
     drive(stream, job, budget=64)
     losses = [r["loss"] for r in job.records]
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
-    other = "under the tree an old river went down and a man sat for a tall while".split()
+    other = tuple("under the tree an old river went down and a man sat for a tall while".split())  # noqa: SIM905
     ids = torch.tensor([tokenizer(" ".join(w for w in other for _ in range(2)))["input_ids"]])
     with torch.no_grad():
         before = float(model(ids, labels=ids).loss)

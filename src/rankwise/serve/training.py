@@ -49,7 +49,9 @@ def refuse_recipe(recipe: Recipe) -> None:
         if why is not None:
             raise RecipeError(f"This recipe has {why}, or train apart from the server.")
     if recipe.losses:
-        raise RecipeError("This recipe has extra losses, which need a whole forward's outputs; leave them out, or train apart from the server.")
+        raise RecipeError(
+            "This recipe has extra losses, which need a whole forward's outputs; leave them out, or train apart from the server."
+        )
 
 
 class Task:
@@ -228,4 +230,3 @@ def _batches(samples: Sequence[Sample], device: torch.device, most: int = 16) ->
         {"input_ids": torch.tensor([s.tokens], device=device), "labels": torch.tensor([s.labels], device=device)}
         for s in samples[:most]
     ]
-
