@@ -7,6 +7,7 @@ step; prompts fill the rest of its token budget in chunks (:mod:`rankwise.serve.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from rankwise.serve.scheduler import Residency, Scheduler
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, ServeError, Token
 
+log = logging.getLogger("rankwise.serve")
 Observer = Callable[[str, float, Mapping[str, str]], None]
 
 
@@ -152,10 +154,26 @@ class Engine:
 
     def _loop(self) -> None:
         while not self._stopping.is_set():
-            if not self.step():
+            try:
+                busy = self.step()
+            except Exception as error:  # outside the forward it is not known whom it concerns: nobody is left waiting
+                busy = False
+                self._fail(error)
+            if not busy:
                 # adapters being read wake the loop when they are there; the wait bounds what a lost wake costs
                 self._wake.wait(0.05)
             self._wake.clear()
+
+    def _fail(self, error: Exception) -> None:
+        """End every request with an error, and go on."""
+        log.error("the engine failed outside a forward", exc_info=error)
+        self.counters["faults"] += 1
+        for seq in [*self.queue.running.values(), *self.queue.waiting.values()]:
+            try:
+                self._finish(seq, Outcome.ERROR, "The engine failed; the request was not completed.")
+            except Exception as again:
+                error = again
+        self.error = f"{type(error).__name__}: {error}"
 
     # --- one step -------------------------------------------------------------------------------------------------
     def step(self) -> bool:
@@ -212,6 +230,7 @@ class Engine:
         try:
             logits = self.runner.run(plan, self.adapters.slots)
         except Exception as error:  # a fault of the model or a kernel: these requests end, the others go on
+            log.error("a step failed", exc_info=error)
             self.error = f"{type(error).__name__}: {error}"
             self.counters["faults"] += 1
             for seq in seqs:

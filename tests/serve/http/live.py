@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.assets import load_base
 from rankwise.serve.adapters.base import Manifest, Served
-from rankwise.serve.engine import Engine, EngineOptions
+from rankwise.serve.engine import Engine
 from rankwise.serve.http.app import make_app
 from rankwise.serve.http.auth import Keys
 from rankwise.serve.http.server import Server
 from rankwise.serve.http.settings import Settings
 from rankwise.serve.ops.base import Group
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.pool import BlockPool, Unit
 from rankwise.serve.prefix import PrefixIndex
-from rankwise.serve.runner import NativeRunner, Slot
+from rankwise.serve.runner import NativeRunner
 from rankwise.serve.sched.fcfs import Fcfs
 from rankwise.serve.types import AdapterRefused, UnknownAdapter
 
@@ -92,7 +95,7 @@ class Shelf:
         self.names: dict[str, Manifest] = {}
         self.held: dict[str, Served] = {}
         self.pins: dict[str, int] = {}
-        self.slots: dict[int, Slot] = {}
+        self.slots: dict[int, Any] = {}
         self.at: dict[str, tuple[int, int]] = {}  # digest → slot, entries
 
     # --- the routes' side
@@ -149,7 +152,7 @@ class Shelf:
 
     def enter(self, digest: str, served: Served) -> int | None:
         slot, n = self.at.get(digest, (len(self.slots), 0))
-        self.slots[slot] = Slot((), served)
+        self.slots[slot] = SimpleNamespace(number=slot, cells=(), served=served, loose=served.loose, whole=served.whole)
         self.at[digest] = (slot, n + 1)
         return slot
 
@@ -169,6 +172,9 @@ class Shelf:
     def cells(self, digest: str) -> int:
         return 0
 
+    def free_cells(self) -> int:
+        return 0
+
     def shrink(self) -> bool:
         return False
 
@@ -179,22 +185,6 @@ def _delta(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -
 
 def _scaled(fn: Any, w: float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return w * fn(x, y)
-
-
-class Free:
-    """Blocks of the cache, one tag."""
-
-    def __init__(self, n: int):
-        self.ids = list(range(n))
-
-    def allocate(self, n: int, tag: str) -> list[int] | None:
-        return None if n > len(self.ids) else [self.ids.pop() for _ in range(n)]
-
-    def free(self, ids: Any, tag: str) -> None:
-        self.ids += ids
-
-    def available(self, tag: str) -> int:
-        return len(self.ids)
 
 
 class Slowed:
@@ -219,7 +209,7 @@ def make_engine(shelf: Shelf, **options: Any) -> Engine:
         out, inp = model.get_submodule(p).weight.shape
         groups.append(Group(p, (p,), inp, (out,)))
     runner = NativeRunner(model, groups, None, None, None, blocks=BLOCKS, page=PAGE, pack=False)  # type: ignore[arg-type]
-    index = PrefixIndex(Free(BLOCKS), page=PAGE)
+    index = PrefixIndex(BlockPool({"kv": Unit(1, BLOCKS)}), page=PAGE)
     return Engine(Slowed(runner), index, shelf, Fcfs(), EngineOptions(eos=(1,), **options), total_blocks=BLOCKS)
 
 

