@@ -243,19 +243,31 @@ class Engine:
         self._report_step(plan)
 
     def _advance(self, plan: TokenPlan, seqs: list[Sequence], logits: torch.Tensor) -> None:
-        for span, seq in zip(plan.spans, seqs, strict=True):
-            seq.computed += len(span.tokens)
-            self._complete(seq)
-        sampled = [seq for span, seq in zip(plan.spans, seqs, strict=True) if span.samples]
-        finite = torch.isfinite(logits).all(-1).tolist() if sampled else []
-        drawn = sample(torch.nan_to_num(logits), [s.sampler for s in sampled])
+        """Tokens from logits, to their requests; a verified guess is a token like any other."""
+        states = [seq.sampler for span, seq in zip(plan.spans, seqs, strict=True) for _ in range(span.samples)]
+        finite = torch.isfinite(logits).all(-1).tolist() if states else []
+        drawn = sample(torch.nan_to_num(logits), states)
         produced: dict[str, int] = {}
-        for seq, token, good in zip(sampled, drawn, finite, strict=True):
-            if not good:
+        at = 0
+        for span, seq in zip(plan.spans, seqs, strict=True):
+            mine = slice(at, at + span.samples)
+            at = mine.stop
+            if not all(finite[mine]):
                 self._finish(seq, Outcome.ERROR, "The model's logits are not finite for this request.")
                 continue
-            produced[seq.request.id] = 1
-            self._publish(seq, token)
+            right = _verified(span, drawn[mine])
+            seq.computed += len(span.tokens) - max(span.samples - 1, 0) + max(len(right) - 1, 0)
+            if span.role is not Role.VERIFY:
+                self._complete(seq)
+            for token in right:
+                if seq.request.id in self.queue.running:
+                    self._publish(seq, token)
+                    produced[seq.request.id] = produced.get(seq.request.id, 0) + 1
+            if span.role is Role.VERIFY:
+                self.counters["guesses"] += span.samples - 1
+                self.counters["guesses_right"] += len(right) - 1
+                if seq.request.id in self.queue.running:
+                    self._complete(seq)
         self.policy.stepped(produced, [s.job for s in seqs], self.clock())
 
     def _complete(self, seq: Sequence) -> None:
@@ -339,6 +351,14 @@ class Engine:
 
     def idle(self) -> bool:
         return not self.queue.running and not self.queue.waiting and self._commands.empty()
+
+
+def _verified(span: Span, drawn: list[Drawn]) -> list[Drawn]:
+    """The tokens of a span that stand: each guess that is what was drawn before it, and the draw after the last of them."""
+    n = 0
+    while n < len(drawn) - 1 and drawn[n].id == span.tokens[len(span.tokens) - len(drawn) + 1 + n]:
+        n += 1
+    return drawn[: n + 1]
 
 
 def run_until_idle(engine: Engine, most: int = 100_000) -> int:

@@ -18,6 +18,7 @@ class EngineOptions:
         max_context: most tokens of one request, None for what the cache holds.
         eos: token ids that end a request.
         seed: of the draws of requests that bring none.
+        speculate: guesses by prompt look-up that a greedy request may verify in a step (0: none).
         train_tokens: training tokens beside a step that serves, where no step-time model decides; ``idle_train_tokens``: alone.
     """
 
@@ -27,6 +28,7 @@ class EngineOptions:
     max_context: int | None = None
     eos: tuple[int, ...] = ()
     seed: int = 0
+    speculate: int = 0
     train_tokens: int = 32
     idle_train_tokens: int = 256
 

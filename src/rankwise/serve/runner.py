@@ -70,7 +70,7 @@ class NativeRunner:
         self.cells, self.op, self.head_op = cells, op, head_op
         self.groups = {g.name: g for g in groups}
         self.acting = Acting()
-        expected = _own_logits(model)
+        expected = _own_logits(model, max(2, min(40, blocks // 2 * page)))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_path = next((n for n, m in model.named_modules() if m is head), None)
         if self.head_path is None:
@@ -181,6 +181,6 @@ def _probe_ids(model: nn.Module, n: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def _own_logits(model: nn.Module, n: int = 40) -> Tensor:
+def _own_logits(model: nn.Module, n: int) -> Tensor:
     """The plain model's logits of a probe, before anything is hooked."""
     return model(input_ids=torch.tensor([_probe_ids(model, n)]), use_cache=False).logits[0].float()

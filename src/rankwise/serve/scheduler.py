@@ -19,6 +19,7 @@ from rankwise.serve.prefix import PrefixIndex, salt
 from rankwise.serve.runner import Slot
 from rankwise.serve.sched.base import Policy, State, Verdict
 from rankwise.serve.sequence import Sequence
+from rankwise.serve.speculate import lookup
 from rankwise.serve.types import Outcome, Request
 
 #: (sequence, outcome, message, error): ends a request wherever it is
@@ -28,7 +29,8 @@ Finish = Callable[[Sequence, Outcome, str, RankwiseError | None], None]
 class Residency(Protocol):
     """Adapters as the engine sees them: read in the background, put in slots between steps."""
 
-    slots: Mapping[int, Slot]
+    @property
+    def slots(self) -> Mapping[int, Slot]: ...
 
     def fetch(self, digest: str) -> Future[Served]:
         """Pin the adapter and begin to read it; every call is answered by one :meth:`release`."""
@@ -199,13 +201,14 @@ class Scheduler:
 
     # --- the plan -------------------------------------------------------------------------------------------------
     def spans(self) -> list[Span]:
+        """The spans of the next step: every decoding row (with its guesses, where there is room), then prompts in chunks."""
         spans: list[Span] = []
         for seq in [s for s in self.running.values() if s.decoding]:
             if seq.request.id in self.running and self._grow(seq, len(seq.tokens), preempt=True):
-                spans.append(self._span(seq, 1))
+                spans.append(self._span(seq, 1, self._guesses(seq)))
         # putting a request back may have taken one that is in the list already
         spans = [s for s in spans if s.request in self.running]
-        budget = max(self.options.step_tokens - len(spans), 0 if spans else 1)
+        budget = max(self.options.step_tokens - sum(len(s.tokens) for s in spans), 0 if spans else 1)
         for seq in [s for s in self.running.values() if not s.decoding]:
             n = min(seq.pending, budget)
             if n and self._grow(seq, seq.computed + n, preempt=not spans):
@@ -213,11 +216,20 @@ class Scheduler:
                 budget -= n
         return [s for s in spans if s.request in self.running]
 
-    def _span(self, seq: Sequence, n: int) -> Span:
-        last = n == seq.pending
+    def _guesses(self, seq: Sequence) -> tuple[int, ...]:
+        """Tokens to verify beside the one that is computed; their keys and values need room that nobody else gives up."""
+        most = min(self.options.speculate, seq.request.sampling.max_tokens - seq.generated - 1)
+        if most < 1 or not seq.sampler.plain:
+            return ()
+        guesses = lookup(seq.tokens, most)
+        return guesses if guesses and self._grow(seq, len(seq.tokens) + len(guesses), preempt=False) else ()
+
+    def _span(self, seq: Sequence, n: int, guesses: tuple[int, ...] = ()) -> Span:
         at = seq.computed
-        role = Role.DECODE if seq.decoding else Role.PREFILL
-        return Span(seq.request.id, tuple(seq.tokens[at : at + n]), at, tuple(seq.blocks), seq.slot, role, 1 if last else 0)
+        tokens = (*seq.tokens[at : at + n], *guesses)
+        role = Role.VERIFY if guesses else Role.DECODE if seq.decoding else Role.PREFILL
+        samples = 1 + len(guesses) if n == seq.pending else 0
+        return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples)
 
     def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
         """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""

@@ -189,6 +189,15 @@ class AdapterCache:
                 self._threads.submit(self._load, manifest, future)
             return self._loading[digest]
 
+    def known(self, digest: str) -> Manifest:
+        """The manifest of a digest that was resolved.
+
+        Raises:
+            UnknownAdapter: it was not.
+        """
+        with self._lock:
+            return self._manifest(digest)
+
     def get(self, digest: str) -> Served | None:
         """The numbers, where they are in memory."""
         with self._lock:

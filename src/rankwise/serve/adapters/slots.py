@@ -59,7 +59,7 @@ class SlotTable:
     """The slots of one device.
 
     Attributes:
-        cells: slot → its cells, as the delta operators take it.
+        cells: slot → its cells, as the delta operators take it; ``slots``: number → slot.
         evictions: how many slots were emptied, by why (``room``, ``asked``).
     """
 
@@ -70,6 +70,7 @@ class SlotTable:
         self._by_number: dict[int, Slot] = {}
         self._owned: dict[int, tuple[int, ...]] = {}
         self.cells: Mapping[int, tuple[int, ...]] = MappingProxyType(self._owned)
+        self.slots: Mapping[int, Slot] = MappingProxyType(self._by_number)
         self.evictions: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -144,15 +145,20 @@ class SlotTable:
             self._evict(slot, "asked")
         return True
 
+    def shrink(self) -> bool:
+        """Empty the unpinned slot with cells that is longest out of use for its cost; False where there is none."""
+        gone = stalest(self._by_digest, self._clock(), lambda _, s: bool(s.cells))
+        if gone is not None:
+            self._evict(self._by_digest[gone], "room")
+        return gone is not None
+
     def _take(self, need: int) -> list[int] | None:
         """Cells of the pool, made free where they must be."""
         if not need:
             return []
         while (ids := self._pool.take(need)) is None:
-            gone = stalest(self._by_digest, self._clock(), lambda _, s: bool(s.cells))
-            if gone is None:
+            if not self.shrink():
                 return None
-            self._evict(self._by_digest[gone], "room")
         return ids
 
     def _give(self, ids: Sequence[int]) -> None:

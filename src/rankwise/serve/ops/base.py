@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ class DeltaOp(Protocol):
     ``plan.composition`` alone.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def begin(self, plan: TokenPlan, slots: Mapping[int, Sequence[int]]) -> None: ...
 

@@ -1,0 +1,73 @@
+"""Adapters as the engine's scheduler sees them: read in the background, put in slots between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from rankwise.serve.adapters.base import Served
+from rankwise.serve.adapters.cache import AdapterCache
+from rankwise.serve.adapters.slots import Slot, SlotTable
+from rankwise.serve.pool import ADAPTER, BlockPool
+
+
+class PoolCells:
+    """Cells handed out by the pool that the cache blocks come from too."""
+
+    def __init__(self, pool: BlockPool):
+        self.pool = pool
+
+    def take(self, n: int) -> list[int] | None:
+        ids = self.pool.allocate(n, ADAPTER)
+        return None if ids is None else list(ids)
+
+    def give(self, ids: Sequence[int]) -> None:
+        self.pool.free(ids, ADAPTER)
+
+
+class Residency:
+    """A cache (host) and a table of slots (device) behind the scheduler's questions.
+
+    Args:
+        make_room: gives up an idle cache block, where both live on one budget; False where there is none.
+    """
+
+    def __init__(self, cache: AdapterCache, table: SlotTable, pool: BlockPool, make_room: Callable[[], bool] = lambda: False):
+        self.cache, self.table, self.pool, self.make_room = cache, table, pool, make_room
+
+    @property
+    def slots(self) -> Mapping[int, Slot]:
+        return self.table.slots
+
+    def fetch(self, digest: str) -> Future[Served]:
+        """Hold the digest, and its numbers now or later; answered by one :meth:`release`."""
+        self.cache.acquire(digest)
+        return self.cache.fetch(digest)
+
+    def release(self, digest: str) -> None:
+        self.cache.release(digest)
+
+    def enter(self, digest: str, served: Served) -> int | None:
+        """The slot, pinned; None where no room can be made now."""
+        slot = self.table.ensure(digest, served)
+        while slot is None and self.make_room():
+            slot = self.table.ensure(digest, served)
+        if slot is not None:
+            self.table.pin(slot)
+        return slot
+
+    def leave(self, slot: int) -> None:
+        self.table.unpin(slot)
+
+    def resident(self, digest: str) -> bool:
+        return self.table.find(digest) is not None
+
+    def cells(self, digest: str) -> int:
+        return self.cache.known(digest).cells
+
+    def free_cells(self) -> int:
+        return self.pool.room(ADAPTER)
+
+    def shrink(self) -> bool:
+        """Empty one slot that nobody uses."""
+        return self.table.shrink()

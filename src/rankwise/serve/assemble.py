@@ -1,0 +1,127 @@
+"""A server's parts put together for one model: layout, cells, pool, runner, adapters, policy, engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.catalogue import make
+from rankwise.errors import OptionError
+from rankwise.serve.adapters.base import AdapterSource
+from rankwise.serve.adapters.cache import AdapterCache
+from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.kinds import Limits
+from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.adapters.residency import PoolCells, Residency
+from rankwise.serve.adapters.slots import SlotTable
+from rankwise.serve.engine import Engine
+from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.registry import make_op
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
+from rankwise.serve.prefix import PrefixIndex
+from rankwise.serve.runner import NativeRunner
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """Memory of a server.
+
+    Attributes:
+        kv_tokens: tokens of keys and values; ``page``: tokens of a block.
+        cells: of eight adapter components each, over all modules.
+        memory: bytes that both hold together, where they share one budget (each then grows into what the other leaves);
+            None gives each its own.
+        host_bytes: of adapters in host memory.
+    """
+
+    kv_tokens: int = 16_384
+    page: int = 16
+    cells: int = 64
+    memory: int | None = None
+    host_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("kv_tokens", "page", "cells", "host_bytes"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
+        if self.kv_tokens % self.page:
+            raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Server:
+    """An engine and what it stands on."""
+
+    engine: Engine
+    cache: AdapterCache
+    table: SlotTable
+    pool: BlockPool
+    runner: NativeRunner
+    layout: Layout
+
+
+def assemble(
+    model: nn.Module,
+    source: Callable[[Intake], AdapterSource],
+    *,
+    sizes: Sizes | None = None,
+    options: EngineOptions | None = None,
+    policy: str | Mapping[str, Any] = "default",
+    op: str = "auto",
+    native: bool | None = None,
+    pack: bool | None = None,
+    limits: Limits | None = None,
+    registry: str | Path | None = None,
+    base: str = "",
+    share_prefixes: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Server:
+    """Everything that serves ``model`` (which is taken over); the engine is not started.
+
+    Args:
+        source: makes the adapters' source from the model's intake.
+        policy: a policy's name, or ``{"name": …, options…}``; ``op``: a delta operator's name.
+        base: the base's fingerprint, part of every prefix salt.
+
+    Raises:
+        AttachError, OptionError, UnknownName: a model that cannot be served; sizes, names or options that cannot be.
+    """
+    sizes = sizes or Sizes()
+    intake = Intake(model, limits=limits)  # before anything is hooked: it reads the plain base
+    layout = intake.layout
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    counts = _counts(model, layout, sizes, dtype)
+    cells = Cells(layout.groups, counts[ADAPTER], dtype)
+    runner = NativeRunner(
+        model, layout.groups, cells, make_op(op, cells, native), make_op(op, cells, native),
+        blocks=counts[KV], page=sizes.page, pack=pack,
+    )  # fmt: skip
+    pool = BlockPool(
+        {KV: Unit(runner.store.block_bytes, counts[KV]), ADAPTER: Unit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory
+    )
+    index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
+    table = SlotTable(cells, PoolCells(pool), clock=clock)
+    cache = AdapterCache(source(intake), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
+    residency = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
+    named = {"name": policy} if isinstance(policy, str) else dict(policy)
+    engine = Engine(
+        runner, index, residency, make("policy", named.pop("name"), **named), options,
+        total_blocks=counts[KV], base=base, clock=clock,
+    )  # fmt: skip
+    return Server(engine, cache, table, pool, runner, layout)
+
+
+def _counts(model: nn.Module, layout: Layout, sizes: Sizes, dtype: torch.dtype) -> dict[str, int]:
+    """Ids of each tag: what is asked for, or on one budget as many as it could hold of either."""
+    blocks, cells = sizes.kv_tokens // sizes.page, sizes.cells
+    if sizes.memory is None:
+        return {KV: blocks, ADAPTER: cells}
+    cell = sum(g.cell_numel for g in layout.groups) * dtype.itemsize
+    return {KV: blocks, ADAPTER: max(1, min(sizes.memory // cell, 1 << 20))}

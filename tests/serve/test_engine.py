@@ -1,0 +1,208 @@
+"""The engine's own promises: limits, cancels at every phase, samples that share a prompt, seeds, faults that stay with their requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.errors import OptionError
+from rankwise.serve.assemble import Server
+from rankwise.serve.engine import collect, run_until_idle
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
+from tests.serve.rig import check_greedy, server
+
+PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
+
+
+@pytest.fixture
+def made() -> Any:
+    """A server of its own size, with the options that most tests want, whole again after each."""
+    made = server(4, 30, 8, "bags", False, "fcfs")
+    made.engine.options = made.engine.queue.options = EngineOptions(max_running=4, step_tokens=16)
+    yield made
+    made.engine.observer = None
+    run_until_idle(made.engine)
+    assert made.engine.queue.index.available() == made.engine.queue.total_blocks
+    assert not any(s.use.pins for s in made.table.slots.values()) and not made.engine._ids
+
+
+def put(made: Server, request: Request) -> list[Event]:
+    events: list[Event] = []
+    made.engine.submit(request, events.append)
+    return events
+
+
+def answer(made: Server, request: Request) -> tuple[list[int], Finished | None]:
+    events = put(made, request)
+    run_until_idle(made.engine)
+    return collect(events)
+
+
+def test_what_can_never_fit_is_refused_with_its_numbers(made: Server) -> None:
+    with pytest.raises(OptionError, match=r"9 tokens and max_tokens is 200: 209 together, but a request may have 120"):
+        put(made, Request("r", PROMPT, Sampling(max_tokens=200)))
+
+
+def test_an_id_in_use_is_refused_and_free_again_afterwards(made: Server) -> None:
+    first = put(made, Request("r", PROMPT))
+    with pytest.raises(OptionError, match="'r' is being served"):
+        put(made, Request("r", PROMPT))
+    run_until_idle(made.engine)
+    assert collect(first)[1] is not None
+    assert answer(made, Request("r", PROMPT))[0] == collect(first)[0]
+
+
+def test_a_full_queue_turns_requests_away(made: Server) -> None:
+    made.engine.options = dataclasses.replace(made.engine.options, max_waiting=1, max_running=1)
+    put(made, Request("a", PROMPT))
+    put(made, Request("b", PROMPT))
+    with pytest.raises(Overloaded) as refused:
+        put(made, Request("c", PROMPT))
+    assert refused.value.status == 429 and refused.value.retry_after > 0
+
+
+@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("adapter", [None, "dora"])
+def test_a_cancel_at_any_phase_frees_everything_and_disturbs_nobody(made: Server, after: int, adapter: str | None) -> None:
+    digest = made.cache.resolve(adapter).digest if adapter else None
+    mate = put(made, Request("mate", PROMPT[::-1], Sampling(max_tokens=6), made.cache.resolve("eight").digest))
+    gone = put(made, Request("gone", PROMPT * 3, Sampling(max_tokens=6), digest))
+    for _ in range(after):
+        made.engine.step()
+    made.engine.cancel("gone")
+    made.engine.cancel("nobody")
+    run_until_idle(made.engine)
+    done = collect(gone)[1]
+    assert done is not None and done.outcome in (Outcome.CANCELLED, Outcome.LENGTH)
+    check_greedy(Request("mate", PROMPT[::-1]), collect(mate)[0], (("eight", 1.0),))
+
+
+def test_samples_of_one_prompt_share_its_blocks(made: Server) -> None:
+    """``n`` samples: the first computes the prompt, the others find it; each draws by its own seed."""
+    prompt = (*PROMPT, 1, 2, 60, 7)
+    events = [
+        put(made, Request(f"s{i}", prompt, Sampling(max_tokens=5, temperature=1.0, seed=i), group="g", salt="n")) for i in range(3)
+    ]
+    run_until_idle(made.engine)
+    done = [collect(e) for e in events]
+    assert [d[1].reused for d in done if d[1]] == [0, 12, 12]
+    alone = [answer(made, Request(f"a{i}", prompt, Sampling(max_tokens=5, temperature=1.0, seed=i), salt="n"))[0] for i in range(3)]
+    assert [d[0] for d in done] == alone and len({tuple(a) for a in alone}) > 1
+
+
+def test_stop_ids_end_a_request_and_are_its_last_token(made: Server) -> None:
+    ids, _ = answer(made, Request("r", PROMPT, Sampling(max_tokens=8)))
+    stopped, done = answer(made, Request("s", PROMPT, Sampling(max_tokens=8, stop_ids=(ids[2],))))
+    assert stopped == ids[: ids.index(ids[2]) + 1] and done is not None and done.outcome is Outcome.STOP
+
+
+def test_log_probabilities_are_the_models(made: Server) -> None:
+    events = put(made, Request("r", PROMPT, Sampling(max_tokens=1, logprobs=3)))
+    run_until_idle(made.engine)
+    token = events[0]
+    assert isinstance(token, Token)
+    from tests.serve.rig import merged
+
+    with torch.inference_mode():
+        want = merged(())(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    assert token.logprob == pytest.approx(float(want[token.id]), abs=1e-4)
+    assert [i for i, _ in token.top] == want.topk(3).indices.tolist()
+
+
+def test_an_adapter_that_cannot_be_read_ends_its_request_alone(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = made.cache.resolve("nine").digest
+    mate = put(made, Request("mate", PROMPT, Sampling(max_tokens=3)))
+    lost = put(made, Request("lost", PROMPT, Sampling(max_tokens=3), "0" * 64))
+    run_until_idle(made.engine)
+    done = collect(lost)[1]
+    assert done is not None and done.outcome is Outcome.REJECTED and "digest" in done.message
+    assert len(collect(mate)[0]) == 3 and digest
+
+
+def test_a_fault_in_a_step_ends_its_requests_and_the_next_are_served(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = put(made, Request("r", PROMPT))
+    run = type(made.runner).run
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(type(made.runner), "run", broken)
+    made.engine.step()
+    done = collect(events)[1]
+    assert done is not None and done.outcome is Outcome.ERROR
+    assert not made.engine.stats().healthy and "a kernel failed" in made.engine.stats().error
+    monkeypatch.setattr(type(made.runner), "run", run)
+    assert len(answer(made, Request("again", PROMPT, Sampling(max_tokens=2)))[0]) == 2
+    assert made.engine.stats().healthy
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = type(made.runner).run
+
+    def poisoned(self: Any, plan: Any, slots: Any) -> Any:
+        logits = run(self, plan, slots).clone()
+        at = 0
+        for s in plan.spans:
+            if s.request == "ill":
+                logits[at : at + s.samples] = torch.nan
+            at += s.samples
+        return logits
+
+    monkeypatch.setattr(type(made.runner), "run", poisoned)
+    ill, well = put(made, Request("ill", PROMPT)), put(made, Request("well", PROMPT, Sampling(max_tokens=4)))
+    run_until_idle(made.engine)
+    assert collect(ill)[1].outcome is Outcome.ERROR and "not finite" in collect(ill)[1].message  # type: ignore[union-attr]
+    check_greedy(Request("well", PROMPT), collect(well)[0], ())
+
+
+def test_a_listener_that_fails_does_not_end_the_others(made: Server) -> None:
+    def bad(_: Event) -> None:
+        raise ValueError("listener")
+
+    made.engine.submit(Request("bad", PROMPT, Sampling(max_tokens=2)), bad)
+    good = put(made, Request("good", PROMPT, Sampling(max_tokens=2)))
+    run_until_idle(made.engine)
+    assert len(collect(good)[0]) == 2 and made.engine.counters["listener_faults"] == 3
+    answer(made, Request("after", PROMPT, Sampling(max_tokens=1)))
+
+
+def test_guesses_that_come_true_save_steps_and_change_nothing(made: Server) -> None:
+    prompt = (7, 7, 7, 7, 7, 7)
+    plain, _ = answer(made, Request("p", prompt, Sampling(max_tokens=20)))
+    before = made.engine.steps
+    answer(made, Request("q", prompt, Sampling(max_tokens=20)))
+    without = made.engine.steps - before
+    made.engine.options = made.engine.queue.options = dataclasses.replace(made.engine.options, speculate=4)
+    before = made.engine.steps
+    guessed, _ = answer(made, Request("r", prompt, Sampling(max_tokens=20)))
+    assert guessed == plain
+    assert made.engine.steps - before < without
+
+
+def test_a_thread_serves_what_other_threads_send(made: Server) -> None:
+    made.engine.start()
+    ended, ids = threading.Event(), {}
+
+    def listen(e: Event) -> None:
+        if isinstance(e, Finished):
+            ids[e.request] = e.outcome
+            if len(ids) == 8:
+                ended.set()
+
+    threads = [
+        threading.Thread(target=made.engine.submit, args=(Request(f"t{i}", PROMPT, Sampling(max_tokens=3)), listen))
+        for i in range(8)
+    ]
+    for t in threads:
+        t.start()
+    assert ended.wait(60) and set(ids.values()) == {Outcome.LENGTH}
+    made.engine.stop()
+    with pytest.raises(Overloaded, match="going down"):
+        put(made, Request("late", PROMPT))
+    made.engine._draining = False
+    made.engine._stopping.clear()
