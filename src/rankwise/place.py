@@ -40,9 +40,7 @@ class Tap:
     def change(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
         """Δy in this site's rows of the module's output."""
         if self.transposed:
-            from rankwise.forms.base import apply_delta
-
-            return apply_delta(self.form.effective().transposed().scaled(strength), self.site, x, y)
+            return self.form.dropped(self.form.effective().transposed().scaled(strength), self.site, x, y)
         return self.form(x, y, strength)
 
 

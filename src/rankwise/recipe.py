@@ -85,7 +85,7 @@ class Part(pydantic.BaseModel):
         """Refuse what was set but would change nothing at the chosen ``sites``.
 
         Raises:
-            OptionError: a pattern without a place; rank or scale for a form that has none; dropout where no float x
+            OptionError: a pattern without a place; rank or scale for a form that has none; dropout where no input
                 passes through the form; ``untie`` where nothing is tied.
         """
         for field in ("rank_pattern", "alpha_pattern"):
@@ -100,9 +100,7 @@ class Part(pydantic.BaseModel):
                     f"{given[0]} = {getattr(self, given[0])!r} means nothing to the form {form!r}, which has no rank and no scale; drop it."
                 )
         if self.dropout:
-            deaf = next(
-                (s for s in sites if not ranked or s.spec.kind == "embedding" or s.spec.mode not in ("called", "block")), None
-            )
+            deaf = next((s for s in sites if not ranked or s.spec.mode not in ("called", "block")), None)
             if deaf is not None:
                 raise OptionError(
                     f"dropout = {self.dropout} cannot act at {deaf.name!r} ({deaf.spec.kind}) with the form {form!r}, where no input passes "

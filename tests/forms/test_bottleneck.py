@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import rankwise as rw
 from rankwise.errors import MergeError, TargetError
-from tests.models import batch_for, llama, logits, move
+from tests.models import FAMILIES, batch_for, llama, logits, move
 
 
 @pytest.mark.parametrize("mode", ["after", "parallel"])
@@ -44,3 +46,40 @@ def test_refusals() -> None:
         adapter.merge()
     with pytest.raises(MergeError, match="the format 'peft'"):
         adapter.export("/nonexistent")
+
+
+def _qwen2_moe() -> object:
+    import transformers as T
+
+    torch.manual_seed(0)
+    config = T.Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    return T.Qwen2MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("mode", ["after", "parallel"])
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (FAMILIES["mixtral"][0], "mlp"),
+        (FAMILIES["qwen3_moe"][0], "mlp"),
+        (_qwen2_moe, "mlp"),
+        (FAMILIES["gpt2"][0], "mlp"),
+        (FAMILIES["gpt2"][0], "attn"),
+        (FAMILIES["phi3"][0], "self_attn"),
+        (FAMILIES["bert"][0], "attention"),
+    ],
+    ids=["mixtral", "qwen3 moe", "shared expert", "gpt2 mlp", "gpt2 attention", "fused qkv", "bert"],
+)
+def test_a_blocks_width_is_its_streams_whatever_its_last_linear(make: Any, target: str, mode: str) -> None:
+    """A router or a shared expert's gate is a linear too, but its outputs are not the block's."""
+    model = make()
+    batch = batch_for(model)
+    base = logits(model, batch)
+    adapter = rw.attach(model, {"form": {"name": "bottleneck", "mode": mode}, "r": 2, "targets": [target]})
+    assert adapter.numel() == 2 * (2 * 64 + 2 + 32)
+    assert torch.equal(logits(model, batch), base)
+    move(adapter)
+    assert (logits(model, batch) - base).abs().max() > 1e-4

@@ -102,3 +102,48 @@ def test_a_teacher_whose_change_has_rank_two_is_reached_from_rank_two_on(r: int,
     rest = nn.functional.mse_loss(model(x), want).item()
     least = torch.linalg.svdvals(change)[r:].square().sum().item() / 10  # E‖x·(ΔW − best)ᵀ‖² an output, x white
     assert rest < 1e-4 if reached else rest > least / 2
+
+
+def _kept(change: torch.Tensor, whole: torch.Tensor, p: float) -> torch.Tensor:
+    """Which rows of ``change`` are ``whole``'s over (1 − p); the others must be zero."""
+    kept = change.abs().amax(-1) > 0
+    assert torch.allclose(change[kept], whole[kept] / (1 - p), atol=1e-5), "a row is dropped whole or scaled"
+    return kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_dropout_at_an_embedding_drops_whole_rows(tied: bool) -> None:
+    """A row of a table is looked up by a one-hot x, so dropping x's entries drops Δy's rows."""
+    model = llama(tie=tied)
+    adapter = rw.attach(model, {"r": 2, "dropout": 0.5, "targets": ["lm_head", "embed_tokens"] if tied else ["embed_tokens"]})
+    with torch.no_grad():
+        for p in adapter.trainable_parameters():
+            p.normal_()
+    table, ids = model.model.embed_tokens, torch.arange(3, 63).repeat(20, 1)
+    base, whole = nn.functional.embedding(ids, table.weight), table(ids) - nn.functional.embedding(ids, table.weight)
+    model.train()
+    kept = _kept(table(ids) - base, whole, 0.5)
+    assert 0.45 < kept.float().mean() < 0.55
+    model.eval()
+    assert torch.equal(table(ids) - base, whole)
+
+
+def test_the_far_end_of_a_tie_has_its_dropout_too() -> None:
+    model = llama(tie=True)
+    adapter = rw.attach(model, {"r": 2, "dropout": 0.5, "targets": ["embed_tokens", "lm_head"]})
+    with torch.no_grad():
+        for p in adapter.trainable_parameters():
+            p.normal_()
+    h = torch.randn(4000, 32)
+    plain = h @ model.lm_head.weight.T
+    whole = model.lm_head(h) - plain
+    model.train()
+    first, second = (model.lm_head(h) - plain for _ in range(2))
+    assert not torch.equal(first, second), "the head's input is not dropped"
+    assert torch.allclose(first.mean(0), whole.mean(0), atol=0.6 * whole.std().item())
+    one = torch.zeros(400, 32).index_fill_(1, torch.tensor([5]), 1.0)  # one feature: all of it is kept or dropped
+    plain = one @ model.lm_head.weight.T
+    dropped = model.lm_head(one) - plain
+    model.eval()
+    kept = _kept(dropped, model.lm_head(one) - plain, 0.5)
+    assert 0.4 < kept.float().mean() < 0.6

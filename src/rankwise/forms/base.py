@@ -121,7 +121,14 @@ class SiteDelta(nn.Module):
         d = self.effective()
         if strength is not None:
             d = d.scaled(strength)
-        return apply_delta(d, self.site, self.drop(x), y)
+        return self.dropped(d, self.site, x, y)
+
+    def dropped(self, d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """Δy of ``d`` for an input with dropout: of its features, or, where x are indices, of whole rows (a one-hot's only entry)."""
+        change = apply_delta(d, site, self.drop(x), y)
+        if self.dropout and self.training and not x.is_floating_point():
+            change = change * nn.functional.dropout(change.new_ones(*x.shape, 1), self.dropout)
+        return change
 
     def effective(self) -> Delta:
         """``delta()`` less the start an init subtracted: what acts on the untouched W."""

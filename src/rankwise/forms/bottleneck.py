@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
-from rankwise.errors import OptionError
+from rankwise.errors import OptionError, ViewError
 from rankwise.forms.base import Form, Plan, SiteDelta
 from rankwise.sites.site import Site
 
@@ -53,6 +53,11 @@ class Bottleneck(BlockDelta):
     def block(self, base: Any, args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masked: Any) -> Tensor:
         assert y is not None
         x = y if self.mode == "after" else (args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+        if x.shape[-1] != self.A.shape[-1] or y.shape[-1] != len(self.B):
+            raise ViewError(
+                f"The bottleneck at {self.site.name!r} was made for {self.A.shape[-1]} → {len(self.B)} features, but its block gave "
+                f"{x.shape[-1]} → {y.shape[-1]}; wrap another block, or one inside it."
+            )
         h = nn.functional.linear(self.drop(x), self.A.to(x.dtype), self.a.to(x.dtype))
         h = (
             _ACTS[self.act](h) * (self.scale * strength).to(x.dtype)

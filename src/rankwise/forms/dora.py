@@ -22,7 +22,7 @@ class Magnitude(SiteDelta):
     roles: ClassVar[Mapping[str, str]] = {"m": "magnitude"}
 
     def __init__(self, site: Site, inner: SiteDelta):
-        super().__init__(site, scale=inner.scale)
+        super().__init__(site, scale=inner.scale, dropout=inner.dropout)
         self.inner = inner
         self.components = {f"inner.{k}": v for k, v in inner.components.items()}  # type: ignore[misc]
         self.roles = {"m": "magnitude", **{f"inner.{k}": v for k, v in inner.roles.items()}}  # type: ignore[misc]
@@ -62,9 +62,6 @@ class Magnitude(SiteDelta):
         gain = self.m / self.row_norms(d)  # n is a constant in backward
         A, B = d.factors()  # type: ignore[attr-defined]
         return Sum((Scale(gain, other=A.shape[-1]), LowRank(A, gain[..., None] * B)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        return self.inner.drop(x)
 
     def for_peft(self) -> tuple[Delta, Tensor | None]:
         return self.inner.effective(), self.m

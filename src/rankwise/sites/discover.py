@@ -40,6 +40,10 @@ class _Features(Protocol):
     out_features: int
 
 
+#: roles whose input is their block's, and whose output is its block's
+_ENTER, _LEAVE = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}, {"o", "down", "out"}
+
+
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every adaptable place of ``model`` by name, in module order: whole weights, parts of fused ones, stacks.
 
@@ -63,17 +67,26 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def block_site(model: nn.Module, path: str) -> Site:
-    """The site of a whole module, for forms that wrap one (bottleneck adapters, expert blocks)."""
+    """The site of a whole module, for forms that wrap one (bottleneck adapters, expert blocks); width 0 where nothing tells it."""
     module = model.get_submodule(path)
-    inner = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    inp = inner[0].in_features if inner else 0
-    out = inner[-1].out_features if inner else 0
+    inp, out = _widths(model, path, module)
     first = next(module.parameters(), torch.empty(0))
     spec = SiteSpec(
         name=path, module=path, param="", kind="block", mode="block", role=path.rpartition(".")[2], out=out, inp=inp,
         layer=layer_of(path), dtype=str(first.dtype).removeprefix("torch."), parent=type(module).__name__,
     )  # fmt: skip
     return Site(spec, module)
+
+
+def _widths(model: nn.Module, path: str, block: nn.Module) -> tuple[int, int]:
+    """(inp, out) of a block: what its first projection takes and its last gives, by role (routers and shared gates give neither)."""
+    inner = [s for p, m in _walk(block) for s in _specs(model, f"{path}.{p}".rstrip("."), m, False)]
+    inner = [s for s in inner if s.rows is None and s.kind in ("linear", "experts")]
+    if not inner:
+        return 0, 0
+    enters = [s.inp for s in inner if s.role in _ENTER] or [inner[0].inp]
+    leaves = [s.out for s in inner if s.role in _LEAVE] or [inner[-1].out]
+    return enters[0], leaves[-1]
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
