@@ -167,13 +167,13 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """End every request with an error, and go on."""
         log.error("the engine failed outside a forward", exc_info=error)
+        self.error = f"{type(error).__name__}: {error}"
         self.counters["faults"] += 1
         for seq in [*self.queue.running.values(), *self.queue.waiting.values()]:
             try:
                 self._finish(seq, Outcome.ERROR, "The engine failed; the request was not completed.")
-            except Exception as again:
-                error = again
-        self.error = f"{type(error).__name__}: {error}"
+            except Exception:
+                log.exception("request %s could not be ended", seq.request.id)
 
     # --- one step -------------------------------------------------------------------------------------------------
     def step(self) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankwise.errors import need
-from rankwise.serve.adapters.base import Manifest
+from rankwise.serve.http.face import Listed
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -32,7 +32,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
-Adapters = Sequence[tuple[str, Manifest, str, int]]
+Adapters = Sequence[Listed]
 
 
 class Labels:
@@ -179,10 +179,10 @@ class Metrics:
         held = GaugeMetricFamily("rankwise_adapter_bytes", "Bytes of the adapters in a tier.", labels=["model", "tier"])
         counts: dict[tuple[str, str, str], int] = {}
         sizes: dict[str, int] = {}
-        for name, manifest, tier, pins in adapters:
-            key = (tier, self._labels.current(name), "true" if pins else "false")
+        for e in adapters:
+            key = (e.tier, self._labels.current(e.name), "true" if e.pins else "false")
             counts[key] = counts.get(key, 0) + 1
-            sizes[tier] = sizes.get(tier, 0) + manifest.nbytes
+            sizes[e.tier] = sizes.get(e.tier, 0) + (e.manifest.nbytes if e.manifest is not None else 0)
         for key, n in counts.items():
             resident.add_metric([self.model, *key], n)
         for tier, size in sizes.items():
@@ -200,7 +200,7 @@ class Metrics:
             metric = GaugeMetricFamily(f"vllm:{name}", "An alias for inference gateways.", labels=["model_name"])
             metric.add_metric([self.model], value)
             yield metric
-        busy = [n for n, _, _, pins in adapters if pins]
+        busy = [e.name for e in adapters if e.pins]
         names = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         info = GaugeMetricFamily("vllm:lora_requests_info", "An alias for inference gateways; the value is a time.", labels=names)
         info.add_metric([str(len(adapters)), ",".join(busy[: self._labels.limit]), ""], time.time())

@@ -9,21 +9,18 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serve.http.live import Live, Shelf, serving, write_adapter
+from tests.serve.http.live import Live, serving, write_adapter
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    return {name: write_adapter(root / name, seed) for seed, name in enumerate(("ada", "bob", "cyd"), 1)}
+    return {name: write_adapter(root / name, seed) for seed, name in enumerate(("ada", "bob"), 1)}
 
 
 @pytest.fixture(scope="module")
 def live(folders: dict[str, Path]) -> Iterator[Live]:
-    shelf = Shelf()
-    for name in ("ada", "bob"):
-        shelf.load(name, str(folders[name]))
-    with serving(shelf, adapter_roots=(folders["ada"].parent,)) as server:
+    with serving(folders["ada"].parent) as server:
         yield server
 
 

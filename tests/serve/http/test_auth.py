@@ -16,7 +16,7 @@ import pytest
 from rankwise.errors import OptionError
 from rankwise.serve.http.app import ROUTES
 from rankwise.serve.http.auth import Access, Keys, is_loopback
-from tests.serve.http.live import Live, Shelf, serving
+from tests.serve.http.live import Live, serving
 
 ROOT, ALICE, SCRAPE = "root-key-0123456789", "alice-key-0123456789", "scrape-key-0123456789"
 GOOD = {"model": "base", "prompt": "a", "max_tokens": 1}
@@ -38,10 +38,7 @@ def keyed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
             {"name": "scrape", "key": SCRAPE, "adapters": [], "base": False, "metrics": True},
         ],
     )
-    shelf = Shelf()
-    for name in ("ada", "bob"):
-        shelf.load(name, str(folders[name]))
-    with serving(shelf, keys=Keys.read(file), adapter_roots=(folders["ada"].parent,)) as server:
+    with serving(folders["ada"].parent, keys=Keys.read(file)) as server:
         yield server
 
 
@@ -81,7 +78,7 @@ def test_access_lists(keyed: Live) -> None:
     assert [m["id"] for m in call(keyed, ALICE, "/v1/models").json()["data"]] == ["ada"]
     assert [m["id"] for m in call(keyed, ALICE, "/v1/adapters").json()["data"]] == ["ada"]
     assert call(keyed, ALICE, "/v1/models").json()["data"][0]["root"] == "ada", "no path of the server"
-    assert {m["id"] for m in call(keyed, ROOT, "/v1/models").json()["data"]} == {"base", "ada", "bob"}
+    assert {m["id"] for m in call(keyed, ROOT, "/v1/models").json()["data"]} >= {"base", "ada", "bob"}
 
 
 def test_the_tenant_is_the_keys_name(keyed: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +86,7 @@ def test_the_tenant_is_the_keys_name(keyed: Live, monkeypatch: pytest.MonkeyPatc
     plain = keyed.engine.submit
     monkeypatch.setattr(keyed.engine, "submit", lambda r, f: (seen.append(r), plain(r, f))[1])
     call(keyed, ALICE, "/v1/completions", GOOD | {"model": "ada", "cache_salt": "s", "user": "someone"})
-    assert [(r.tenant, r.salt, r.adapter) for r in seen] == [("alice", "s", keyed.shelf.names["ada"].digest)]
+    assert [(r.tenant, r.salt, r.adapter) for r in seen] == [("alice", "s", keyed.cache.resolve("ada").digest)]
 
 
 def test_no_key_in_any_log_or_answer(keyed: Live, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rankwise.serve.http.service import Phase
 from rankwise.serve.metrics import OTHER, Labels, Metrics
-from tests.serve.http.live import Live, Shelf, serving, wait
+from tests.serve.http.live import Live, serving, wait
 
 HTTP = httpx.Client(timeout=30)
 
@@ -28,8 +29,8 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_ready_before_and_after_the_start_and_at_the_end() -> None:
-    live = Live(Shelf())
+def test_ready_before_and_after_the_start_and_at_the_end(tmp_path: Path) -> None:
+    live = Live(tmp_path)
     hold = threading.Event()
     plain = live.engine.start
     live.engine.start = lambda: (hold.wait(20), plain())[1]  # type: ignore[method-assign]
@@ -56,8 +57,8 @@ def test_ready_before_and_after_the_start_and_at_the_end() -> None:
     assert not live.engine._thread.is_alive()
 
 
-def test_an_engine_that_cannot_start_is_unhealthy() -> None:
-    live = Live(Shelf())
+def test_an_engine_that_cannot_start_is_unhealthy(tmp_path: Path) -> None:
+    live = Live(tmp_path)
     live.engine.start = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     live.start(ready=False)
     try:
@@ -67,8 +68,8 @@ def test_an_engine_that_cannot_start_is_unhealthy() -> None:
         live.stop()
 
 
-def test_a_terminate_signal_lets_running_requests_finish() -> None:
-    with serving(Shelf()) as live:
+def test_a_terminate_signal_lets_running_requests_finish(tmp_path: Path) -> None:
+    with serving(tmp_path) as live:
         live.slow.seconds = 0.01
         with openai.OpenAI(api_key="none", base_url=live.url + "/v1", max_retries=0) as client:
             stream = client.completions.create(
@@ -83,8 +84,8 @@ def test_a_terminate_signal_lets_running_requests_finish() -> None:
         assert not live.thread.is_alive()
 
 
-def test_the_drain_time_ends_what_is_left_with_an_error_and_not_a_cut() -> None:
-    with serving(Shelf(), drain_seconds=0.4) as live:
+def test_the_drain_time_ends_what_is_left_with_an_error_and_not_a_cut(tmp_path: Path) -> None:
+    with serving(tmp_path, drain_seconds=0.4) as live:
         live.slow.seconds = 0.05
         with openai.OpenAI(api_key="none", base_url=live.url + "/v1", max_retries=0) as client:
             stream = client.completions.create(
@@ -143,12 +144,12 @@ def test_metrics_say_what_was_served(client: Any, live: Live) -> None:
     assert ("rankwise_adapter_resident", "adapter=ada", "pinned=false", "tier=host") in now
     listed = {a["id"]: a for a in HTTP.get(live.url + "/v1/adapters").json()["data"]}
     assert listed["ada"]["requests"] >= 3
-    assert listed["ada"]["digest"] == live.shelf.names["ada"].digest
+    assert listed["ada"]["digest"] == live.cache.resolve("ada").digest
 
 
 def test_aliases_for_gateways_only_where_asked(live: Live) -> None:
     assert "vllm:" not in HTTP.get(live.url + "/metrics").text
-    with serving(live.shelf, aliases=True) as other:
+    with serving(live.root, aliases=True) as other:
         names = {k[0] for k in samples(HTTP.get(other.url + "/metrics").text)}
     assert {
         "vllm:num_requests_waiting",

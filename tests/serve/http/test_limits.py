@@ -92,7 +92,7 @@ def test_unknown_fields_are_listed_or_refused(live: Live) -> None:
     assert r.status_code == 200
     assert r.headers["x-rankwise-ignored"] == "frobnicate, adapters.0.wieght"
     assert "x-rankwise-ignored" not in post(live, GOOD).headers
-    with serving(live.shelf, strict=True) as strict:
+    with serving(live.root, strict=True) as strict:
         refused(post(strict, body), 400, "unknown_field", "frobnicate")
         assert post(strict, GOOD).status_code == 200
 
@@ -124,7 +124,7 @@ def test_a_huge_body_is_refused_before_it_has_come(live: Live) -> None:
 
 
 def test_a_body_that_trickles_is_given_up(live: Live) -> None:
-    with serving(live.shelf, body_seconds=0.3) as hasty:
+    with serving(live.root, body_seconds=0.3) as hasty:
         host, port = hasty.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as s:
             s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
@@ -171,7 +171,7 @@ def test_slow_senders_do_not_slow_the_others(live: Live) -> None:
 
 
 def test_a_full_queue_is_a_429_with_a_time(live: Live) -> None:
-    with serving(live.shelf, options={"max_waiting": 1, "max_running": 1}) as small:
+    with serving(live.root, options={"max_waiting": 1, "max_running": 1}) as small:
         small.slow.seconds = 0.05
         r = post(small, GOOD | {"n": 3})
         refused(r, 429, "overloaded")
@@ -183,7 +183,7 @@ def test_a_full_queue_is_a_429_with_a_time(live: Live) -> None:
 
 
 def test_a_reader_who_stops_is_bounded(live: Live) -> None:
-    with serving(live.shelf, stall_seconds=0.5, buffer=64) as tight:
+    with serving(live.root, stall_seconds=0.5, buffer=64) as tight:
         tight.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         host, port = tight.url.removeprefix("http://").split(":")
         body = json.dumps(

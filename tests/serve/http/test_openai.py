@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serve.http.live import Live, base, greedy, merged, wait
+from tests.serve.http.live import Live, base, greedy, merged, wait, write_adapter
 
 PROMPT = "def add(a, b):\n"
 
@@ -165,29 +165,50 @@ def test_load_reload_unload_at_run_time(client: Any, live: Live, folders: dict[s
     def post(path: str, **body: Any) -> Any:
         return client.post(path, body=body, cast_to=object)
 
-    made = post("/load_lora_adapter", lora_name="cyd", lora_path="cyd")
-    assert made["digest"] == live.shelf.names["cyd"].digest
-    got = client.completions.create(model="cyd", prompt=PROMPT, max_tokens=10, temperature=0)
-    assert got.choices[0].text == expected(10, (folders["cyd"], 1.0))
+    def text(model: str) -> tuple[str, str]:
+        got = client.completions.create(model=model, prompt=PROMPT, max_tokens=10, temperature=0)
+        return got.choices[0].text, got.system_fingerprint
+
+    cyd = write_adapter(folders["ada"].parent / "deep" / "er", 3)
+    made = post("/load_lora_adapter", lora_name="cyd", lora_path="deep/er")
+    assert made["digest"] == live.cache.resolve("cyd").digest
+    first = text("cyd")
+    assert first[0] == expected(10, (cyd, 1.0))
     with pytest.raises(openai.BadRequestError, match="load_inplace"):
         post("/load_lora_adapter", lora_name="cyd", lora_path="ada")
     post("/load_lora_adapter", lora_name="cyd", lora_path=str(folders["bob"]), load_inplace=True)
-    again = client.completions.create(model="cyd", prompt=PROMPT, max_tokens=10, temperature=0)
-    assert again.choices[0].text == expected(10, (folders["bob"], 1.0))
-    assert again.system_fingerprint != got.system_fingerprint
-    for path in (str(tmp_path), "../..", "/etc", "no/such/\0name"):
-        with pytest.raises(openai.BadRequestError, match="below a folder"):
-            post("/load_lora_adapter", lora_name="dan", lora_path=path)
+    again = text("cyd")
+    assert again[0] == expected(10, (folders["bob"], 1.0))
+    assert again[1] != first[1]
     (folders["ada"].parent / "link").symlink_to(tmp_path)
-    with pytest.raises(openai.BadRequestError, match="below a folder"):
-        post("/load_lora_adapter", lora_name="dan", lora_path="link")
-    with pytest.raises(openai.BadRequestError):
-        post("/load_lora_adapter", lora_name="base", lora_path="ada")
-    post("/unload_lora_adapter", lora_name="cyd")
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="cyd", prompt=PROMPT)
-    with pytest.raises(openai.NotFoundError):
-        post("/unload_lora_adapter", lora_name="cyd")
+    for path in (str(tmp_path), "../..", "/etc", "no/such/\0name", "link"):
+        with pytest.raises(openai.BadRequestError, match="no folder inside the folders of adapters") as caught:
+            post("/load_lora_adapter", lora_name="dan", lora_path=path)
+        assert caught.value.code == "adapter_refused"
+    for name in ("base", "../x", "a/b", ""):
+        with pytest.raises(openai.BadRequestError):
+            post("/load_lora_adapter", lora_name=name, lora_path="ada")
+    assert post("/unload_lora_adapter", lora_name="cyd")["in_use"] == 0
+    for call in (lambda: text("cyd"), lambda: post("/unload_lora_adapter", lora_name="cyd")):
+        with pytest.raises(openai.NotFoundError):
+            call()
+
+
+def test_unload_while_a_request_runs(client: Any, live: Live, folders: dict[str, Path]) -> None:
+    wait(live.empty)
+    client.post("/load_lora_adapter", body={"lora_name": "eli", "lora_path": "bob"}, cast_to=object)
+    live.slow.seconds = 0.02
+    try:
+        stream = client.completions.create(model="eli", prompt=PROMPT, max_tokens=30, temperature=0, stream=True)
+        first = next(stream).choices[0].text
+        client.post("/unload_lora_adapter", body={"lora_name": "eli"}, cast_to=object)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="eli", prompt=PROMPT)
+        text = first + "".join(c.choices[0].text for c in stream)
+    finally:
+        live.slow.seconds = 0.0
+    assert text == expected(30, (folders["bob"], 1.0)), "what runs ends on the weights it began with"
+    wait(live.empty)
 
 
 def test_closing_a_stream_frees_the_slot_within_steps(client: Any, live: Live) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -12,12 +11,14 @@ from starlette.responses import JSONResponse, Response
 from rankwise._version import __version__
 from rankwise.serve.adapters.base import Manifest
 from rankwise.serve.http.auth import Caller
-from rankwise.serve.http.errors import Refusal, bad
+from rankwise.serve.http.errors import bad
 from rankwise.serve.http.schemas import Load, Unload, read
 from rankwise.serve.http.service import Phase, Service, log, unknown
 from rankwise.serve.types import UnknownAdapter
 
 STARTED = int(time.time())
+#: how long an unload waits for the requests that run on the adapter; then it says how many there are
+UNLOAD_SECONDS = 5.0
 
 
 async def models(request: Request, service: Service, caller: Caller) -> Response:
@@ -41,18 +42,19 @@ async def _entries(service: Service, caller: Caller) -> list[dict[str, Any]]:
     if caller.may(None):
         root = (s.root or s.model) if caller.admin else s.model
         data.append({"id": s.model, **common, "root": root, "parent": None, "max_model_len": s.context})
-    for name, manifest, _, _ in await service.read(service.cache.list):
-        if caller.may(name):
-            data.append({"id": name, **common, "root": manifest.source if caller.admin else name, "parent": s.model})
+    for entry in await service.read(service.cache.list):
+        if caller.may(entry.name):
+            root = entry.manifest.source if caller.admin and entry.manifest is not None else entry.name
+            data.append({"id": entry.name, **common, "root": root, "parent": s.model})
     return data
 
 
 async def adapters(request: Request, service: Service, caller: Caller) -> Response:
     """Digest, tier, rank, bytes and requests of each adapter that this key may use."""
     data = [
-        _shown(name, manifest) | {"tier": tier, "pinned": bool(pins), "in_use": pins, "requests": service.served.get(name, 0)}
-        for name, manifest, tier, pins in await service.read(service.cache.list)
-        if caller.may(name)
+        _shown(e.name, e.manifest) | {"tier": e.tier, "in_use": e.pins, "requests": service.served.get(e.name, 0)}
+        for e in await service.read(service.cache.list)
+        if caller.may(e.name)
     ]
     return JSONResponse({"object": "list", "data": data})
 
@@ -62,14 +64,13 @@ async def load(request: Request, service: Service, caller: Caller) -> Response:
     body, _ = await read(request, Load, service.settings)
     if body.lora_name == service.settings.model:
         raise bad(f"{body.lora_name!r} is the base's name; give the adapter another one.", "lora_name")
-    path = _inside(body.lora_path, service.settings.adapter_roots)
-    known = {name: m for name, m, _, _ in await service.read(service.cache.list)}
+    known = {e.name for e in await service.read(service.cache.list)}
     if body.lora_name in known and not body.load_inplace:
         raise bad(
             f"The adapter {body.lora_name!r} is loaded already; send load_inplace: true to put new weights in its place.",
             "lora_name",
         )
-    manifest = await service.read(service.cache.load, body.lora_name, str(path))
+    manifest = await service.read(service.cache.load, body.lora_name, body.lora_path)
     log.info("adapter %s loaded, digest %s", body.lora_name, manifest.digest[:16])
     return JSONResponse({"object": "adapter"} | _shown(body.lora_name, manifest))
 
@@ -78,11 +79,11 @@ async def unload(request: Request, service: Service, caller: Caller) -> Response
     """vLLM's ``/v1/unload_lora_adapter``.  Raises UnknownAdapter."""
     body, _ = await read(request, Unload, service.settings)
     try:
-        await service.read(service.cache.unload, body.lora_name)
+        users = await service.read(service.cache.unload, body.lora_name, UNLOAD_SECONDS)
     except UnknownAdapter:
         raise unknown(body.lora_name) from None
-    log.info("adapter %s unloaded", body.lora_name)
-    return JSONResponse({"object": "adapter", "id": body.lora_name, "deleted": True})
+    log.info("adapter %s unloaded, %d requests still run on it", body.lora_name, users)
+    return JSONResponse({"object": "adapter", "id": body.lora_name, "deleted": True, "in_use": users})
 
 
 async def health(request: Request, service: Service, caller: Caller) -> Response:
@@ -107,19 +108,7 @@ async def metrics(request: Request, service: Service, caller: Caller) -> Respons
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _shown(name: str, m: Manifest) -> dict[str, object]:
-    return {"id": name, "digest": m.digest, "kind": m.kind, "rank": m.rank, "bytes": m.nbytes, "exact": m.exact, "error": m.error}
-
-
-def _inside(given: str, roots: tuple[Path, ...]) -> Path:
-    """The real path, if it lies below a folder from which this server may load; where it leads otherwise is not said."""
-    if not roots:
-        raise Refusal(403, "loading_disabled", "This server loads no adapters at run time; start it with --adapter-root FOLDER.")
-    for root in roots:
-        try:
-            real = (root / given).resolve()
-        except (OSError, ValueError, RuntimeError):
-            break
-        if real.is_relative_to(root.resolve()):
-            return real
-    raise bad("lora_path does not lie below a folder from which this server may load adapters.", "lora_path", "path_not_allowed")
+def _shown(name: str, m: Manifest | None) -> dict[str, Any]:
+    """What is known of an adapter; nulls where nothing has been asked of it yet, for then it has not been read."""
+    fields = {f: getattr(m, f, None) for f in ("digest", "kind", "rank", "nbytes", "exact", "error")}
+    return {"id": name, **fields}

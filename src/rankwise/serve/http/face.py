@@ -71,6 +71,19 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+class Listed(Protocol):
+    """One known name: its manifest (None before it was first asked for), tier, and how many requests hold it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def manifest(self) -> Manifest | None: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def pins(self) -> int: ...
+
+
 class AdapterCache(Protocol):
     """Adapters by name.  Every method may read files, so the routes call them on worker threads."""
 
@@ -83,13 +96,17 @@ class AdapterCache(Protocol):
         ...
 
     def load(self, name: str, path: str) -> Manifest:
-        """Make the folder ``path`` known as ``name``, in the place of an earlier one.  Raises AdapterRefused."""
+        """Make the folder ``path`` known as ``name``, in the place of an earlier one.
+
+        Raises:
+            AdapterRefused: a path outside the folders of adapters; an adapter that cannot be served.
+        """
         ...
 
-    def unload(self, name: str) -> None:
-        """Forget ``name`` once nothing runs on it.  Raises UnknownAdapter."""
+    def unload(self, name: str, wait: float = 0.0) -> int:
+        """Forget ``name``; how many requests still run on it after ``wait`` seconds.  Raises UnknownAdapter."""
         ...
 
-    def list(self) -> Sequence[tuple[str, Manifest, str, int]]:
-        """(name, manifest, tier, pins) of every known adapter."""
+    def list(self) -> Sequence[Listed]:
+        """Every known name."""
         ...

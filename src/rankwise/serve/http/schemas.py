@@ -84,7 +84,7 @@ class Chat(Generate):
 class Load(Body):
     """vLLM's body.  ``load_inplace``: put new weights in the place of those that the name has."""
 
-    lora_name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+    lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
 

@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import logging
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -25,7 +24,6 @@ from rankwise.serve.types import Overloaded, Request, UnknownAdapter
 
 log = logging.getLogger("rankwise.serve")
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.IGNORECASE)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -144,7 +142,7 @@ class Service:
         return Target(await self._resolved("+".join(n for n, _ in parts), lambda: self.cache.mix(parts)), "mix")
 
     def _check(self, caller: Caller, name: str | None, shown: str) -> None:
-        if not caller.may(name) or (name is not None and not NAME.fullmatch(name)):
+        if not caller.may(name):
             raise unknown(shown)
 
     async def _resolved(self, shown: str, call: Callable[[], Manifest]) -> Manifest:
