@@ -57,19 +57,21 @@ def child(who: str, method: str, count: int, hidden: int) -> dict[str, float]:
 
 
 def ours(model: Any, method: str, count: int) -> Any:
-    """The sources as values, and the merged adapter attached, as PEFT does."""
-    from rankwise.delta import AdapterState, LowRank
+    """Adapters of a model into one more, as PEFT does it: their values, the merged value, attached."""
+    import rankwise as rw
     from rankwise.merge import attach_state, merge_states
 
-    states = []
-    shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     g = torch.Generator().manual_seed(0)
-    for _ in range(count):
-        draw = {n: LowRank(torch.randn(R, i, generator=g) / i**0.5, torch.randn(o, R, generator=g)) for n, (o, i) in shapes.items()}
-        states.append(AdapterState(draw))
-    merge_states([AdapterState({"x": LowRank(torch.randn(R, 64), torch.randn(64, R))})] * 2, None, METHODS[method][0])  # imports
+    adapters = [rw.attach(model, {"r": R, "alpha": R, "targets": "all-linear"}, name=f"a{i}", activate=not i) for i in range(count)]
+    with torch.no_grad():
+        for a in adapters:
+            for p in a.trainable_parameters():
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
     name, options, _, _ = METHODS[method]
-    return lambda: attach_state(model, merge_states(states, None, name, **options))
+    toy = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    one = rw.attach(toy, {"r": 2, "targets": "all-linear"}).lower()
+    attach_state(toy, merge_states([one, one], None, name, **options))  # imports
+    return lambda: attach_state(model, merge_states([a.lower() for a in adapters], None, name, **options))
 
 
 def theirs(model: Any, method: str, count: int) -> Any:

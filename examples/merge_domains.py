@@ -70,7 +70,7 @@ def merged(bench: Bench, states: list[Any]) -> dict[str, tuple[Scores, float] | 
     """Every method's scores and mean distance from the weighted sum, or why it does not apply."""
     out: dict[str, tuple[Scores, float] | str] = {}
     for m in catalogue.methods("merge"):
-        if not getattr(m.cls, "adapters", False) or getattr(m.cls, "needs_oracle", False):
+        if not getattr(m.cls, "adapters", False) or m.cls().needs_oracle:
             continue
         options = OPTIONS.get(m.name, {})
         weights = [1.0] * len(states) if "lam" in options else None

@@ -103,18 +103,20 @@ def test_a_mergekit_file(capsys: Any, tmp_path: Path) -> None:
         assert torch.allclose(t, W[n] + 0.5 * (A[n] - W[n]) + 0.25 * (B[n] - W[n]), atol=1e-6)
 
 
-def test_a_quantised_base_tells_what_it_rounds_away(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+def test_a_quantised_base_tells_what_it_rounds_away(capsys: Any, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     import transformers as T
 
     assert bnb
+    base = str(tmp_path / "base")
+    llama(hidden=128).save_pretrained(
+        base
+    )  # every width a multiple of 64: bitsandbytes' packed product on some processors needs it
     config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    T.AutoModelForCausalLM.from_pretrained(made["base"], quantization_config=config, dtype=torch.float32).save_pretrained(
-        tmp_path / "nf4"
-    )
-    strong = _adapter(made["base"], tmp_path / "strong", 1.0)
+    T.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32).save_pretrained(tmp_path / "nf4")
+    strong = _adapter(base, tmp_path / "strong", 1.0)
     args = ["merge", "--model", str(tmp_path / "nf4"), "--into-base"]
-    code, _, err = call(capsys, *args, _adapter(made["base"], tmp_path / "weak", 1e-4), "--out", str(tmp_path / "no"))
+    code, _, err = call(capsys, *args, _adapter(base, tmp_path / "weak", 1e-4), "--out", str(tmp_path / "no"))
     assert code == 2 and "storing rounded away" in err and not (tmp_path / "no").exists(), err
     code, _, err = call(capsys, *args, strong, "--out", str(tmp_path / "no"))
     assert code == 2 and "the logits moved" in err, err
@@ -127,7 +129,8 @@ def test_a_quantised_base_tells_what_it_rounds_away(capsys: Any, made: dict[str,
     net = T.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
     rw.load(net, strong).merge(force=True)
     x = torch.tensor([[1, 5, 9]])
-    assert torch.equal(again(x).logits, net(x).logits), "what was written is what was merged"
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, net(x).logits), "what was written is what was merged"
 
 
 def _adapter(base: str, path: Path, size: float) -> str:
@@ -212,3 +215,126 @@ def test_a_soup_is_chosen_by_held_out_text(capsys: Any, tmp_path: Path) -> None:
     assert good > 0.6 and abs(good + bad - 1) < 1e-6
     code, _, err = call(capsys, *args, "--method", "greedy_soup", "--score", "accuracy", "--out", str(tmp_path / "no"))
     assert code == 2 and "scored by loss, perplexity, bits_per_byte" in err and not (tmp_path / "no").exists()
+
+
+def _moved(tmp_path: Path, sizes: dict[str, float]) -> dict[str, str]:
+    """Adapters of the shipped base, one a size (0: nothing changed), and text to score them on."""
+    from rankwise import assets
+
+    net, _ = assets.load_base()
+    for name, size in sizes.items():
+        adapter = rw.attach(net, {"r": 2, "targets": ["q_proj"]})
+        with torch.no_grad():
+            for p in adapter.trainable_parameters():
+                p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        adapter.save(tmp_path / name)
+        adapter.detach()
+    (tmp_path / "held.txt").write_text("def add(a, b):\n    return a + b\n" * 8)
+    (tmp_path / "other.txt").write_text("def sub(a, b):\n    return a - b\n" * 8)
+    return {n: str(tmp_path / n) for n in (*sizes, "held.txt", "other.txt")}
+
+
+def test_an_option_is_searched_on_held_out_text_and_drawn(capsys: Any, tmp_path: Path) -> None:
+    at = _moved(tmp_path, {"good": 0.0, "bad": 0.3})
+    args = ["merge", at["bad"], at["good"], "--model", "base", "--score-data", at["held.txt"], "--score-data", at["other.txt"]]
+    picture = tmp_path / "sweep.svg"
+    code, text, err = call(
+        capsys,
+        *args,
+        "--method",
+        "interpolation",
+        "--search",
+        "share=0:1:0.5",
+        "--picture",
+        str(picture),
+        "--out",
+        str(tmp_path / "i"),
+        "--json",
+    )
+    assert code == 0, err
+    told = json.loads(text)
+    points = told["search"]["points"]
+    assert [p["share"] for p in points] == [0.0, 0.5, 1.0] and told["search"]["best"] == {"share": 0.0}
+    scores = [p["scores"][at["held.txt"]] for p in points]
+    assert scores[0] == min(scores) == told["score"]["merged"] == pytest.approx(told["score"]["sources"][at["good"]], abs=1e-5)
+    assert scores[-1] == pytest.approx(told["score"]["sources"][at["bad"]], abs=1e-4)
+    assert all(set(p["scores"]) == {at["held.txt"], at["other.txt"]} for p in points)
+    assert picture.read_text().startswith("<?xml") and "share" in picture.read_text()
+    code, text, err = call(
+        capsys, *args, "--method", "lego", "--search", "rank=1,2", "--search", "nu=linf,l2", "--out", str(tmp_path / "l")
+    )
+    assert code == 0 and text.count("linf") == 2 and text.count("  chosen\n") == 1, err
+
+
+def test_whole_models_are_chosen_by_held_out_text(capsys: Any, tmp_path: Path) -> None:
+    from rankwise import assets
+
+    net, tokenizer = assets.load_base()
+    folders = []
+    for name, size in (("bad", 0.05), ("good", 0.0)):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        net.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        folders.append(str(tmp_path / name))
+        net, _ = assets.load_base()
+    (tmp_path / "held.txt").write_text("def add(a, b):\n    return a + b\n" * 8)
+    args = ["merge", *folders, "--score-data", str(tmp_path / "held.txt"), "--score", "bits_per_byte"]
+    code, text, err = call(capsys, *args, "--method", "greedy_soup", "--out", str(tmp_path / "g"), "--json")
+    assert code == 0, err
+    told = json.loads(text)
+    alone = told["score"]["sources"]
+    assert told["weights"] == [0.0, 1.0] and told["score"]["merged"] == alone[folders[1]] < alone[folders[0]]
+    assert all(torch.equal(t, whole(Path(folders[1]))[n]) for n, t in whole(tmp_path / "g").items())
+    code, text, err = call(capsys, *args, "--method", "learned_soup", "--set", "epochs=10", "--out", str(tmp_path / "l"))
+    assert code == 0 and "bits_per_byte on" in text and "merged" in text, err
+    code, text, err = call(
+        capsys,
+        *args,
+        "--method",
+        "slerp",
+        "--search",
+        "t=0.5,1",
+        "--picture",
+        str(tmp_path / "s.png"),
+        "--out",
+        str(tmp_path / "s"),
+    )
+    assert code == 0 and text.count("  chosen\n") == 1 and (tmp_path / "s.png").stat().st_size > 5000, err
+    assert all(torch.allclose(t, whole(Path(folders[1]))[n], atol=1e-6) for n, t in whole(tmp_path / "s").items())
+
+
+def test_stragglers_are_found_and_told(capsys: Any, tmp_path: Path) -> None:
+    at = _moved(tmp_path, {"bad": 0.3})
+    args = ["merge", at["bad"], "--model", "base", "--method", "robust_interpolation", "--set", "density=0.3", "--set", "alpha=0.5"]
+    code, _, err = call(capsys, *args, "--out", str(tmp_path / "no"))
+    assert code == 2 and "give that data with --score-data" in err
+    code, text, err = call(capsys, *args, "--score-data", at["held.txt"], "--out", str(tmp_path / "r"))
+    assert code == 0 and "robust_interpolation: " in text and "found to be" in text, err
+
+
+def test_a_search_that_cannot_be_is_one_line(capsys: Any, made: dict[str, str], tmp_path: Path) -> None:
+    both = [made["a"], made["b"]]
+    held = ["--score-data", "x"]
+    for args, says in (
+        (["--search", "t=0:1:0.5"], "give that data with --score-data"),
+        (["--search", "t", *held], "option=first:last:step; it got 't'"),
+        (["--search", "t=0:1:0", *held], "no step of 0"),
+        (["--search", "t=1:0:0.5", *held], "no step of 0.5 leads from 1 to 0"),
+        (["--search", "t=0,1", "--search", "t=2", *held], "given twice"),
+        (["--search", "tt=0,1", *held, "--method", "slerp"], "no option 'tt'"),
+        (["--search", "density=0.5,2", *held, "--method", "ties"], "it got 2"),
+        (["--search", "t=0,1", *held, "--method", "slerp"], "give it with --model"),
+        (["--picture", "x.png"], "draws the search of one option"),
+        (
+            ["--search", "rule=ties,sum", *held, "--method", "knots", "--picture", str(tmp_path / "x.png")],
+            "one option that is a number",
+        ),
+        (["--search", "t=0,1", *held, "--method", "slerp", "--picture", str(tmp_path / "x.txt")], "--picture writes"),
+        ([*held, *held, "--method", "greedy_soup"], "names 'x' twice"),
+        (["--method", "slerp", "--weights", "1,2"], "uses no weights"),
+    ):
+        code, text, err = call(capsys, "merge", *both, *args, "--out", str(tmp_path / "no"))
+        assert code == 2 and says in err and err.count("\n") <= 2, (args, text, err)
+    assert not (tmp_path / "no").exists()

@@ -219,6 +219,16 @@ def test_processor_packing_of_4bit_is_read_and_left(nested: bool) -> None:
     W = bridge.read(module)
     module.weight.data, module.weight.quant_state = F._convert_weight_packed_for_cpu(module.weight.data, module.weight.quant_state)
     assert torch.allclose(bridge.read(module), W, rtol=2**-8, atol=0) and not torch.equal(bridge.read(module), W)
+    again = bnb.nn.Linear4bit(256, 64, bias=False, quant_type="nf4", compress_statistics=nested).to("cpu")
+    again.weight.data, again.weight.quant_state = module.weight.data.clone(), copy.deepcopy(module.weight.quant_state)
+    bridge.settle(again)
+    stored = {k: v.clone() for k, v in again.state_dict().items() if not k.startswith("bias")}
+    read = bnb.nn.Params4bit.from_prequantized(
+        stored.pop("weight"), {k.removeprefix("weight."): v for k, v in stored.items()}, device="cpu"
+    )
+    fresh = bnb.nn.Linear4bit(256, 64, bias=False)
+    fresh.weight = read
+    assert torch.equal(bridge.read(fresh), bridge.read(module)), "what is saved after a forward is what acted in it"
     saved, packed = bridge.snapshot(module), module.weight.data.clone()
     new, x = gaussian(64, 256, name="new"), gaussian(5, 256, name="x")
     assert torch.equal(bridge.write(module, new), bridge.write(plain, new))

@@ -59,7 +59,7 @@ def test_one_source_at_weight_one_is_its_bits(tmp_path: Path, method: str, dtype
         tmp_path / "base", 0, {n: 1e4 * t.float() for n, t in whole(a).items()}, dtype=dtype
     )  # a − base loses a's last bits
     options = {"density": 1.0} if method in ("ties", "dare_linear") else {}
-    merge_checkpoints([a], tmp_path / "out", method, [1.0], base, **options)
+    merge_checkpoints([a], tmp_path / "out", method, None if method == "sce" else [1.0], base, **options)
     assert all(torch.equal(t, whole(a)[n]) and t.dtype == dtype for n, t in whole(tmp_path / "out").items())
 
 

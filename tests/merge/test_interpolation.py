@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rankwise import catalogue
 from rankwise.delta import AdapterState, LowRank
@@ -88,3 +92,34 @@ def test_recipes_reduce_to_ordinary_fine_tuning() -> None:
     assert torch.allclose(one.sites["inner"].dense(), two.sites["inner"].dense(), atol=1e-5)  # with a step that is the same
     with pytest.raises(MergeError, match="no auxiliary"):
         fusing([], finetune)
+
+
+def test_share_is_lambda_between_two() -> None:
+    a, b = source(0), source(1)
+    for lam in (0.0, 0.3, 1.0):
+        got = merge_states([a, b], None, "interpolation", share=lam)
+        assert torch.equal(dense(got), dense(merge_states([a, b], [lam, 1 - lam], "interpolation")))
+        assert torch.allclose(dense(got), lam * dense(a) + (1 - lam) * dense(b), atol=1e-6)
+    with pytest.raises(OptionError, match="uses no weights"):
+        merge_states([a, b], [0.5, 0.5], "interpolation", share=0.3)
+    with pytest.raises(OptionError, match="between two sources; the merge 'interpolation' got 3"):
+        merge_states([a, b, a], None, "interpolation", share=0.3)
+
+
+def test_whole_models_take_what_they_lack_from_the_first(tmp_path: Path) -> None:
+    """Three sources of which the second lacks a norm: its part is the first one's, and the coefficients still sum to one."""
+    from rankwise.merge.checkpoints import merge_checkpoints
+    from tests.merge.test_checkpoints import folder, whole
+
+    n = "model.norm.weight"
+    every = [folder(tmp_path / str(i), i + 1) for i in range(3)]
+    lacking = shutil.copytree(every[1], tmp_path / "lacking")
+    save_file({k: t for k, t in whole(every[1]).items() if k != n}, lacking / "model.safetensors", {"format": "pt"})
+    merge_checkpoints([every[0], lacking, every[2]], tmp_path / "out", "interpolation", [0.5, 0.3, 0.2])
+    a, b, c = (whole(p) for p in every)
+    for k, t in whole(tmp_path / "out").items():
+        assert torch.allclose(t, 0.5 * a[k] + 0.3 * (a if k == n else b)[k] + 0.2 * c[k], atol=1e-6), k
+    with pytest.raises(MergeError, match=r"lacking, the first source, has no 'model\.norm\.weight'"):
+        merge_checkpoints([lacking, every[0]], tmp_path / "no", "interpolation")
+    merge_checkpoints(every[:2], tmp_path / "share", "interpolation", share=0.25)
+    assert all(torch.allclose(t, 0.25 * a[k] + 0.75 * b[k], atol=1e-6) for k, t in whole(tmp_path / "share").items())

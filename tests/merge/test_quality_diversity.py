@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import rankwise as rw
 from rankwise.errors import DataError, OptionError
 from rankwise.losses.cfg_distillation import CFGDistillation, divergence, guided, unconditional
+from rankwise.merge import merge_states
 from rankwise.merge.oracle import Oracle
 from rankwise.merge.quality_diversity import frontier, knob
 from tests.merge.tools import dense, source
@@ -125,3 +127,21 @@ def test_what_cannot_be_guided_is_refused() -> None:
         penalty(model, adapter, batch_for(model))
     with pytest.raises(DataError, match="packed"):
         penalty(model, adapter, {**asked(), "position_ids": torch.arange(10)[None].expand(3, -1)})
+
+
+def test_the_row_is_the_knob_also_on_whole_models(tmp_path: Path) -> None:
+    from rankwise.merge.checkpoints import merge_checkpoints
+    from tests.merge.test_checkpoints import folder, whole
+
+    q, d = source(0), source(1)
+    got = merge_states([q, d], None, "quality_diversity", lam=0.3)
+    assert torch.equal(dense(got), dense(knob(q, d, 0.3))) and torch.allclose(
+        dense(got), 0.7 * dense(q) + 0.3 * dense(d), atol=1e-6
+    )
+    for lam, end in ((0.0, q), (1.0, d)):
+        assert torch.allclose(dense(merge_states([q, d], None, "quality_diversity", lam=lam)), dense(end), atol=1e-6)
+    a, b = folder(tmp_path / "a", 1), folder(tmp_path / "b", 2)
+    merge_checkpoints([a, b], tmp_path / "out", "quality_diversity", lam=0.3)
+    assert all(torch.allclose(t, 0.7 * whole(a)[n] + 0.3 * whole(b)[n], atol=1e-6) for n, t in whole(tmp_path / "out").items())
+    with pytest.raises(OptionError, match="uses no weights"):
+        merge_states([q, d], [0.5, 0.5], "quality_diversity")

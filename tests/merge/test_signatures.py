@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import rankwise as rw
-from rankwise.delta import LowRank
+from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge import attach_state
+from rankwise.merge import attach_state, merge_states
 from rankwise.merge.signatures import quantise, signature, signatures
-from tests.models import FAMILIES, batch_for, logits
+from tests.merge.models import SITES, copy_with, value
+from tests.models import FAMILIES, batch_for, llama, logits
 
 Weights = dict[str, Tensor]
 
@@ -149,3 +150,51 @@ def test_refusals() -> None:
             signatures(vit(), clean, robust)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="norms"):
         signatures(vit(), tuned(1), [tuned(2)], norms="replace")  # type: ignore[arg-type]
+
+
+def test_of_adapters_the_signature_is_the_formula_and_a_patch() -> None:
+    """As a merge: orthogonal to the clean change a site, α shared once, u = 0 leaves v, the first blocks alone."""
+    clean, first, second = value(0), value(1, r=3), value(2)
+    got = merge_states([clean, first, second], None, "robust_signature", alpha=0.8)
+    for n in SITES:
+        u, v, w = (s.sites[n].dense().double() for s in (clean, first, second))
+        want = sum(0.4 * (x - (u * x).sum() / (u * u).sum() * u) for x in (v, w))
+        assert torch.allclose(got.sites[n].dense().double(), want, atol=1e-6)
+        assert abs(float((got.sites[n].dense().double() * u).sum())) < 1e-5 * float(want.norm() * u.norm())
+    twice = merge_states([clean, got], None, "robust_signature")  # a projection is idempotent
+    assert torch.allclose(twice.sites[SITES[0]].dense(), got.sites[SITES[0]].dense(), atol=1e-5)
+    parallel = merge_states([clean, clean.scaled(-2.0)], None, "robust_signature")
+    assert all(float(d.norm()) < 1e-5 for d in parallel.sites.values())
+    uneven = merge_states([clean, first, second], [5.0, 3.0, 1.0], "robust_signature")
+    one, two = (merge_states([clean, s], None, "robust_signature").sites[SITES[0]].dense() for s in (first, second))
+    assert torch.allclose(uneven.sites[SITES[0]].dense(), 0.75 * one + 0.25 * two, atol=1e-5)
+    part = AdapterState({n: d for n, d in clean.sites.items() if n != SITES[0]})
+    left = merge_states([part, first], None, "robust_signature").sites[SITES[0]]
+    assert torch.allclose(left.dense(), first.sites[SITES[0]].dense(), atol=1e-6)
+    shallow = merge_states([clean, first], None, "robust_signature", keep=1)
+    assert sorted(shallow.sites) == sorted(n for n in SITES if ".layers.0." in n)
+
+    model = llama()
+    bits, batch = {k: v.clone() for k, v in model.state_dict().items()}, batch_for(model)
+    attach_state(model, second, name="other")
+    patch = attach_state(model, got, name="patch")
+    with rw.view(model, {"other": 1.0}):
+        before = logits(model, batch)
+    with rw.view(model, {"other": 1.0, "patch": 1.0}):
+        full = logits(model, batch)
+    with rw.view(model, {"other": 1.0, "patch": 0.5}):
+        half = logits(model, batch)
+    both = AdapterState({n: second.sites[n] + got.sites[n].scaled(0.5) for n in SITES})
+    assert torch.allclose(half, logits(copy_with(both), batch), atol=1e-5) and not torch.allclose(half, full, atol=1e-3)
+    patch.detach()
+    with rw.view(model, {"other": 1.0}):
+        assert torch.equal(logits(model, batch), before)
+    rw.adapters(model)["other"].detach()
+    assert all(torch.equal(v, bits[k]) for k, v in model.state_dict().items())
+    for states, options, says in (
+        ([clean], {}, "at least one robust one; it got 1"), ([clean, first], {"keep": 0}, "keep = 0"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=says):
+            merge_states(states, None, "robust_signature", **options)
+    with pytest.raises(OptionError, match="sum is 0"):
+        merge_states([clean, first, second], [1.0, 1.0, -1.0], "robust_signature")

@@ -16,7 +16,7 @@ from rankwise.merge.soups import LearnedSoup, Mixture, uniform
 from tests.merge.models import SITES, Net, copy_with, net_batch, net_value, value
 from tests.models import batch_for, llama
 
-SOUPS = [m.name for m in catalogue.methods("merge") if getattr(m.cls, "needs_oracle", False)]
+SOUPS = [m.name for m in catalogue.methods("merge") if getattr(m.cls, "finds_weights", False)]
 
 
 def judge(model: Any = None, **more: Any) -> Oracle:

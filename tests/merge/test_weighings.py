@@ -77,9 +77,24 @@ def test_arithmetic_and_average() -> None:
     assert merge_states([a, b], None, "karcher", rank=2).sites["x"].exact_rank == 2
 
 
-@pytest.mark.parametrize("name", ["average", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "average",
+        "slerp",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "model_stock",
+        "task_arithmetic",
+        "uniform_soup",
+        "quality_diversity",
+        "robust_signature",
+    ],
+)
 def test_factors_and_whole_tensors_give_the_same(name: str) -> None:
     a, b = source(0), source(1)
     whole = TensorStack("x", (0.4, 0.6), torch.float64, (lambda: dense(a), lambda: dense(b)), None, (10, 8))
-    got = make("merge", name).combine(whole, 0).value
-    assert torch.allclose(got, dense(merge_states([a, b], [0.4, 0.6], name)), atol=1e-5)
+    rule = make("merge", name)
+    weights = [0.4, 0.6] if rule.uses_weights else None
+    assert torch.allclose(rule.combine(whole, 0).value, dense(merge_states([a, b], weights, name)), atol=1e-5)

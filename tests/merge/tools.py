@@ -22,5 +22,5 @@ def dense(state: AdapterState, site: str = "x") -> torch.Tensor:
 
 def keep_all(info: MethodInfo) -> dict[str, Any]:
     """Nothing dropped, nothing scaled, no rank lost."""
-    wanted = {"density": 1.0, "gamma": 0.0, "lam": 1.0, "reweigh_output": False, "rank": 8}
+    wanted = {"density": 1.0, "gamma": 0.0, "lam": 1.0, "alpha": 1.0, "reweigh_output": False, "rank": 8}
     return {k: v for k, v in wanted.items() if k in info.options}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 
 from rankwise.cli.common import _value, err, load_model, out
 from rankwise.cli.merge_report import folded, models_told, state_told
+from rankwise.cli.merge_score import Held, draw, fits, held_from, progress_of, told
+from rankwise.codecs.library import find_bridge
 from rankwise.errors import OptionError
 
 #: options of a merge of whole models, whatever the method
@@ -37,8 +40,10 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of random drops.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Whole models: float32, float16 or bfloat16; default the base's own.")] = None,
     source_rank: Annotated[int | None, typer.Option(help="Cut sources to this rank first (needed for DoRA and the like).")] = None,
-    score_data: Annotated[str | None, typer.Option("--score-data", help="Soups: held-out text or images that choose (a file, a folder, or a shipped domain).")] = None,
-    score: Annotated[str, typer.Option(help="Soups: loss, perplexity, bits_per_byte or accuracy on that data.")] = "loss",
+    score_data: Annotated[list[str] | None, typer.Option("--score-data", help="Held-out text or images that choose (a file, a folder, or a shipped domain): of soups, stragglers and --search; more of them are scored beside the first.")] = None,
+    score: Annotated[str, typer.Option(help="loss, perplexity, bits_per_byte or accuracy on that data.")] = "loss",
+    search: Annotated[list[str] | None, typer.Option("--search", help="option=0:1:0.25 or option=a,b,c: try these, keep the best by --score-data.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Draw the search of one option (.png, .svg, .pdf).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:  # fmt: skip
     """Merge adapters into one, fold them into their base, merge whole models, or run a mergekit file.
@@ -47,42 +52,43 @@ def merge(
     storing rounded away.
 
     Example: rankwise merge run/a run/b --method ties --set density=0.3 --weights 0.6,0.4 --out both
+
+    Example: rankwise merge run/a run/b -m base --method slerp --search t=0:1:0.1 --score-data held.txt --picture sweep.svg --out both
     """
     kind = _kind(sources, model)
     given = {"--model": model, "--method": method, "--weights": weights, "--base": base, "--into-base": into_base or None, "--set": set or None,
              "--dtype": dtype, "--source-rank": source_rank}  # fmt: skip
-    given |= {"--score-data": score_data, "--score": score if score != "loss" else None}
+    given |= {
+        "--score-data": score_data or None,
+        "--score": score if score != "loss" else None,
+        "--search": search or None,
+        "--picture": picture,
+    }
     idle = {"yaml": {*given}, "models": {"--model", "--into-base", "--source-rank"}, "adapters": {"--base", "--dtype"}}[kind]
     if wrong := [f for f in given if f in idle and given[f] is not None]:
         raise OptionError(f"{wrong[0]} says nothing to a merge of {_NAMES[kind]}; leave it out.")
     options = _options(set or [])
     numbers = _numbers(weights, len(sources))
     _fresh(to, sources)
-    rule = method or ("average" if kind == "models" else "cat")
-    if kind != "yaml":
-        _scored(rule, kind, options, score_data, score, numbers, model)
     if kind == "yaml":
         from rankwise.merge.mergekit import merge_yaml
 
         with _bar("tensors") as tick:
             report = merge_yaml(sources[0], to, seed=seed, force=force, progress=tick)
         models_told(report, json)
-    elif kind == "models":
-        from rankwise.merge.checkpoints import merge_checkpoints
-        from rankwise.merge.mergekit import _dtype
-
-        with _bar("tensors") as tick:
-            report = merge_checkpoints(
-                sources, to, rule, numbers, base, seed=seed, force=force, progress=tick, dtype=_dtype(dtype), **options
-            )  # fmt: skip
-        models_told(report, json)
+        return
+    name = method or ("average" if kind == "models" else "cat")
+    held = held_from(score_data or [], score, search or [], picture)
+    own = {k: v for k, v in options.items() if kind != "models" or k not in _FILES}
+    fits(held, name, own, {"weights": numbers, "model": model}, kind)
+    if kind == "models":
+        _models(sources, to, name, numbers, base, {**options, "seed": seed, "force": force, "dtype": dtype}, held, json)
     elif model is None:
         if into_base:
             raise OptionError("--into-base folds into a model; give it with --model.")
-        _without_model(sources, to, rule, numbers, options, seed, force, source_rank, json)
+        _without_model(sources, to, name, numbers, options, seed, force, source_rank, json)
     else:
-        held = (score_data, score) if score_data is not None else None
-        _with_model(sources, model, to, rule, numbers, options, seed, force, source_rank, into_base, json, held)
+        _with_model(sources, model, to, name, numbers, options, seed, force, source_rank, into_base, json, held)
 
 
 _NAMES = {"yaml": "a mergekit file", "models": "whole models", "adapters": "adapters"}
@@ -154,26 +160,6 @@ def _fresh(to: str, sources: Sequence[str]) -> None:
             raise OptionError(f"{was!r} is given twice; give each source once, and what it shall count with --weights.")
 
 
-def _scored(method: str, kind: str, options: Mapping[str, Any], data: str | None, score: str, weights: Any, model: str | None) -> None:  # fmt: skip
-    """Whether the method is chosen by a score, and whether what that needs was given; before any work."""
-    from rankwise.catalogue import make
-
-    own = {k: v for k, v in options.items() if kind != "models" or k not in _FILES}
-    needs = make("merge", method, **own).needs_oracle
-    if not needs and (data is not None or score != "loss"):
-        raise OptionError(
-            f"--score{'-data' if data is not None else ''} says nothing to the merge {method!r}, which asks no score; leave it out, or choose greedy_soup or learned_soup."
-        )
-    if needs and data is None:
-        raise OptionError(
-            f"The merge {method!r} is chosen by a score on held-out data; give that data with --score-data (text or images that nothing was trained on)."
-        )
-    if needs and weights is not None:
-        raise OptionError(f"The merge {method!r} finds its weights itself; leave --weights out.")
-    if needs and kind == "adapters" and model is None:
-        raise OptionError(f"The merge {method!r} scores the adapters on their base; give it with --model.")
-
-
 @contextlib.contextmanager
 def _bar(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
     """A bar on standard error that is gone afterwards; called with the name of what is done."""
@@ -183,6 +169,38 @@ def _bar(what: str, total: int | None = None) -> Iterator[Callable[[str], None]]
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task("merging", total=total)
         yield lambda name: bars.advance(task)
+
+
+def _drawn(picture: str, json: bool) -> None:
+    if not json:
+        out.print(f"wrote {picture}", highlight=False)
+
+
+# --- whole models ---------------------------------------------------------------------------------------------
+def _models(
+    folders: Sequence[str], to: str, method: str, weights: Any, base: str | None, options: dict[str, Any], held: Held, json: bool
+) -> None:  # fmt: skip
+    from rankwise.merge.checkpoints import merge_checkpoints
+    from rankwise.merge.mergekit import _dtype
+    from rankwise.merge.search import search_models
+
+    options["dtype"] = _dtype(options["dtype"])
+    models = held.models(folders) if held.data else None
+    if held.search and models is not None:
+        with _bar("places of the search") as tick:
+            found, report = search_models(
+                folders, to, method, held.search, models, weights, base, progress=progress_of(tick), **options
+            )
+        report.search = told(found, held)
+    else:
+        with _bar("tensors") as tick:
+            report = merge_checkpoints(folders, to, method, weights, base, progress=tick, models=models, **options)
+        if report.score:
+            report.score |= {"of": held.score, "data": held.data[0]}
+    models_told(report, json)
+    if held.picture is not None:
+        _drawn(held.picture, json)
+        draw(found, held, f"{method} of {len(folders)} models")
 
 
 # --- adapters --------------------------------------------------------------------------------------------------
@@ -204,27 +222,25 @@ def _without_model(
 
 def _with_model(
     folders: Sequence[str], model: str, to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None,
-    into_base: bool, json: bool, held: tuple[str, str] | None,
+    into_base: bool, json: bool, held: Held,
 ) -> None:  # fmt: skip
     """Read with the base at hand, so that any form may come; saved natively, or folded in."""
     import rankwise as rw
-    from rankwise.merge import attach_state, merge_states, read_state
+    from rankwise.catalogue import find
+    from rankwise.merge import Merge, attach_state, read_state
 
     net, tokenizer = load_model(model)
-    state = judge = None
+    state = found = None
     if len(folders) == 1 and source_rank is None and weights is None and not options and method == "cat":
         adapter = rw.load(net, folders[0], name="merged")
     else:
+        states = []
+        rule: type[Merge] = find("merge", method).cls
         with _bar("adapters read", len(folders)) as tick:
-            states = []
             for f in folders:
-                states.append(read_state(net, f, rank=source_rank))
+                states.append(read_state(net, f, rank=source_rank, as_is=rule.any_kind and source_rank is None))
                 tick(f)
-        with _bar("places", len({n for s in states for n in s.sites})) as tick:
-            judge = None if held is None else _oracle(net, tokenizer, *held)
-            state = merge_states(states, weights, method, seed=seed, progress=tick, oracle=judge, **options)
-        if judge is not None and held is not None:
-            _judged(judge, folders, states, state, held)
+        state, found = _merged(net, tokenizer, folders, states, method, weights, options, seed, held)
         adapter = attach_state(net, state)
     if not into_base:
         adapter.save(to)
@@ -232,29 +248,47 @@ def _with_model(
             out.print(f"wrote {to}: {adapter}", highlight=False)
         else:
             state_told(state, method, to, json)
-        return
-    report = adapter.merge(force=force)
-    write_merged(net, tokenizer, to)
-    folded(report, state, method, to, json)
+    else:
+        report = adapter.merge(force=force)
+        write_merged(net, tokenizer, to)
+        folded(report, state, method, to, json)
+    if held.picture is not None and found is not None:
+        _drawn(held.picture, json)
+        draw(found, held, f"{method} of {len(folders)} adapters")
 
 
-def _oracle(net: Any, reader: Any, data: str, score: str) -> Any:
-    from rankwise.cli.compare import texts_of
-    from rankwise.merge.held_out import held_out
+def _merged(
+    net: Any, reader: Any, folders: Sequence[str], states: Sequence[Any], method: str, weights: Any, options: Any, seed: int, held: Held
+) -> tuple[Any, Any]:  # fmt: skip
+    """The merged value, and what a search found; what was scored is in its meta."""
+    from rankwise.merge import merge_states
+    from rankwise.merge.search import search_states
 
-    source: Any = data if Path(data).exists() else [{"text": t} for t in texts_of(data)[1]]
-    return held_out(net, reader, source, score).oracle(net)
-
-
-def _judged(judge: Any, folders: Sequence[str], states: Sequence[Any], merged: Any, held: Any) -> None:
-    """What each source scored alone and what their soup scores, into the report."""
-    plain = type(merged)(merged.sites)
-    merged.meta["score"] = {"of": held[1], "data": held[0], "merged": judge.score(plain), "sources": {f: judge.score(s) for f, s in zip(folders, states, strict=True)}}  # fmt: skip
+    judge = held.oracle(net, reader) if held.data else None
+    meta: dict[str, Any] = {}
+    if held.search and judge is not None:
+        with _bar("places of the search") as tick:
+            found, state = search_states(
+                states, method, held.search, judge, weights, seed=seed, progress=progress_of(tick), **options
+            )
+        meta["search"] = told(found, held)
+    else:
+        found = None
+        with _bar("places", len({n for s in states for n in s.sites})) as tick:
+            state = merge_states(states, weights, method, seed=seed, progress=tick, oracle=judge, **options)
+    if judge is not None:
+        plain = type(state)(state.sites)
+        alone = {f: judge.score(type(s)(s.sites)) for f, s in zip(folders, states, strict=True)}
+        meta["score"] = {"of": held.score, "data": held.data[0], "merged": judge.score(plain), "sources": alone}
+    return dataclasses.replace(state, meta={**state.meta, **meta}), found
 
 
 def write_merged(model: Any, tokenizer: Any, to: str) -> None:
     """Save a model with its merged adapters as an ordinary model folder: the roster taken off, the bits kept."""
     roster = model._modules.pop("rankwise")
+    for module in {id(s.module): s.module for s in roster.known.values() if s.spec.quantised}.values():
+        if (bridge := find_bridge(module)) is not None:
+            bridge.settle(module)
     conversions = getattr(model, "_weight_conversions", None)
     try:
         if conversions is not None:  # transformers undoes how it read the weights, but cannot for codes, which need no undoing

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankwise.cli.common import emit_json, out, table
+from rankwise.cli.merge_score import show
 
 
 def state_told(state: Any, method: str, to: str, json: bool) -> None:
@@ -24,6 +25,13 @@ def losses(meta: Mapping[str, Any], method: str) -> None:
             worst = max(meta[key], key=meta[key].__getitem__)
             mean = sum(meta[key].values()) / len(meta[key])
             out.print(f"{method}: {meta[key][worst]:.3g} {what} at most ({worst}), {mean:.3g} in the mean", highlight=False)
+    for option, value in meta.get("found", {}).items():
+        said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        out.print(f"{method}: {option} found to be {said or 'none'}", highlight=False, markup=False)
+    if (shared := sum(meta.get("shared", {}).values())) or "shared" in meta:
+        out.print(f"{method}: {shared} entries are changed by more than one source", highlight=False)
+    if found := meta.get("search"):
+        show(found)
     if found := meta.get("score"):
         scored(found, meta["weights"])
 
@@ -66,6 +74,7 @@ def models_told(report: Any, json: bool) -> None:
             {"tensor": n, "error": e, **({"moved": report.moved[n]} if n in report.moved else {})} for n, e in report.errors.items()
         ]
         extra = {"score": report.score, "weights": report.weights} if report.score else {}
+        extra |= {"search": report.search} if report.search else {}
         emit_json({"out": str(report.path), "method": report.method, **extra, "tensors": tensors, "copied": report.copied})
         return
     copied = f", {len(report.copied)} copied" if report.copied else ""
@@ -74,6 +83,8 @@ def models_told(report: Any, json: bool) -> None:
         if found:
             worst = max(found, key=found.__getitem__)
             out.print(f"{report.method}: {found[worst]:.3g} {what} at most ({worst})", highlight=False)
+    if report.search:
+        show(report.search)
     if report.score:
         scored(report.score, report.weights)
 

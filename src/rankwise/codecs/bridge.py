@@ -60,6 +60,9 @@ class Bridge(ABC):
     def restore(self, module: nn.Module, snapshot: Any) -> None:
         """Put a snapshot back bit for bit; it may be restored again."""
 
+    def settle(self, module: nn.Module) -> None:  # noqa: B027 - most formats have one form
+        """Put the weight back into the form that its library saves rightly, where a forward has changed that; same values."""
+
 
 def weight_of(module: nn.Module) -> Tensor:
     """The stored weight itself, also where an attached adapter makes ``module.weight`` a property."""

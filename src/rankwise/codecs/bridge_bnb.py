@@ -75,6 +75,16 @@ class Bits4(Bridge):
         data, state = snapshot
         _store(module, data.clone(), copy.deepcopy(state))
 
+    def settle(self, module: nn.Module) -> None:
+        """Out of the processor's packing: the library saves scales that were never nested in packed order, which no reader undoes."""
+        state = copy.copy(_state(module))
+        if _packed(state):
+            data, state = _unpack(weight_of(module).data, state)
+            state.packing_format_for_cpu, state.nested, state.dtype = False, False, state.original_dtype
+            storage = getattr(state, "original_storage_type", None)
+            data = data.reshape(state.original_qshape)
+            _store(module, data if storage is None else data.view(storage), state)
+
 
 def _state(module: nn.Module) -> Any:
     """The QuantState, which FSDP may have left on the module only."""

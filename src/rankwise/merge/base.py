@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -59,7 +59,11 @@ class Merge:
         count: exactly so many sources, or None.
         works_on: what a whole checkpoint's tensors are lifted to: "changes" from a base, or the "weights" themselves.
         adapters, checkpoints: what it takes.
-        needs_oracle: it finds its weights itself (:meth:`weigh`), from scores or gradients of a model.
+        missing: what of a whole model's tensor that only some have, by default (:func:`~rankwise.merge.checkpoints.merge_checkpoints`).
+        any_kind: it takes changes of any kind, not only low-rank ones (:meth:`add`).
+        finds_weights: it finds its weights itself (:meth:`weigh`), from scores or gradients of a model.
+        uses_weights: weights mean something to it; where not, giving them is refused.
+        whole_weights: each source counts 1 by default, not 1/T.
     """
 
     info: ClassVar[MethodInfo]
@@ -69,7 +73,35 @@ class Merge:
     works_on: ClassVar[str] = "changes"
     adapters: ClassVar[bool] = True
     checkpoints: ClassVar[bool] = True
-    needs_oracle: ClassVar[bool] = False
+    missing: ClassVar[str] = "refuse"
+    any_kind: ClassVar[bool] = False
+    finds_weights: ClassVar[bool] = False
+    uses_weights: ClassVar[bool] = True
+    whole_weights: ClassVar[bool] = False
+
+    @property
+    def needs_oracle(self) -> bool:
+        """Whether it must ask a model, for its weights or in :meth:`fit`."""
+        return self.finds_weights
+
+    def fit(self, sources: Sequence[Source], oracle: Any) -> Merge:
+        """The rule with what it learns from all sites and the oracle before any is merged; by default itself."""
+        return self
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse options that name what is not among the sites or tensors to be merged."""
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the result does not change the site ``name``."""
+        return False
+
+    def add(self, found: Sequence[Delta | None], weights: Sequence[float]) -> Delta:
+        """One site's merged value, of a method that takes ``any_kind``; None where a source lacks the site."""
+        raise NotImplementedError(f"The merge {type(self).__name__} must add.")
+
+    def notes(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """What else is to be told of the sources, for the result's ``meta``."""
+        return {}
 
     def weigh(self, sources: Sequence[Source], oracle: Any) -> Tensor | Mapping[str, Tensor]:
         """The weights, (T,) or a (T,) each site, of a method that needs an :class:`~rankwise.merge.oracle.Oracle`."""
@@ -112,26 +144,39 @@ def merge_states(
         raise OptionError(
             f"The merge {rule.info.name!r} takes whole checkpoints, not adapters; see rankwise methods {rule.info.name}."
         )
-    names = sorted({n for s in states for n in s.sites})
+    _asked(rule, oracle)
+    everywhere = {n for s in states for n in s.sites}
+    rule.check(everywhere)
+    rule, given = rule.fit(states, oracle), rule
+    names = sorted(n for n in everywhere if not rule.leaves_out(n))
     by_site = _weights(rule, states, weights, oracle, names)
     sites: dict[str, Delta] = {}
     errors: dict[str, float] = {}
     lost: dict[str, float] = {}
     for name in names:
-        stack = FactorStack(name, by_site[name], pairs=tuple(_factors(s.sites.get(name), name) for s in states))
-        one_shape(stack)
-        made = rule.combine(stack, seed)
-        if not isinstance(made.value, LowRank):
-            raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
-        errors[name] = distance(made.value, stack.total()) if made.error is None else made.error
-        lost[name] = made.truncation
-        A, B = made.value.factors()
-        sites[name] = LowRank(A.float(), B.float(), 1.0)
+        sites[name], errors[name], lost[name] = _site(rule, name, [s.sites.get(name) for s in states], by_site[name], seed)
         progress(name)
     one = len(set(by_site.values())) == 1
     used = list(next(iter(by_site.values()))) if one else {n: list(w) for n, w in by_site.items()}
-    meta = {"errors": errors, "truncation": lost, "method": rule.info.name, "weights": used}
-    return AdapterState(sites, full=_whole(states), meta=meta)
+    meta = {"errors": errors, "truncation": lost, "method": rule.info.name, "weights": used, **rule.notes(states)}
+    learnt = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if getattr(rule, f.name) != getattr(given, f.name)}
+    return AdapterState(sites, full=_whole(states), meta={**meta, "found": learnt} if learnt else meta)
+
+
+def _site(
+    rule: Merge, name: str, found: Sequence[Delta | None], weights: tuple[float, ...], seed: int
+) -> tuple[Delta, float, float]:
+    """One site's value in fp32, its distance from the weighted sum, and what a rank lost."""
+    if rule.any_kind:
+        return rule.add(found, weights).to(torch.float32), 0.0, 0.0
+    stack = FactorStack(name, weights, pairs=tuple(_factors(d, name) for d in found))
+    one_shape(stack)
+    made = rule.combine(stack, seed)
+    if not isinstance(made.value, LowRank):
+        raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
+    error = distance(made.value, stack.total()) if made.error is None else made.error
+    A, B = made.value.factors()
+    return LowRank(A.float(), B.float(), 1.0), error, made.truncation
 
 
 def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge:
@@ -144,26 +189,43 @@ def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge
     return rule
 
 
+def _asked(rule: Merge, oracle: Any) -> None:
+    """Refuse an oracle that nothing would ask, and its absence where something would."""
+    if not rule.needs_oracle and oracle is not None:
+        raise OptionError(f"The merge {rule.info.name!r} asks no oracle; leave it out, or choose a soup.")
+    if rule.needs_oracle and oracle is None:
+        raise OptionError(
+            f"The merge {rule.info.name!r} needs a score or gradients; give oracle=Oracle(model, …) (rankwise.merge.oracle)."
+        )
+
+
 def _weights(
     rule: Merge, states: Sequence[Source], weights: Sequence[float] | None, oracle: Any, names: Sequence[str]
 ) -> dict[str, tuple[float, ...]]:
     """site → one weight a source: those given, or what the method finds with the oracle."""
-    if not rule.needs_oracle:
-        if oracle is not None:
-            raise OptionError(f"The merge {rule.info.name!r} asks no oracle; leave it out, or choose a soup.")
-        return dict.fromkeys(names, weights_of(weights, len(states)))
-    if oracle is None:
-        raise OptionError(
-            f"The merge {rule.info.name!r} needs a score or gradients; give oracle=Oracle(model, …) (rankwise.merge.oracle)."
-        )
-    if weights is not None:
-        raise OptionError(
-            f"The merge {rule.info.name!r} finds its weights itself; it got weights = {list(weights)}, leave them out."
-        )
+    given = given_weights(rule, weights, len(states))
+    if not rule.finds_weights:
+        return dict.fromkeys(names, given)
     found = rule.weigh(states, oracle)
     if not isinstance(found, Mapping):
         return dict.fromkeys(names, weights_of(found.tolist(), len(states)))
     return {n: weights_of(found[n].tolist(), len(states)) for n in names}
+
+
+def given_weights(rule: Merge, weights: Sequence[float] | None, sources: int) -> tuple[float, ...]:
+    """The weights given or the method's default; refused where they would do nothing."""
+    if weights is not None and rule.finds_weights:
+        raise OptionError(
+            f"The merge {rule.info.name!r} finds its weights itself; it got weights = {list(weights)}, leave them out."
+        )
+    if weights is not None and not rule.uses_weights:
+        raise OptionError(
+            f"The merge {rule.info.name!r} uses no weights; it got {list(weights)}, leave them out (rankwise methods {rule.info.name} "
+            "says what decides instead)."
+        )
+    if weights is None and rule.whole_weights:
+        return (1.0,) * sources
+    return weights_of(weights, sources)
 
 
 def weights_of(weights: Sequence[float] | None, sources: int) -> tuple[float, ...]:

@@ -7,16 +7,20 @@ shape, and what does not match is refused or dealt with as told; :mod:`~rankwise
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.base import Merge, one_of, rule_of, weights_of
+from rankwise.merge.base import Merge, given_weights, one_of, rule_of
 from rankwise.merge.jobs import CheckpointReport, Job, Read, write
 from rankwise.merge.model_folder import EMBEDDING, HEAD, Checkpoint
+from rankwise.merge.model_soups import by_tensor
+
+if TYPE_CHECKING:
+    from rankwise.merge.model_soups import Models
 
 
 def merge_checkpoints(
@@ -27,7 +31,7 @@ def merge_checkpoints(
     base: str | Path | None = None,
     *,
     on: str | None = None,
-    missing: str = "refuse",
+    missing: str | None = None,
     vocabulary: str = "refuse",
     untie: bool = False,
     dtype: torch.dtype | None = None,
@@ -35,6 +39,7 @@ def merge_checkpoints(
     seed: int = 0,
     force: bool = False,
     progress: Callable[[str], None] = lambda name: None,
+    models: Models | None = None,
     **options: Any,
 ) -> CheckpointReport:
     """Merge whole models, tensor by tensor, into the new folder ``out``.
@@ -44,12 +49,14 @@ def merge_checkpoints(
         weights: one a source; default 1/T each.
         base: what changes are measured from; required where the method works on "changes".
         on: "changes" or "weights" where it should not be the method's own.
-        missing: a tensor that only some have: "refuse" it, "copy" it from the base or the first that has it, or count a
-            source without it as unchanged ("zero": changes only).
+        missing: a tensor that only some have: "refuse" it, "copy" it from the base or the first that has it, take the
+            "first" source's for those without it, or count a source without it as unchanged ("zero": changes only);
+            default the method's own.
         vocabulary: embeddings of other lengths: "refuse", or "base": cut or filled to the base's (or first's) rows.
         untie: allow sources of which only some tie their embeddings; the result is untied.
         dtype: of the result; default each tensor's in the base, or in the first.  Sums are fp32 (fp64 for fp64).
         force: keep a result that equals its base.
+        models: what a soup is judged by.
 
     Raises:
         OptionError: a method that takes no whole models, or needs a base that was not given.
@@ -66,20 +73,34 @@ def merge_checkpoints(
         raise OptionError(
             f"The merge {name!r} works on changes from a base model; give the folder of that base (--base, or base=)."
         )
+    if rule.needs_oracle and (models is None or not rule.finds_weights):
+        raise OptionError(
+            f"The merge {name!r} is judged by held-out data; give models=Models(…) (rankwise.merge.model_soups)."
+            if rule.finds_weights
+            else f"The merge {name!r} finds what it asks a score for on adapters alone; for whole models name it with an option."
+        )
+    chosen = given_weights(rule, weights, len(folders))
     sources = [Checkpoint(f) for f in folders]
     origin = Checkpoint(base) if base is not None else None
     everyone = [*([origin] if origin else []), *sources]
     untied = same_ties(everyone, untie)
-    aligned = Aligned(missing, vocabulary, on)
-    given = weights_of(weights, len(sources))
-    jobs = [
-        aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, given)
-        for n in dict.fromkeys(n for c in everyone for n in c.table)
-    ]
-    return write(
+    aligned = Aligned(missing or rule.missing, vocabulary, on)
+    names = list(dict.fromkeys(n for c in everyone for n in c.table))
+    rule.check(names)
+    place = lambda n, w: aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, w)
+    jobs = [place(n, chosen) for n in names]  # what does not fit is told before anything is judged
+    if rule.finds_weights:
+        found = rule.weigh_models(models)  # type: ignore[attr-defined]
+        used = by_tensor(found, names, len(sources)) if isinstance(found, Mapping) else dict.fromkeys(names, tuple(found.tolist()))
+        jobs = [place(n, used[n]) for n in names]
+    report = write(
         jobs, out, everyone[0], {"tie_word_embeddings": False} if untied else {}, method=name, dtype=dtype, shard_bytes=shard_bytes,
         seed=seed, force=force, progress=progress,
     )  # fmt: skip
+    if rule.finds_weights and models is not None:
+        report.weights = {n: list(w) for n, w in used.items()} if isinstance(found, Mapping) else found.tolist()
+        report.score = models.told(out)
+    return report
 
 
 def same_ties(checkpoints: Sequence[Checkpoint], untie: bool) -> bool:
@@ -111,7 +132,7 @@ class Aligned:
     on: str = "weights"
 
     def __post_init__(self) -> None:
-        for option, among in (("missing", ("refuse", "copy", "zero")), ("vocabulary", ("refuse", "base"))):
+        for option, among in (("missing", ("refuse", "copy", "first", "zero")), ("vocabulary", ("refuse", "base"))):
             if getattr(self, option) not in among:
                 raise OptionError(f"{option} is one of {', '.join(among)}; it got {getattr(self, option)!r}.")
         if self.missing == "zero" and self.on != "changes":
@@ -134,7 +155,12 @@ class Aligned:
             return Job(name, shape, dtype, tuple(self._reader(c, n, shape, lead, original) for c, n in have), (), None)
         if copy or rule is None:
             return Job(name, shape, dtype, (self._reader(lead, original, shape, lead, original),), (1.0,), None)
-        readers = tuple(self._reader(c, n, shape, lead, original) if n in c.table else None for c, n in sources)
+        held = [(c, n) if n in c.table else None for c, n in sources]
+        if self.missing == "first":
+            if held[0] is None:
+                raise MergeError(f"{sources[0][0].folder.name}, the first source, has no {name!r} to take for those without it.")
+            held = [h or held[0] for h in held]
+        readers = tuple(self._reader(*h, shape, lead, original) if h is not None else None for h in held)
         origin = self._reader(base[0], base[1], shape, lead, original) if base else None
         return Job(name, shape, dtype, readers, tuple(weights), rule, self.on, origin)
 

@@ -152,7 +152,7 @@ row("dare_linear", "DARE: drop at random, rescale, sum", sparsify="bernoulli", j
     paper="arXiv 2311.03099", doc="""Each entry stays with chance ``density`` and is divided by it, so that the mean over draws is the source; then Σ w_t·v_t.
     mergekit rescales to the source's l1 norm instead (rescale="l1").  Draws follow (seed, tensor, source).""")  # fmt: skip
 row("dare_ties", "DARE with elected signs", sparsify="bernoulli", join="elected", density=0.5, rescale="1/p", **_ELECTED,
-    paper="arXiv 2311.03099", doc="Drop at random and rescale as ``dare_linear``, then elect signs and average those that agree as ``ties``.")  # fmt: skip
+    paper="arXiv 2311.03099", doc="Drop at random and rescale as ``dare_linear``, then elect signs and average those that agree as ``ties``.  Source: yule-BUAA/MergeLM; mergekit.")  # fmt: skip
 row("della", "DELLA: drop by chance that falls with magnitude", sparsify="ranked", join="elected", density=0.5, epsilon=0.15, rescale="l1",
     elect="weighted", divide="weights", paper="arXiv 2406.11617",
     doc="""In each row an entry stays with a chance that rises with its magnitude's rank from density − ε to density + ε; what stays is
@@ -164,4 +164,4 @@ row("breadcrumbs", "Model breadcrumbs: neither outliers nor dust", sparsify="mid
     doc="""Drop the γ largest entries of each source and the smallest, so that ``density`` of them remain; then Σ w_t·v_t.  Where γ·numel < 1 no
     outlier is dropped (the reference code then drops the whole tensor).  Source: mergekit.""")  # fmt: skip
 row("breadcrumbs_ties", "Breadcrumbs with elected signs", sparsify="middle", join="elected", density=0.9, gamma=0.01, elect="weighted",
-    divide="weights", paper="arXiv 2312.06795", doc="Keeps as ``breadcrumbs``, then votes as ``ties``.")  # fmt: skip
+    divide="weights", paper="arXiv 2312.06795", doc="Keeps as ``breadcrumbs``, then votes as ``ties``.  Source: mergekit.")  # fmt: skip

@@ -18,21 +18,36 @@ if TYPE_CHECKING:
     from rankwise.adapter import Adapter
 
 
-def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None) -> AdapterState:
+def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None, as_is: bool = False) -> AdapterState:
     """A folder's adapter as a value against the untouched base of ``model``, which is left as it was.
 
-    ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.
+    ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.  ``as_is`` keeps each
+    change's own kind instead (entries, dense …); of the form ``full`` it takes the entries that moved.
     """
     from rankwise.files import load
 
     name = f"__reading {folder}".replace("/", " ").replace("\\", " ")[:120]
     adapter = load(model, folder, name=name, activate=False)
     try:
-        return adapter.lower(rank=rank)
+        return _as_it_is(adapter) if as_is else adapter.lower(rank=rank)
     except OptionError as error:
         raise MergeError(f"{folder}: {error}") from error
     finally:
         adapter.detach()
+
+
+def _as_it_is(adapter: Adapter) -> AdapterState:
+    from rankwise.budgets.lt_sft import sparse
+
+    if all(d.in_place for d in adapter.sites.values()):
+        return sparse(adapter)
+    found = {n: adapter.delta(n) for n in adapter.sites}
+    odd = next((n for n, d in found.items() if d.needs_weight or not d.constant), None)
+    if odd is not None:
+        raise MergeError(
+            f"The change at {odd!r} is a {found[odd].kind} that depends on W or x, so it cannot be added; cut it to a rank."
+        )
+    return AdapterState(found)
 
 
 def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged", activate: bool = True) -> Adapter:

@@ -11,7 +11,7 @@ from rankwise.delta import AdapterState
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge.base import Merge, Merged, Source, merge_states
 from rankwise.merge.oracle import Oracle
-from rankwise.merge.stack import FactorStack, Stack
+from rankwise.merge.stack import FactorStack, Stack, TensorStack
 
 #: λ of the published sweeps
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -28,24 +28,38 @@ GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interpolation(Merge):
     """θ = Σ w_t·θ_t with Σ w_t = 1 (default 1/T); a site that source t lacks is taken from the first source, so that the
-    coefficients still sum to one there.  What the first source lacks too counts as zero.
+    coefficients still sum to one there.  What the first adapter lacks too counts as zero; of whole models it is refused.
 
-    Between two, weights (λ, 1 − λ) give θ(λ) = λ·θ_1 + (1 − λ)·θ_2, affine in λ, with exact ends.  Exact, of rank Σ r_t.
-    ``average`` is the same with zero for what is lacking.  The reported error is the distance from Σ w_t·ΔW_t, so it is
+    Between two, weights (λ, 1 − λ), or ``share`` = λ, give θ(λ) = λ·θ_1 + (1 − λ)·θ_2, affine in λ, with exact ends.  Exact,
+    of rank Σ r_t.  ``average`` is the same with zero for what is lacking.  The reported error is the distance from Σ w_t·ΔW_t, so it is
     0 but where a site was filled in.
 
-    Source: mshukor/UnIVAL, preprocess/average_save_models.py.  Errors: weights that do not sum to one.
+    Source: mshukor/UnIVAL, preprocess/average_save_models.py.  Errors: weights that do not sum to one; ``share`` beside
+    weights, or between other than two.
     """
 
     breaks: ClassVar[frozenset[str]] = frozenset({"missing sites"})
-    checkpoints: ClassVar[bool] = False
+    works_on: ClassVar[str] = "weights"
+    missing: ClassVar[str] = "first"
+    share: float | None = None
+
+    @property
+    def uses_weights(self) -> bool:  # type: ignore[override]
+        """Where ``share`` does not say it all."""
+        return self.share is None
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        assert isinstance(stack, FactorStack)
+        if self.share is not None:
+            if len(stack.weights) != 2:
+                raise OptionError(f"share is between two sources; the merge 'interpolation' got {len(stack.weights)}.")
+            stack = dataclasses.replace(stack, weights=(self.share, 1 - self.share))
         if abs(sum(stack.weights) - 1) > 1e-6:
             raise OptionError(
                 f"The merge 'interpolation' needs weights that sum to one; they sum to {sum(stack.weights):.6g}. For other sums use 'task_arithmetic'."
             )
+        if isinstance(stack, TensorStack):
+            return Merged(stack.combination(stack.weights))
+        assert isinstance(stack, FactorStack)
         first = stack.pairs[0]
         return Merged(dataclasses.replace(stack, pairs=tuple(first if p is None else p for p in stack.pairs)).total())
 

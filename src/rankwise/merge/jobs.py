@@ -43,7 +43,8 @@ class Job:
 class CheckpointReport:
     """What a merge did, by tensor: ``errors`` ‖merged − Σ w·x‖/‖Σ w·x‖, ``moved`` ‖result − base‖/‖base‖ where there is one.
 
-    ``weights``: those used, one a source or by tensor; ``score``: of a soup, what it was chosen by.
+    ``weights``: those used, one a source or by tensor; ``score``: of a soup, what it was chosen by; ``search``: of options, every place
+    and its scores.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class CheckpointReport:
     changed: bool = False
     weights: Any = None
     score: dict[str, Any] = dataclasses.field(default_factory=dict)
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write(

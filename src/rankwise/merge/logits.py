@@ -98,7 +98,8 @@ class Dynamic(LogitCombiner):
         ray: "shift" or "weight".
         divergence: "forward" KL(p_α‖p_L), "reverse" KL(p_L‖p_α), or "both" summed, on both sides of the match.
 
-    Errors: negative weights, one expert with a weight other than 1.
+    Source: Facico/Dynamic-Logit-Fusion publishes no code; from the paper (arXiv 2406.15480).  Errors: negative weights, one expert with a
+    weight other than 1.
     """
 
     cap: float = 2.0

@@ -8,19 +8,35 @@ Card 182: no code is published; the loss's details, γ and the reward's weight a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from rankwise.delta import AdapterState
 from rankwise.errors import OptionError
-from rankwise.merge.base import Source
-from rankwise.merge.interpolation import GRID, Point, between, scored
+from rankwise.merge.base import Source, merge_states
+from rankwise.merge.interpolation import GRID, Point, scored
 from rankwise.merge.oracle import Oracle
+from rankwise.merge.weighings import row
+
+
+def _knob(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
+    if not 0 <= rule.lam <= 1:
+        raise OptionError(f"The knob runs from 0 (quality) to 1 (diversity); it got {rule.lam}.")
+    return torch.tensor([1 - rule.lam, rule.lam], dtype=torch.float64)
+
+
+row("quality_diversity", "A knob between a quality and a diversity fine-tune", _knob, reference="182", count=2, works_on="weights",
+    uses_weights=False, breaks=("order",), lam=0.5,
+    doc="""(1 − λ)·θ_q + λ·θ_d, exact, λ (``lam``) in [0, 1] at run time: the first source is the fine-tune for quality (guidance distilled, the
+    loss ``cfg_distillation``), the second the one with a reward for diversity.  Both from one base.  No code is published; a
+    reconstruction.  Errors: other than two sources; λ outside [0, 1].""")  # fmt: skip
 
 
 def knob(quality: Source, diversity: Source, lam: float) -> AdapterState:
     """(1 − λ)·θ_q + λ·θ_d, exact, λ in [0, 1]."""
-    if not 0 <= lam <= 1:
-        raise OptionError(f"The knob runs from 0 (quality) to 1 (diversity); it got {lam}.")
-    return between(quality, diversity, 1 - lam)
+    return merge_states([quality, diversity], None, "quality_diversity", lam=lam)
 
 
 def frontier(oracle: Oracle, quality: Source, diversity: Source, grid: Sequence[float] = GRID) -> list[Point]:

@@ -27,7 +27,7 @@ class SCE(Entrywise):
     Source: mergekit, ``sce`` (``select_topk`` is ``density``).
     """
 
-    breaks: ClassVar[frozenset[str]] = frozenset()
+    uses_weights: ClassVar[bool] = False
     density: float = 1.0
 
     def entries(self, stack: Stack, seed: int) -> Tensor:
@@ -63,7 +63,8 @@ class Nearswap(Entrywise):
     Errors: other than two sources; t < 0.
     """
 
-    breaks: ClassVar[frozenset[str]] = frozenset({"one source", "order", "scale", "missing weights"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"one source", "order", "scale"})
+    uses_weights: ClassVar[bool] = False
     count: ClassVar[int | None] = 2
     works_on: ClassVar[str] = "weights"
     t: float = 0.001

@@ -16,21 +16,60 @@ parameters: they stay the target's (``meta["left"]``), to be estimated again on 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.catalogue import register
 from rankwise.delta import AdapterState, Delta, Dense
 from rankwise.errors import MergeError, OptionError
 from rankwise.files import base_tensors
+from rankwise.merge.weighings import Weighing
 from rankwise.sites import Site, find_sites
+from rankwise.sites.roles import layer_of
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
 
     Source = Mapping[str, Tensor] | Adapter
+
+
+@register("merge", "robust_signature", title="Robust weight signature: a robustness patch", reference="209", exports_to_peft=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustSignature(Weighing):
+    """Σ_k α_k·(v_k − (uᵀv_k / uᵀu)·u), α_k = α·w_k / Σ w_k: u the clean adapter's change (the first source), v_k the robust ones'.
+
+    The result is a patch to attach beside another adapter or on another model, weighted by a view's strength, and taken off
+    to the bit.  Per site orthogonal to u; exact, of rank Σ r_t.  ``keep`` leaves only the first so many transformer blocks
+    (robustness sits in shallow layers; None: all).  The clean adapter's weight is not used; u = 0 leaves v_k.  Of whole models,
+    with their norms and biases: :func:`rankwise.merge.signatures.signatures`.
+
+    Source: VITA-Group/Robust_Weight_Signatures.  Errors: no robust adapter; robust weights that sum to zero; ``keep`` below 1.
+    """
+
+    breaks: ClassVar[frozenset[str]] = frozenset({"one source", "twins", "order"})
+    checkpoints: ClassVar[bool] = False
+    alpha: float = 1.0
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise OptionError(f"The merge 'robust_signature' keeps at least the first block; it got keep = {self.keep}.")
+
+    def leaves_out(self, name: str) -> bool:
+        return self.keep is not None and not 0 <= layer_of(name) < self.keep
+
+    def coefficients(self, gram: Tensor, w: Tensor) -> Tensor:
+        if len(w) < 2:
+            raise OptionError("The merge 'robust_signature' takes the clean adapter first, then at least one robust one; it got 1.")
+        if abs(float(w[1:].sum())) < 1e-8:
+            raise OptionError("The merge 'robust_signature' shares its strength by the robust weights, whose sum is 0.")
+        share = self.alpha * w[1:] / w[1:].sum()
+        along = gram[0, 1:] / gram[0, 0] if float(gram[0, 0]) > 0 else torch.zeros_like(share)
+        return torch.cat([-(share @ along)[None], share])
 
 
 def signatures(
