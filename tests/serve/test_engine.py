@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 from rankwise.errors import OptionError
 from rankwise.serve.assemble import Server
 from rankwise.serve.engine import collect, run_until_idle
-from rankwise.serve.options import EngineOptions
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
-from tests.serve.rig import check_greedy, server
+from tests.serve.rig import check_greedy, configure, server
 
 PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
 
@@ -23,7 +21,7 @@ PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
 def made() -> Any:
     """A server of its own size, with the options that most tests want, whole again after each."""
     made = server(4, 30, 8, "bags", False, "fcfs")
-    made.engine.options = made.engine.queue.options = EngineOptions(max_running=4, step_tokens=16)
+    configure(made, max_running=4, step_tokens=16)
     yield made
     made.engine.observer = None
     run_until_idle(made.engine)
@@ -58,7 +56,7 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards(made: Server) -> None
 
 
 def test_a_full_queue_turns_requests_away(made: Server) -> None:
-    made.engine.options = dataclasses.replace(made.engine.options, max_waiting=1, max_running=1)
+    configure(made, max_waiting=1, max_running=1)
     put(made, Request("a", PROMPT))
     put(made, Request("b", PROMPT))
     with pytest.raises(Overloaded) as refused:
@@ -124,6 +122,16 @@ def test_an_adapter_that_cannot_be_read_ends_its_request_alone(made: Server, mon
     assert len(collect(mate)[0]) == 3 and digest
 
 
+def test_an_adapter_that_no_slot_can_hold_ends_its_request_alone() -> None:
+    small = server(4, 30, 1, "bags", False, "fcfs")
+    lost = put(small, Request("lost", PROMPT, Sampling(max_tokens=3), small.cache.resolve("nine").digest))
+    mate = put(small, Request("mate", PROMPT, Sampling(max_tokens=3), small.cache.resolve("eight").digest))
+    run_until_idle(small.engine)
+    done = collect(lost)[1]
+    assert done is not None and done.outcome is Outcome.REJECTED and "needs 2 cells" in done.message
+    check_greedy(Request("mate", PROMPT), collect(mate)[0], (("eight", 1.0),))
+
+
 def test_a_fault_in_a_step_ends_its_requests_and_the_next_are_served(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     events = put(made, Request("r", PROMPT))
     run = type(made.runner).run
@@ -177,7 +185,7 @@ def test_guesses_that_come_true_save_steps_and_change_nothing(made: Server) -> N
     before = made.engine.steps
     answer(made, Request("q", prompt, Sampling(max_tokens=20)))
     without = made.engine.steps - before
-    made.engine.options = made.engine.queue.options = dataclasses.replace(made.engine.options, speculate=4)
+    configure(made, speculate=4, max_running=4, step_tokens=16)
     before = made.engine.steps
     guessed, _ = answer(made, Request("r", prompt, Sampling(max_tokens=20)))
     assert guessed == plain

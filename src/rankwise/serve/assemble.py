@@ -21,7 +21,7 @@ from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.residency import PoolCells, Residency
 from rankwise.serve.adapters.slots import SlotTable
 from rankwise.serve.engine import Engine
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.base import WIDTH, Cells
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
@@ -94,6 +94,8 @@ def assemble(
         AttachError, OptionError, UnknownName: a model that cannot be served; sizes, names or options that cannot be.
     """
     sizes = sizes or Sizes()
+    if limits is None and sizes.memory is None:
+        limits = Limits(rank=min(Limits().rank, WIDTH * sizes.cells))  # told when it is resolved, not when it is to run
     intake = Intake(model, limits=limits)  # before anything is hooked: it reads the plain base
     layout = intake.layout
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

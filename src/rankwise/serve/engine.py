@@ -19,6 +19,7 @@ import torch
 
 from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.options import EngineOptions, EngineStats
+from rankwise.serve.pacing import Pace
 from rankwise.serve.plan import Role, Span, TokenPlan, make_plan
 from rankwise.serve.prefix import PrefixIndex
 from rankwise.serve.runner import Runner
@@ -52,7 +53,7 @@ class Engine:
         total_blocks: of the cache, for limits and statistics.
         base: fingerprint of the base, the first field of every prefix salt.
         clock: seconds; a virtual one makes every test instant.
-        stream: training beside serving; ``split(serving tokens, training tokens waiting)`` says how many join a step.
+        stream: training beside serving, within what :class:`~rankwise.serve.pacing.Pace` leaves it.
     """
 
     def __init__(
@@ -67,13 +68,15 @@ class Engine:
         base: str = "",
         clock: Callable[[], float] = time.monotonic,
         stream: Stream | None = None,
-        split: Callable[[int, int], int] | None = None,
     ):
         options = options or EngineOptions()
         self.runner, self.adapters, self.policy, self.options, self.clock = runner, adapters, policy, options, clock
-        self.stream, self.split = stream, split
+        self.stream = stream
+        self.pace = Pace(options.step_tokens, options.step_seconds, options.train_tokens)
         self.observer: Observer | None = None
-        self.queue = Scheduler(runner.page, total_blocks, index, adapters, policy, options, base, clock, self._finish)
+        self.queue = Scheduler(
+            runner.page, total_blocks, index, adapters, policy, options, base, clock, self.pace.prompt_tokens, self._finish
+        )
         self.counters: Counter[str] = self.queue.counters
         self.steps = 0
         self.error = ""
@@ -185,7 +188,7 @@ class Engine:
         spans = self.queue.spans()
         if spans:
             self._serve(spans)
-        return self._train(sum(len(s.tokens) for s in spans)) or bool(spans)
+        return self._train(bool(spans)) or bool(spans)
 
     def _drain_commands(self) -> None:
         with contextlib.suppress(Empty):
@@ -227,6 +230,7 @@ class Engine:
         start = self.clock()
         plan = make_plan(spans, self.runner.page)
         seqs = [self.queue.running[s.request] for s in plan.spans]
+        load = self.queue.load(spans)
         try:
             logits = self.runner.run(plan, self.adapters.slots)
         except Exception as error:  # a fault of the model or a kernel: these requests end, the others go on
@@ -240,7 +244,7 @@ class Engine:
         self._advance(plan, seqs, logits)
         self.steps += 1
         self.queue.step_seconds = self.clock() - start
-        self._report_step(plan)
+        self._report_step(plan, self.pace.served(load, self.queue.step_seconds))
 
     def _advance(self, plan: TokenPlan, seqs: list[Sequence], logits: torch.Tensor) -> None:
         """Tokens from logits, to their requests; a verified guess is a token like any other."""
@@ -323,26 +327,26 @@ class Engine:
         self._emit(seq, Finished(r.id, outcome, seq.prompt, seq.generated, seq.reused, message, error))
 
     # --- training and reports -------------------------------------------------------------------------------------
-    def _train(self, serving: int) -> bool:
-        if self.stream is None:
+    def _train(self, served: bool) -> bool:
+        """Training in what this step left; True where some was done."""
+        waiting = self.stream.waiting() if self.stream is not None else 0
+        if self.stream is None or not waiting:
             return False
-        waiting = self.stream.waiting()
-        if not waiting:
-            return False
-        if not serving:
-            share = self.options.idle_train_tokens
-        else:
-            share = self.options.train_tokens if self.split is None else self.split(serving, waiting)
+        share = self.pace.training_tokens(self.queue.step_seconds, waiting) if served else self.options.idle_train_tokens
+        start = self.clock()
         done = self.stream.run(share) if share > 0 else 0
+        self.pace.trained(done, self.clock() - start)
         self.counters["train_tokens"] += done
         return done > 0
 
-    def _report_step(self, plan: TokenPlan) -> None:
+    def _report_step(self, plan: TokenPlan, error: float) -> None:
+        """``error``: the step's time over what the step-time model had said."""
         if self.observer is None:
             return
         kind = "mixed" if any(s.role is Role.PREFILL for s in plan.spans) else "decode"
         self._observe("step_seconds", self.queue.step_seconds, kind=kind)
         self._observe("step_tokens", plan.T)
+        self._observe("step_time_model_error_ratio", error)
         self._observe("distinct_adapters_per_step", len({s.slot for s in plan.segments}))
 
     def _observe(self, name: str, value: float, **labels: str) -> None:

@@ -19,7 +19,8 @@ class EngineOptions:
         eos: token ids that end a request.
         seed: of the draws of requests that bring none.
         speculate: guesses by prompt look-up that a greedy request may verify in a step (0: none).
-        train_tokens: training tokens beside a step that serves, where no step-time model decides; ``idle_train_tokens``: alone.
+        step_seconds: what a step that serves may take, training beside it included (None: no limit but ``step_tokens``).
+        train_tokens: training tokens beside a step that serves, where ``step_seconds`` sets no limit; ``idle_train_tokens``: alone.
     """
 
     max_running: int = 32
@@ -29,6 +30,7 @@ class EngineOptions:
     eos: tuple[int, ...] = ()
     seed: int = 0
     speculate: int = 0
+    step_seconds: float | None = None
     train_tokens: int = 32
     idle_train_tokens: int = 256
 
@@ -36,6 +38,8 @@ class EngineOptions:
         for name in ("max_running", "max_waiting", "step_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
+        if self.step_seconds is not None and not self.step_seconds > 0:
+            raise OptionError(f"step_seconds = {self.step_seconds}; it is above 0, or None for no limit.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

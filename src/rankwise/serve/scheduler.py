@@ -7,7 +7,7 @@ kept, their keys and values found or computed again), so a step never fails for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from rankwise.serve.runner import Slot
 from rankwise.serve.sched.base import Policy, State, Verdict
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.speculate import lookup
+from rankwise.serve.timing import Load
 from rankwise.serve.types import Outcome, Request
 
 #: (sequence, outcome, message, error): ends a request wherever it is
@@ -59,6 +60,7 @@ class Scheduler:
     """Requests between their arrival and their end.
 
     Args:
+        prompt_tokens: (load of the decoding rows, prompt tokens waiting) → how many of them join a step.
         finish: called for a request that ends here (its adapter cannot be read, a policy's verdict).
     """
 
@@ -72,10 +74,12 @@ class Scheduler:
         options: EngineOptions,
         base: str,
         clock: Callable[[], float],
+        prompt_tokens: Callable[[Load, int], int],
         finish: Finish,
     ):
         self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
         self.policy, self.options, self.base, self.clock, self.finish = policy, options, base, clock, finish
+        self.prompt_tokens = prompt_tokens
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
@@ -138,7 +142,11 @@ class Scheduler:
         slot: int | None = BASE
         if fits and served is not None:
             assert seq.request.adapter is not None
-            slot = self.adapters.enter(seq.request.adapter, served)
+            try:
+                slot = self.adapters.enter(seq.request.adapter, served)
+            except RankwiseError as error:  # it can never be in a slot
+                self.finish(seq, Outcome.REJECTED, str(error), error)
+                return False
         if not fits or slot is None:
             self._unmatch(seq)
             return False
@@ -208,13 +216,20 @@ class Scheduler:
                 spans.append(self._span(seq, 1, self._guesses(seq)))
         # putting a request back may have taken one that is in the list already
         spans = [s for s in spans if s.request in self.running]
-        budget = max(self.options.step_tokens - sum(len(s.tokens) for s in spans), 0 if spans else 1)
+        waiting = sum(s.pending for s in self.running.values() if not s.decoding)
+        budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
         for seq in [s for s in self.running.values() if not s.decoding]:
             n = min(seq.pending, budget)
             if n and self._grow(seq, seq.computed + n, preempt=not spans):
                 spans.append(self._span(seq, n))
                 budget -= n
         return [s for s in spans if s.request in self.running]
+
+    def load(self, spans: Iterable[Span]) -> Load:
+        """What a step of these spans computes, as the step-time model sees it."""
+        spans = list(spans)
+        ranks = sum(self.adapters.slots[i].served.manifest.rank for i in {s.slot for s in spans} if i != BASE)
+        return Load(sum(len(s.tokens) for s in spans), sum(s.end for s in spans), ranks)
 
     def _guesses(self, seq: Sequence) -> tuple[int, ...]:
         """Tokens to verify beside the one that is computed; their keys and values need room that nobody else gives up."""

@@ -1,0 +1,59 @@
+"""How many prompt and training tokens join a step, learnt from the steps that were taken.
+
+Serving steps are fitted by :class:`~rankwise.serve.timing.StepTime`.  Training runs after a step's forward, on its own
+tokens, so its price is a rate of its own; it takes what the limit of a step leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rankwise.serve.timing import Load, StepBudget, StepTime
+
+LEAST = 4  #: training tokens that are not worth a start below it
+MEMORY = 0.9  #: weight of what was known of the training rate at each new measurement
+
+
+@dataclasses.dataclass(slots=True)
+class Pace:
+    """The budget of each step.
+
+    Attributes:
+        step_tokens: most tokens of a step; ``slo``: seconds a serving step may take, training included (None: no limit).
+        train_tokens: training tokens beside a serving step where there is no ``slo``.
+    """
+
+    step_tokens: int
+    slo: float | None = None
+    train_tokens: int = 32
+    model: StepTime = dataclasses.field(default_factory=StepTime)
+    train_second: float | None = None  # seconds a training token takes
+
+    def prompt_tokens(self, decode: Load, waiting: int) -> int:
+        """Prompt tokens beside the decoding rows, so that the step stays within the limit; some always move."""
+        budget = StepBudget(self.model.predict, self.step_tokens)
+        return budget.split(decode, waiting, 0, self.slo)[0]
+
+    def training_tokens(self, spent: float, waiting: int) -> int:
+        """Training tokens that fit behind ``spent`` seconds of serving; a first few to learn their price."""
+        if self.slo is None:
+            return min(waiting, self.train_tokens)
+        left = self.slo - spent
+        if left <= 0:
+            return 0
+        n = LEAST if self.train_second is None else int(left / self.train_second)
+        return min(n, waiting) if n >= LEAST else 0
+
+    def served(self, load: Load, seconds: float) -> float:
+        """Learn from a step's forward; measured over predicted, 1 where nothing was predicted yet."""
+        if seconds <= 0:  # a clock that stands still, as in tests
+            return 1.0
+        ratio = self.model.observe(load, seconds)
+        return 1 / ratio if ratio > 0 else 1.0
+
+    def trained(self, tokens: int, seconds: float) -> None:
+        """Learn from a piece of training."""
+        if tokens < 1 or seconds <= 0:
+            return
+        rate = seconds / tokens
+        self.train_second = rate if self.train_second is None else MEMORY * self.train_second + (1 - MEMORY) * rate
