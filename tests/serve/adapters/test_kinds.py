@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_straight_way_of_a_plain_lora_gives_the_general_way_s_pairs(tmp_path
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "is_plain", lambda *a: False)
                 _, slow = fetch(tmp_path / model_name, family(model_name), name)
-            assert fast.manifest == slow.manifest and fast.pairs.keys() == slow.pairs.keys()
+            assert fast.manifest == dataclasses.replace(slow.manifest, nbytes=fast.manifest.nbytes) and fast.pairs.keys() == slow.pairs.keys()
             for group, pairs in fast.pairs.items():
                 for mine, other in zip(pairs, slow.pairs[group], strict=True):
                     assert (mine is None) == (other is None)
@@ -135,11 +136,15 @@ def test_biases_are_served_and_norms_refused(tmp_path: Path) -> None:
     want = logits(model, batch(model))
     model = family("gpt2")
     attached(model, {"form": "dense", "targets": ["ln_f"]}).save(tmp_path / "norm")
+    model = family("gpt2")
+    attached(model, {"r": 2, "targets": ["wpe"]}).save(tmp_path / "positions")
     fresh = family("gpt2")
     source, served = fetch(tmp_path, fresh, "bias")
     assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
     with pytest.raises(AdapterRefused, match=r"ln_f.*used for all rows"):
         source.resolve("norm")
+    with pytest.raises(AdapterRefused, match=r"wpe.*only the one of the input ids"):
+        source.resolve("positions")
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

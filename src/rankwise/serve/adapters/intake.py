@@ -135,7 +135,7 @@ class Intake:
             self._check(read)
             kind = kind_of(read.head)
             manifest = Manifest(read.digest, name, source, kind, 0, 0, 0, meta={"format": read.format})
-            if is_plain(read.head, self.layout):
+            if is_plain(kind, read.head, self.layout):
                 served = plain_served(read, self.layout, manifest, self.options)
             else:
                 values = self.shadow.values(read.head, read.tensors, name)

@@ -23,6 +23,7 @@ from rankwise.serve.adapters.loose import Constant, Forward, Offset, tensors_of
 from rankwise.serve.ops.base import WIDTH, Pairs
 from rankwise.serve.types import AdapterRefused
 from rankwise.sites import Site
+from rankwise.store.tensorfile import all_finite
 
 #: bytes that files may have beside numbers
 HEADERS = 16 << 20
@@ -86,14 +87,13 @@ def prepare(layout: Layout, changes: Mapping[str, Delta | SiteDelta], manifest: 
     for name, change in changes.items():
         work.add(name, change)
     served = Served(manifest, work.grouped(), {m: tuple(c) for m, c in work.loose.items()}, work.whole)
+    refuse_nonfinite(tensors_in(served), manifest.name)
     return measured(served, exact=work.error is None, error=work.error or 0.0)
 
 
 def measured(served: Served, exact: bool = True, error: float = 0.0) -> Served:
-    """``served`` with a manifest that says what was made; refuses numbers that are not finite."""
+    """``served`` with a manifest that says what was made."""
     r = rank_of(served.pairs)
-    if not _finite(_tensors(served)):
-        raise AdapterRefused(f"The adapter {served.manifest.name!r} holds NaN or infinite numbers once its scale is applied.")
     manifest = dataclasses.replace(
         served.manifest, rank=r, cells=cells_for(r), nbytes=size_of(served), exact=exact, error=error,
         meta={**served.manifest.meta, "whole": tuple(served.whole), "loose": len(served.loose)},
@@ -112,25 +112,17 @@ def cells_for(rank: int) -> int:
 
 def size_of(served: Served) -> int:
     """Host bytes of its tensors, each storage once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(served)}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(served)}
     return sum(found.values())
 
 
-def _finite(tensors: Iterable[Tensor], batch: int = 1 << 21) -> bool:
-    """Whether all numbers are finite; small tensors are looked at together, for a look costs more than they do."""
-    waiting: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for t in tensors:
-        if t.is_floating_point():
-            waiting[t.dtype].append(t.detach().reshape(-1))
-    for flat in waiting.values():
-        small = [t for t in flat if t.numel() <= batch]
-        large = [t for t in flat if t.numel() > batch]
-        if not all(bool(torch.isfinite(t).all()) for t in (*large, *([torch.cat(small)] if small else ()))):
-            return False
-    return True
+def refuse_nonfinite(tensors: Iterable[Tensor], name: str) -> None:
+    """Refuse numbers that are not finite: a scale can make them so, whatever the file holds."""
+    if not all(all_finite(t) for t in tensors if t.is_floating_point()):
+        raise AdapterRefused(f"The adapter {name!r} holds NaN or infinite numbers once its scale is applied.")
 
 
-def _tensors(served: Served) -> Iterator[Tensor]:
+def tensors_in(served: Served) -> Iterator[Tensor]:
     for group in served.pairs.values():
         yield from (t for pair in group if pair is not None for t in pair)
     for changes in served.loose.values():

@@ -32,7 +32,7 @@ class Layout:
         groups: modules that are called with one tensor, in model order; a fused projection is one module.
         spots: site → where its low-rank pair goes; parts of a fused projection lead to the whole module.
         called: module → its whole site, for every module at which a loose change may stand: those of the groups, the head,
-            and embeddings (whose x are token ids).
+            and the input embedding (whose x are token ids).
     """
 
     def __init__(self, model: nn.Module, *, head: bool = False):
@@ -40,7 +40,12 @@ class Layout:
         if "rankwise" in model._modules:
             raise OptionError("Adapters are attached to this model; serving needs the plain base: detach() them first.")
         self.sites: dict[str, Site] = find_sites(model)
-        self.called: dict[str, Site] = {s.spec.module: s for s in self.sites.values() if _callable(s.spec)}
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        self.called: dict[str, Site] = {
+            s.spec.module: s
+            for s in self.sites.values()
+            if _callable(s.spec) and (s.spec.kind == "linear" or table is None or s.module is table)
+        }
         members: dict[str, list[SiteSpec]] = defaultdict(list)
         for module, site in self.called.items():
             if site.spec.kind == "linear" and (head or site.spec.role != "head"):
@@ -66,6 +71,8 @@ class Layout:
             return "the model routes rows to that expert, so its rows are not the batch's"
         if spec.kind == "conv":
             return "a convolution mixes the tokens of a row"
+        if spec.kind == "embedding" and spec.module not in self.called:
+            return "of the embeddings only the one of the input ids is looked up token by token"
         if spec.mode == "plain" and not (spec.param == "bias" and spec.module in self.called):
             return "that parameter is used for all rows of a batch at once"
         return ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rankwise.serve.adapters.base import Loose, Manifest, Served
-from rankwise.serve.adapters.kinds import cells_for, grouped, measured
+from rankwise.serve.adapters.kinds import cells_for, grouped, measured, refuse_nonfinite, tensors_in
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.loose import Weighted
 from rankwise.serve.types import AdapterRefused
@@ -81,6 +81,7 @@ def mix_served(manifest: Manifest, parts: Sequence[tuple[Served, float]], layout
             loose[module] += [c if w == 1.0 else Weighted(c, w) for c in changes]
         whole |= {param: t if w == 1.0 else _between(layout, param, t, w) for param, t in served.whole.items()}
     made = Served(manifest, grouped(layout, found), {m: tuple(c) for m, c in loose.items()}, whole)
+    refuse_nonfinite(tensors_in(made), manifest.name)
     return measured(made, exact=manifest.exact, error=manifest.error)
 
 

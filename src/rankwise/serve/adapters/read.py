@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rankwise.delta import LowRank
 from rankwise.errors import RankwiseError
 from rankwise.files import as_native
 from rankwise.recipe import Part
 from rankwise.serve.adapters.base import Manifest, Served
-from rankwise.serve.adapters.kinds import Options, grouped, lifted, measured, scaled_pair
+from rankwise.serve.adapters.kinds import Options, grouped, lifted, measured, refuse_nonfinite
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.types import AdapterRefused, ServeError
 from rankwise.store import peft_config as cfg
@@ -136,9 +136,9 @@ def kind_of(head: Mapping[str, Any]) -> str:
     return "+".join(sorted(found))
 
 
-def is_plain(head: Mapping[str, Any], layout: Layout) -> bool:
+def is_plain(kind: str, head: Mapping[str, Any], layout: Layout) -> bool:
     """Whether every part is a plain ``lora`` at linears of the groups, so that its tensors are its pairs."""
-    if kind_of(head) != "lora" or any(head["states"].values()):
+    if kind != "lora" or any(head["states"].values()):
         return False
     sites = [n for entry in head["parts"] for n in entry["ranks"]]
     return all(n in layout.spots and not layout.sites[n].spec.tie_group for n in sites)
@@ -150,19 +150,37 @@ def plain_served(read: Read, layout: Layout, manifest: Manifest, options: Option
     Raises:
         AdapterRefused: a tensor missing, superfluous or of another shape; numbers that are not finite once scaled.
     """
-    pairs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+    names = [(n, float(entry["scales"][n]), r) for entry in read.head["parts"] for n, r in entry["ranks"].items()]
     left = dict(read.tensors)
-    for entry in read.head["parts"]:
-        for site, rank in entry["ranks"].items():
-            spot, spec = layout.spots[site], layout.sites[site].spec
-            A, B = left.pop(f"{site}::A", None), left.pop(f"{site}::B", None)
-            if A is None or B is None or A.shape != (rank, spec.inp) or B.shape != (spec.out, rank):
-                got = [None if t is None else tuple(t.shape) for t in (A, B)]
-                raise AdapterRefused(
-                    f"The adapter {manifest.name!r} has A, B of {got} at {site!r}, which takes {(rank, spec.inp)}, {(spec.out, rank)}."
-                )
-            low = LowRank(A, B, float(entry["scales"][site]))
-            pairs.setdefault((spot.group, spot.j), []).append(lifted(spot, *scaled_pair(low, options.dtype)))
+    found = [(left.pop(f"{n}::A", None), left.pop(f"{n}::B", None)) for n, _, _ in names]
+    for (site, _, rank), (A, B) in zip(names, found, strict=True):
+        spec = layout.sites[site].spec
+        if A is None or B is None or A.shape != (rank, spec.inp) or B.shape != (spec.out, rank):
+            got = [None if t is None else tuple(t.shape) for t in (A, B)]
+            raise AdapterRefused(
+                f"The adapter {manifest.name!r} has A, B of {got} at {site!r}, which takes {(rank, spec.inp)}, {(spec.out, rank)}."
+            )
     if left:
         raise AdapterRefused(f"The adapter {manifest.name!r} holds {min(left)!r}, which nothing in the base takes.")
+    scales = [s for _, s, _ in names]
+    As = _together([A for A, _ in found], scales, options.dtype, manifest.name)  # type: ignore[misc]
+    Bs = _together([B for _, B in found], [1.0] * len(found), options.dtype, manifest.name)  # type: ignore[misc]
+    pairs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+    for (site, _, _), A, B in zip(names, As, Bs, strict=True):
+        spot = layout.spots[site]
+        pairs.setdefault((spot.group, spot.j), []).append(lifted(spot, A, B))
     return measured(Served(manifest, grouped(layout, pairs)))
+
+
+def _together(tensors: list[Tensor], scales: list[float], dtype: torch.dtype, name: str) -> list[Tensor]:
+    """Each tensor times its scale, in fp32, then ``dtype``; views of one new stretch of memory, so that no file's buffer is kept."""
+    sizes = [t.numel() for t in tensors]
+    flat = torch.cat([t.reshape(-1).float() for t in tensors])
+    if len(set(scales)) == 1:
+        flat *= scales[0]
+    else:
+        for part, s in zip(flat.split(sizes), scales, strict=True):
+            part *= s
+    flat = flat.to(dtype)
+    refuse_nonfinite([flat], name)
+    return [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)]
