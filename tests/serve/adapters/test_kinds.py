@@ -88,7 +88,10 @@ def test_the_straight_way_of_a_plain_lora_gives_the_general_way_s_pairs(tmp_path
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "is_plain", lambda *a: False)
                 _, slow = fetch(tmp_path / model_name, family(model_name), name)
-            assert fast.manifest == dataclasses.replace(slow.manifest, nbytes=fast.manifest.nbytes) and fast.pairs.keys() == slow.pairs.keys()
+            assert (
+                fast.manifest == dataclasses.replace(slow.manifest, nbytes=fast.manifest.nbytes)
+                and fast.pairs.keys() == slow.pairs.keys()
+            )
             for group, pairs in fast.pairs.items():
                 for mine, other in zip(pairs, slow.pairs[group], strict=True):
                     assert (mine is None) == (other is None)
