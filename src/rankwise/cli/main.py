@@ -24,9 +24,9 @@ app = typer.Typer(
 def _verbs() -> None:
     if app.registered_commands:  # a second call in one process
         return
-    from rankwise.cli import adapters, compare, convert, demo, generate, info, merge, plan, train
+    from rankwise.cli import adapters, compare, convert, demo, generate, info, merge, plan, serve, train
 
-    for module in (plan, train, generate, compare, merge, convert, adapters, info, demo):
+    for module in (plan, train, generate, serve, compare, merge, convert, adapters, info, demo):
         module.add(app)
 
 

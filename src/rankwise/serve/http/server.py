@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -68,10 +69,14 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves one application until a signal; then no new requests, what runs is finished or told within the drain time."""
+    """Serves one application until a signal; then no new requests, what runs is finished or told within the drain time.
 
-    def __init__(self, app: Starlette, host: str, port: int):
+    ``opened`` is called once the port takes connections.
+    """
+
+    def __init__(self, app: Starlette, host: str, port: int, opened: Callable[[], None] = lambda: None):
         self.service: Service = app.state.service
+        self.opened = opened
         super().__init__(uvicorn.Config(
             app, host, port, http=Protocol, ws="none", lifespan="on", access_log=False, log_level="warning", server_header=False,
             h11_max_incomplete_event_size=HEADER_BYTES, timeout_keep_alive=30, backlog=2048,
@@ -81,6 +86,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.phase = Phase.DRAINING
         super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # a drained end is a good one: the signal is not raised again
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.opened()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.service.phase = Phase.DRAINING

@@ -1,0 +1,83 @@
+"""``rankwise serve``: what a user gets wrong is one line and status 2, before the model is read where that can be."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.cli import serve as verb
+from rankwise.cli.main import main
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "--model", "base", *args])
+    return int(left.value.code)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--host", "0.0.0.0"], "needs --api-keys"),
+        (["--host", "192.0.2.1", "--api-keys", "KEYS"], "Cannot listen on 192.0.2.1"),
+        (["--adapters", "nowhere"], "'nowhere' is no folder"),
+        (["--adapters", "s3://x", "--adapters", "."], "one sort of them"),
+        (["--api-keys", "none.json"], "cannot be read"),
+        (["--port", "70000"], "65535"),
+        (["--max-batch", "0"], "max-batch"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_the_model_is_read(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verb, "load_text_model", lambda name: pytest.fail("the model was read"))
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [{"name": "a", "key": "0123456789abcdef"}]}))
+    assert run(*(str(keys) if a == "KEYS" else a for a in args)) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert run("--port", str(taken.getsockname()[1])) == 2
+    err = capsys.readouterr().err
+    assert "Address already in use; give another" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--policy", "nope"], "No policy is called 'nope'"),
+        (["--set", "zz=3"], "has no option 'zz'"),
+        (["--set", "slo"], "option=value"),
+        (["--kv-tokens", "100"], "no multiple"),
+        (["--op", "zz"], "No delta operator"),
+        (["--name", "a:b"], "without ':'"),
+    ],
+    ids=str,
+)
+def test_what_the_engine_refuses_is_one_line_too(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*args, "--port", "0") == 2
+    assert re.search(re.escape(words), capsys.readouterr().err.replace("\n", " "))
+
+
+def test_ends_are_of_the_generation_config_and_of_the_tokenizer() -> None:
+    class Has:
+        def __init__(self, **fields: Any):
+            self.__dict__ = fields
+
+    config = lambda ids: Has(generation_config=Has(eos_token_id=ids))
+    assert verb._ends(config([3, 4]), Has(eos_token_id=5)) == {3, 4, 5}
+    assert verb._ends(config(3), Has(eos_token_id=None)) == {3}
+    assert verb._ends(config(None), Has(eos_token_id=None)) == frozenset()
