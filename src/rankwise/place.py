@@ -109,14 +109,25 @@ def gathered(base: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any
 
 
 def add_changes(y: Tensor, x: Tensor, view: View, acting: list[tuple[Tap, Tensor]]) -> Tensor:
-    """The naive reference of the executor: the base's output plus each change, each from the base's own x and y."""
+    """The naive reference of the executor: the base's output plus each change, each from the base's own x and y.
+
+    Where every row is under one adapter, each adapter sees its rows alone: no row's NaN reaches another's gradient.
+    """
+    if view.runs is not None and all(tap.form.row_wise and not tap.site.spec.routed for tap, _ in acting):
+        spans = view.spans(y.shape[0], y.dim())
+        if spans is not None:
+            return torch.cat([_summed(y[a:b], x[a:b], [t for t in acting if t[0].name == name]) for name, a, b in spans])
+    return _summed(y, x, acting, view)
+
+
+def _summed(y: Tensor, x: Tensor, acting: list[tuple[Tap, Tensor]], view: View | None = None) -> Tensor:
     total = y
     for tap, strength in acting:
         tap.acted = True
         rows = tap.site.spec.row_index()
         mine = y if rows is None else y.index_select(-1, rows.to(y.device))
         change = tap.change(x, mine, strength)
-        mask = view.mask(tap.name, change, tap.site.spec.routed)
+        mask = view.mask(tap.name, change, tap.site.spec.routed) if view is not None else None
         if mask is not None:
             change = change * mask
         total = total + change if rows is None else total.index_add(-1, rows.to(y.device), change)

@@ -124,8 +124,14 @@ class Roster(nn.Module):
                 )
 
     def check_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Refuse row or token masks that would keep a merged adapter from some rows."""
+        """Refuse row or token masks that would keep an adapter in the weights themselves from some rows."""
+        inside = {*self.moving, *(owner for owner, _ in self.moved.values())}
         for n, mask in masks.items():
+            if n in inside and not bool((mask == 1).all()):
+                raise ViewError(
+                    f"Adapter {n!r} stands in the base weights themselves, so it acts on every row; a mask cannot keep it from some. "
+                    "Split the batch."
+                )
             if n in self.merged and not bool((mask == 1).all()):
                 raise ViewError(
                     f"Adapter {n!r} is merged into the weights, so it acts on every row; unmerge() it before masking rows."

@@ -45,9 +45,11 @@ class View:
         strengths: adapter → 0-d tensor.
         rows: adapter → float mask (B,), or empty.
         tokens: adapter → float mask (B, T), or empty.
+        runs: (adapter or None for the base, first row, row after the last) over the whole batch, where every row is under
+            at most one adapter and each adapter of the view has one; else None.
     """
 
-    __slots__ = ("numbers", "parent", "roster", "rows", "strengths", "tokens")
+    __slots__ = ("numbers", "parent", "roster", "rows", "runs", "strengths", "tokens")
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class View:
         for n in self.tokens:
             if n not in self.strengths:
                 raise unknown("adapter in this view", n, self.strengths)
+        self.runs = None if self.tokens else _runs(self.rows, self.strengths)
         roster.check_masks({**self.rows, **self.tokens})
         if (self.rows or self.tokens) and (bad := roster.unmaskable(self.strengths)):
             raise ViewError(
@@ -95,16 +98,41 @@ class View:
         if tokens is not None:
             return _fit_tokens(tokens, rows, y)
         assert rows is not None
-        B = rows.shape[0]
         if HERE.rows is not None:
             return rows.to(y.device, y.dtype)[HERE.rows].view(n, *([1] * (y.dim() - 1)))
-        batch = HERE.batch[0] if HERE.batch else B
-        if batch % B or not (n == batch or (y.dim() == 2 and n % batch == 0)):
-            raise ViewError(
-                f"The view has {B} rows, but a site sees {n} in a forward of {batch}; give one entry for each row of the batch."
-            )
-        m = rows.to(y.device, y.dtype).repeat_interleave(n // B)
+        m = rows.to(y.device, y.dtype).repeat_interleave(_repeats(rows.shape[0], n, y.dim()))
         return m.view(n, *([1] * (y.dim() - 1)))
+
+    def spans(self, n: int, dims: int) -> list[tuple[str | None, int, int]] | None:
+        """:attr:`runs` in the ``n`` leading rows of a site's tensor of ``dims`` axes; None where a mask is needed."""
+        if self.runs is None or HERE.rows is not None:
+            return None
+        k = _repeats(self.runs[-1][2], n, dims)
+        return [(name, a * k, b * k) for name, a, b in self.runs]
+
+
+def _repeats(B: int, n: int, dims: int) -> int:
+    """How many of a site's ``n`` leading rows each of the view's ``B`` rows stands for (beams, or tokens of a flat batch)."""
+    batch = HERE.batch[0] if HERE.batch else B
+    if batch % B or not (n == batch or (dims == 2 and n % batch == 0)):
+        raise ViewError(
+            f"The view has {B} rows, but a site sees {n} in a forward of {batch}; give one entry for each row of the batch."
+        )
+    return n // B
+
+
+def _runs(rows: Mapping[str, Tensor], strengths: Mapping[str, Tensor]) -> tuple[tuple[str | None, int, int], ...] | None:
+    if not rows or rows.keys() != strengths.keys() or torch.compiler.is_compiling():
+        return None
+    if any(m.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(m) for m in rows.values()):
+        return None
+    masks = torch.stack(list(rows.values()))
+    if not bool(((masks == 0) | (masks == 1)).all() and (masks.sum(0) <= 1).all() and masks.any(1).all()):
+        return None
+    names = list(rows)
+    owner = [next((names[i] for i in range(len(names)) if column[i]), None) for column in masks.t().tolist()]
+    starts = [i for i, name in enumerate(owner) if i == 0 or name != owner[i - 1]]
+    return tuple((owner[a], a, b) for a, b in zip(starts, [*starts[1:], len(owner)]))
 
 
 def _finite(strength: float | Tensor) -> bool:

@@ -74,6 +74,7 @@ class SiteDelta(nn.Module):
 
     components: ClassVar[Mapping[str, int]] = {}
     in_place: ClassVar[bool] = False  # the base's own weight moves, so nothing is added to the output
+    row_wise: ClassVar[bool] = True  # Δy of a row depends on that row of x alone, and nothing is recorded on the way
     fills: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[Mapping[str, str]] = {}
 

@@ -1,7 +1,8 @@
 """The fast executor of a called linear: base and adapters in one autograd function, where nothing forbids it.
 
 It stands beside :func:`rankwise.place.add_changes`, which is its reference; it returns None where it does not apply:
-another layer than a plain ``nn.Linear``, a form that is not a plain pair, dropout, masks, routers.
+another layer than a plain ``nn.Linear``, a form that is not a plain pair, dropout, masks, routers.  Rows under
+different adapters, one a row, go to :mod:`rankwise.forms.grouped`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.forms.fused import Factor, InputGroup, fusable, lora_linear
+from rankwise.forms.grouped import grouped_linear
 from rankwise.forms.lora import Pair
-from rankwise.forms.packed import Product
+from rankwise.forms.packed import PackedWeight, Product
 from rankwise.view import HERE
 
 if TYPE_CHECKING:
@@ -34,25 +36,48 @@ class Fast:
 def fast_forward(module: Any, place: Place, x: Tensor, view: View, acting: list[tuple[Tap, Tensor]]) -> Tensor | None:
     """y of the whole module, or None for the reference path."""
     fast = place.fast
-    if not fast.plain or view.rows or view.tokens or HERE.decisions is not None:
+    masked = bool(view.rows or view.tokens)
+    if not fast.plain or (masked and view.runs is None) or HERE.decisions is not None:
         return None
     weight = module._parameters["weight"]
     if not fusable(x, weight):
         return None
+    if masked:
+        return _grouped(module, fast, x, view, acting)
     factors = _factors(view, acting)
     if factors is None:
         return None
-    packed, widen = None, False
-    if not torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled():
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        packed, widen = fast.product.how(
-            weight, dtype, x.numel() // max(x.shape[-1], 1), torch.is_grad_enabled() and x.requires_grad
-        )
+    packed, widen = _how(fast, x, weight)
     h = None
     if fast.group is not None and len(fast.members) > 1:
         own = [A for A, _, _ in factors]
         h = fast.group.down(x, own, lambda: _siblings(fast.members, view), widen=widen)
     return lora_linear(x, weight, module.bias, factors, packed=packed, widen=widen, h=h)
+
+
+def _how(fast: Fast, x: Tensor, weight: Tensor) -> tuple[PackedWeight | None, bool]:
+    """(the packed weight or None, whether to widen) for a product of x's rows."""
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
+        return None, False
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+    return fast.product.how(weight, dtype, x.numel() // max(x.shape[-1], 1), torch.is_grad_enabled() and x.requires_grad)
+
+
+def _grouped(module: Any, fast: Fast, x: Tensor, view: View, acting: list[tuple[Tap, Tensor]]) -> Tensor | None:
+    """y where each row is under one adapter of the view, or None for the reference path."""
+    spans = view.spans(x.shape[0], x.dim()) if x.dim() > 1 and x.numel() else None
+    if spans is None:
+        return None
+    found: dict[str, list[Factor]] = {}
+    for tap, strength in acting:
+        factors = _factors(view, [(tap, strength)])
+        if factors is None:
+            return None
+        found.setdefault(tap.name, []).extend(factors)
+    tokens = x.numel() // (x.shape[-1] * x.shape[0])
+    groups = [(a * tokens, b * tokens, f) for name, a, b in spans if name is not None for f in found.get(name, ())]
+    packed, widen = _how(fast, x, module._parameters["weight"])
+    return grouped_linear(x, module._parameters["weight"], module.bias, groups, packed=packed, widen=widen)
 
 
 def _factors(view: View, acting: list[tuple[Tap, Tensor]]) -> list[Factor] | None:

@@ -69,7 +69,7 @@ def fusable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What ``F.linear`` would give: autocast's dtype where it is on (fp64 is left alone), else the weight's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
@@ -77,7 +77,7 @@ def _out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _composite_now(x: Tensor, factors: Sequence[Factor]) -> bool:
+def composite_now(x: Tensor, factors: Sequence[Factor]) -> bool:
     return (
         _LOCAL.composite
         or torch.compiler.is_compiling()
@@ -122,8 +122,8 @@ def lora_linear(
     Returns:
         …×out in the dtype that ``F.linear`` gives here (autocast included).
     """
-    out = _out_dtype(x, weight)
-    if _composite_now(x, factors):
+    out = out_dtype(x, weight)
+    if composite_now(x, factors):
         return _reference(x, weight, bias, factors, h, out)
     compute = torch.float32 if widen and out in product.NARROW else out
     call = _Call(tuple(s for _, _, s in factors), out, compute, packed)
@@ -254,11 +254,11 @@ def shared_down(x: Tensor, A: Sequence[Tensor], *, widen: bool = False, dtype: t
         widen: compute in fp32 though the dtype is narrower (as in :func:`lora_linear`).
         dtype: of the linear this feeds (default: x's, or autocast's where it is on).
     """
-    return _shared_down(x, A, widen, dtype if dtype is not None else _out_dtype(x, x), None)
+    return _shared_down(x, A, widen, dtype if dtype is not None else out_dtype(x, x), None)
 
 
 def _shared_down(x: Tensor, A: Sequence[Tensor], widen: bool, out: torch.dtype, entry: weakref.ref[_Entry] | None) -> list[Tensor]:
-    if _composite_now(x, ()):
+    if composite_now(x, ()):
         return [nn.functional.linear(x.to(out), a.to(out)) for a in A]
     compute = torch.float32 if widen and out in product.NARROW else out
     with torch.autocast(x.device.type, enabled=False):
@@ -325,8 +325,8 @@ class InputGroup:
             siblings: gives the A's acting at every site of the group in this view, the calling one included.
             widen, dtype: as in :func:`shared_down`; the first site's ``widen`` counts.
         """
-        out = dtype if dtype is not None else _out_dtype(x, x)
-        if _composite_now(x, ()):
+        out = dtype if dtype is not None else out_dtype(x, x)
+        if composite_now(x, ()):
             return _shared_down(x, own, widen, out, None)
         entry = getattr(self._local, "entry", None)
         mode = (torch.is_grad_enabled(), out)

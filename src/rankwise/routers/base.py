@@ -65,6 +65,8 @@ def row_mask(decision: Decision) -> Tensor | None:
 class Routed(SiteDelta):
     """A low-rank pair whose components a router gates for each row."""
 
+    row_wise: ClassVar[bool] = False  # its records are of the whole batch
+
     def __init__(self, inner: SiteDelta, router: RouterModule, scale: float):
         super().__init__(inner.site, scale=scale, dropout=inner.dropout)
         self.inner, self.router = inner, router
