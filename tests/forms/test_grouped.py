@@ -31,7 +31,7 @@ CASES = {
 def setup(case: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
     sizes, more = CASES[case]
     g = torch.Generator().manual_seed(5)
-    draw = lambda *shape: (torch.randn(*shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
+    draw = lambda *shape: (torch.randn(*shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
     groups: list[Group] = []
     at = 0
     for i, (n, r) in enumerate(sizes):

@@ -24,9 +24,9 @@ app = typer.Typer(
 def _verbs() -> None:
     if app.registered_commands:  # a second call in one process
         return
-    from rankwise.cli import adapters, compare, convert, demo, generate, info, merge, plan, serve, train
+    from rankwise.cli import adapters, compare, convert, demo, generate, info, merge, plan, serve, sweep, train
 
-    for module in (plan, train, generate, serve, compare, merge, convert, adapters, info, demo):
+    for module in (plan, train, sweep, generate, serve, compare, merge, convert, adapters, info, demo):
         module.add(app)
 
 
@@ -35,12 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     common.quiet()
     _verbs()
     try:
-        app(args=argv, standalone_mode=False)
+        status = app(args=argv, standalone_mode=False)  # an Exit inside comes back as its number
     except RankwiseError as error:
         common.err.print(f"[bold red]rankwise:[/] {escape(as_options(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except typer.Abort:
         common.err.print("rankwise: stopped.")
         sys.exit(130)
@@ -52,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
             common.err.print(f"[bold red]rankwise:[/] {escape(error.format_message())}", highlight=False, soft_wrap=True)
             sys.exit(2)
         raise
+    if isinstance(status, int) and status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Rows never meet: no sum runs over rows of two pairs, so a NaN in one job's rows 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def grouped_linear(
 def _alike(spans: Sequence[tuple[int, int]], downs: Sequence[Tensor]) -> bool:
     """Whether the groups lie one after the other, with as many rows and the same rank each."""
     rows = spans[0][1] - spans[0][0]
-    follow = all(b == c for (_, b), (c, _) in zip(spans, spans[1:]))
+    follow = all(b == c for (_, b), (c, _) in itertools.pairwise(spans))
     return follow and rows > 0 and all(b - a == rows for a, b in spans) and all(A.shape == downs[0].shape for A in downs)
 
 

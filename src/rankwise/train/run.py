@@ -188,13 +188,7 @@ def _refuse_no_number(cls: type, given: Mapping[str, Any]) -> None:
 
 def _earlier_run(out: Path, resume: bool | str, overwrite: bool) -> list[Path]:
     """What of an earlier run stands in the folder and is to go, once all that can be refused has been; never lost in silence."""
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"The output {str(out)!r} is a file; give a folder.")
-    above = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OptionError(
-            f"The output {str(out)!r} cannot be written: {str(above)!r} is {'read-only' if above.is_dir() else 'a file'}."
-        )
+    check_writable(out)
     if resume:
         whole_checkpoint(out, resume)
     earlier = sorted([*out.glob("checkpoint-*"), *out.glob("adapter")])
@@ -206,6 +200,17 @@ def _earlier_run(out: Path, resume: bool | str, overwrite: bool) -> list[Path]:
             f"{str(out)!r} already holds a run ({names}); resume it, choose another folder, or say overwrite (--overwrite)."
         )
     return earlier
+
+
+def check_writable(out: Path) -> None:
+    """Raise OptionError where no folder can stand at ``out``."""
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"The output {str(out)!r} is a file; give a folder.")
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OptionError(
+            f"The output {str(out)!r} cannot be written: {str(above)!r} is {'read-only' if above.is_dir() else 'a file'}."
+        )
 
 
 def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any, earlier: Sequence[Path]) -> Any:

@@ -1,0 +1,257 @@
+"""A sweep: a grid of jobs on one base and one data set, read and tokenised once; each job's folder is whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import rankwise as rw
+from rankwise.errors import ArtefactError, DataError, OptionError, RankwiseError
+from rankwise.store.atomic import replace_file
+from rankwise.train.data import Collator, Example, Packed, Record, check_isolation, pack, read, tokenize
+from rankwise.train.evaluate import evaluate
+from rankwise.train.run import check_writable
+from rankwise.train.together import Job, Running, train_together, why_alone
+
+#: what a job's folder holds once it is finished; written last
+DONE = "job.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What every job sees: rows to learn, examples held out, their bytes (of texts), and how to batch them.
+
+    ``mark`` is a digest of all token ids, so that a resumed sweep cannot mix data.
+    """
+
+    rows: Sequence[Example | Packed]
+    held: Sequence[Example]
+    bytes_: int | None
+    scored: str
+    collator: Collator
+    mark: str
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One job of a sweep.
+
+    Attributes:
+        settings: all that made it what it is: recipe, lr, steps, batch, seed, data.
+        before, after: loss (nats a learnt token), perplexity and, of texts, bits a byte on the held-out rows.
+        seconds: its share of the training time.
+        note: why it was trained apart from the others, if it was.
+        error: why it was stopped or refused; ``after`` is then empty.
+        kept: it stood in the folder already.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    before: dict[str, float]
+    after: dict[str, float] = dataclasses.field(default_factory=dict)
+    trainable: int = 0
+    seconds: float = 0.0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    note: str = ""
+    error: str = ""
+    kept: bool = False
+
+    def score(self) -> float:
+        """Held-out loss; infinite where there is none."""
+        return self.after.get("loss", math.inf)
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    *,
+    eval_data: Any = None,
+    fmt: str = "auto",
+    split: str | None = None,
+    eval_split: str | None = None,
+    max_length: int = 512,
+    overlong: Any = "auto",
+    packing: bool = True,
+) -> Shared:
+    """Read and tokenise the data once for all jobs; the arguments are those of ``rw.train``.
+
+    Without held-out data the last tenth of the records is kept aside, or of the text where there is one.
+
+    Raises:
+        DataError, OptionError: the data cannot be read, or the model cannot keep packed documents apart.
+    """
+    records = read(data, fmt, split)
+    if eval_data is not None or eval_split is not None:
+        held, scored = read(data if eval_data is None else eval_data, fmt, eval_split), "held-out data"
+    else:
+        records, held, scored = kept_aside(records)
+    rows: Sequence[Example | Packed] = tokenize(records, tokenizer, max_length, overlong=overlong)
+    examples = tokenize(held, tokenizer, max_length, overlong=overlong)
+    if packing:
+        check_isolation(model, getattr(model.config, "vocab_size", 100))  # type: ignore[union-attr]
+        rows = pack(rows, max_length)  # type: ignore[arg-type]
+    size = sum(len(r.fields["text"].encode()) for r in held) if all(r.kind == "text" for r in held) else None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    everything = json.dumps([[r.input_ids, r.labels] for r in [*rows, *examples]])
+    mark = hashlib.sha256(everything.encode()).hexdigest()[:16]
+    return Shared(rows, examples, size, scored, Collator.for_model(model, pad), mark)
+
+
+def kept_aside(records: Sequence[Record]) -> tuple[list[Record], list[Record], str]:
+    """(train, held out, in words): the last tenth of the records, or of the one text there is."""
+    if len(records) > 1:
+        cut = max(1, len(records) // 10)
+        return list(records[:-cut]), list(records[-cut:]), f"{cut} of {len(records)} records, kept aside"
+    only = records[0]
+    text = str(only.fields.get("text", ""))
+    at = int(len(text) * 0.9)
+    if only.kind != "text" or not text[:at].strip() or not text[at:].strip():
+        raise DataError(f"{only.where} is the only record, so none can be held out; give eval_data (--eval-data), or more records.")
+    parts = [Record("text", {"text": t}, only.where) for t in (text[:at], text[at:])]
+    return parts[:1], parts[1:], "the last tenth of the text, kept aside"
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+def settings_of(job: Job, shared: Shared) -> dict[str, Any]:
+    """All that decides what a job becomes, as plain data."""
+    numbers = ("lr", "steps", "batch", "seed", "schedule", "warmup", "weight_decay", "max_grad_norm")
+    return {"recipe": job.recipe.to_json(), **{n: getattr(job, n) for n in numbers}, "data": shared.mark}
+
+
+def earlier(out: Path, jobs: Sequence[Job], shared: Shared, resume: bool, overwrite: bool) -> dict[str, Outcome]:
+    """The jobs that are finished in ``out`` and are to be kept; nothing is removed yet.
+
+    Raises:
+        OptionError: jobs stand there and neither ``resume`` nor ``overwrite`` was said, or both; one stands there that was
+            made with other settings or data.
+        ArtefactError: a job's file is damaged.
+    """
+    check_writable(out)
+    if resume and overwrite:
+        raise OptionError("resume keeps the finished jobs and overwrite gives them up; say one of them.")
+    there = [j for j in jobs if (out / j.name / DONE).exists() or (out / j.name / "adapter").exists()]
+    if overwrite or not there:
+        return {}
+    if not resume:
+        names = ", ".join(j.name for j in there[:3])
+        raise OptionError(
+            f"{str(out)!r} already holds {len(there)} of these jobs ({names}{', …' if len(there) > 3 else ''}); "
+            "resume (--resume keeps them), choose another folder, or say overwrite (--overwrite)."
+        )
+    found = {j.name: _read(out / j.name / DONE) for j in there if (out / j.name / DONE).exists()}
+    for j in there:
+        wanted = settings_of(j, shared)
+        if j.name in found and found[j.name].settings != wanted:
+            got = found[j.name].settings
+            key = next(k for k in wanted if got.get(k) != wanted[k])
+            raise OptionError(
+                f"{str(out / j.name)!r} was made with {key} = {got.get(key)!r}, but this job has {wanted[key]!r}; "
+                "choose another folder, or say overwrite (--overwrite)."
+            )
+    return found
+
+
+def _read(path: Path) -> Outcome:
+    try:
+        return Outcome(**{**json.loads(path.read_text(encoding="utf-8")), "kept": True})
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}); remove it, or say overwrite (--overwrite).") from error
+
+
+def _save(r: Running, outcome: Outcome, out: Path) -> None:
+    """The adapter first, the file that says so last."""
+    folder = out / r.job.name
+    shutil.rmtree(folder, ignore_errors=True)
+    r.adapter.save(folder / "adapter")
+    replace_file(folder / DONE, json.dumps(dataclasses.asdict(outcome), indent=2, default=float).encode())
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------
+def sweep(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    shared: Shared,
+    out: str | Path,
+    *,
+    together: int = 8,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str, int], None] = lambda name, step: None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> list[Outcome]:
+    """Train every job, ``together`` at a time, evaluate it and save it to ``out/NAME``; in the order of ``jobs``.
+
+    What cannot share a batch is trained afterwards, one after another, and ``tell`` says so with the reason.  A job that
+    diverges, or whose recipe does not fit the model, is told of by name and the others go on.
+
+    Raises:
+        OptionError: see :func:`earlier`; two jobs of one name; a job whose numbers cannot be.
+    """
+    out = Path(out)
+    for job in jobs:
+        job.check()
+    outcomes = earlier(out, jobs, shared, resume, overwrite)
+    for name in outcomes:
+        tell(f"{name}: finished before, kept")
+    score = lambda: evaluate(model, shared.held, pad_id=shared.collator.pad_id, bytes_=shared.bytes_)
+    before = next(iter(outcomes.values())).before if len(outcomes) == len(jobs) else score()
+    fresh = {j.name: Outcome(j.name, settings_of(j, shared), before) for j in jobs if j.name not in outcomes}
+    outcomes |= fresh
+
+    def finished(r: Running) -> None:
+        done = fresh[r.job.name]
+        done.losses, done.seconds, done.trainable = r.losses, r.seconds, r.adapter.numel()
+        if r.error is not None:
+            done.error = r.error
+            tell(f"{r.job.name}: stopped. {r.error}")
+            return
+        with rw.view(model, {r.job.name: 1.0}):
+            done.after = score()
+        _save(r, done, out)
+
+    def refused(job: Job, error: RankwiseError) -> None:
+        fresh[job.name].error = str(error)
+        tell(f"{job.name}: refused. {error}")
+
+    for group, width in _groups(model, [j for j in jobs if j.name in fresh], fresh, together, refused, tell):
+        train_together(model, group, shared.collator, together=width, finished=finished, refused=refused, progress=progress)
+    return [outcomes[j.name] for j in jobs]
+
+
+def _groups(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    fresh: Mapping[str, Outcome],
+    together: int,
+    refused: Callable[[Job, RankwiseError], None],
+    tell: Callable[[str], None],
+) -> list[tuple[list[Job], int]]:
+    """Jobs that share batches, and those that cannot; each with how many train at a time."""
+    shared: list[Job] = []
+    apart: list[Job] = []
+    for job in jobs:
+        try:
+            reason = why_alone(model, job.recipe)
+        except RankwiseError as error:
+            refused(job, error)
+            continue
+        (apart if reason else shared).append(job)
+        if reason and together > 1:
+            fresh[job.name].note = reason
+            tell(f"{job.name}: trained apart from the others, since {reason}")
+    return [(group, width) for group, width in ((shared, together), (apart, 1)) if group]
+
+
+def best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The finished job of the lowest held-out loss; None where none finished."""
+    finished = [o for o in outcomes if o.after and math.isfinite(o.score())]
+    return min(finished, key=Outcome.score, default=None)
