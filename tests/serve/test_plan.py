@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.serve.attention import paged
+from rankwise.serve.attention.rows import LEAST, RowTables, cells_of
 from rankwise.serve.plan import BASE, Role, Segment, Span, make_plan
 
 
@@ -52,7 +55,7 @@ def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: i
     K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))
     K.fill_(torch.nan), V.fill_(torch.nan)
     for s in plan.spans:  # what earlier steps would have written
-        cells = paged._cells(s, page)[: s.start]
+        cells = cells_of(s, page)[: s.start]
         K[cells], V[cells] = (torch.randn(s.start, kv, d, generator=g) for _ in range(2))
     module = torch.nn.Module()
     module.layer_idx = 0
@@ -72,7 +75,52 @@ def test_softcap_is_the_definitions() -> None:
     K.normal_(generator=g), V.normal_(generator=g)
     with paged.attending(paged.Step(plan), store):
         got, _ = paged.paged_attention(module, q, k, v, None, softcap=0.5)
-    cells = paged._cells(plan.spans[0], 2)
+    cells = cells_of(plan.spans[0], 2)
     scores = torch.einsum("hd,chd->hc", q[0, :, 0], K[cells]) * 4**-0.5
     weights = (torch.tanh(scores / 0.5) * 0.5).softmax(-1)
     torch.testing.assert_close(got[0, 0], torch.einsum("hc,chd->hd", weights, V[cells]), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from([None, 5]))
+def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int | None) -> None:
+    """Requests come, decode, pause, are put back, go, and outgrow a table; every step equals the definition."""
+    rnd, g = random.Random(seed), torch.Generator().manual_seed(seed % 1000)
+    page, kv, heads, d = 4, 2, 4, 8
+    store, tables = paged.KvStore(200, page), RowTables(3, 2 * LEAST)
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    K, V = store.of(0, *(torch.randn(1, kv, d, generator=g) for _ in range(2)))
+    K.fill_(torch.nan), V.fill_(torch.nan)
+    live: dict[int, int] = {}
+    blocks: dict[int, tuple[int, ...]] = {}
+    free, serials = list(range(200)), 0
+    for _ in range(rnd.randrange(4, 12)):
+        while len(live) < 5 and rnd.random() < 0.6:
+            length = rnd.choice([1, 7, LEAST - 2, 2 * LEAST - 1])
+            blocks[serials] = tuple(free.pop() for _ in range(-(-(length + 14) // page)))
+            cells = cells_of(Span("", (0,) * length, 0, blocks[serials]), page)
+            K[cells], V[cells] = (torch.randn(length, kv, d, generator=g) for _ in range(2))
+            live[serials] = length
+            serials += 1
+        for gone in [s for s in live if rnd.random() < 0.15]:
+            free += blocks.pop(gone)
+            del live[gone]
+        acting = [s for s in live if rnd.random() < 0.85]
+        if not acting:
+            continue
+        plan = make_plan([Span(f"r{s}", (1,), live[s], blocks[s], rnd.choice([BASE, 1]), Role.DECODE, 1, s) for s in acting], page)
+        q, k, v = (torch.randn(1, n, plan.T, d, generator=g) for n in (heads, kv, kv))
+        ill = plan.spans[-1].serial if rnd.random() < 0.3 else -1  # its last step makes NaN, which must stay its own
+        if ill >= 0:
+            k[:, :, -1] = v[:, :, -1] = torch.nan
+        with paged.attending(paged.Step(plan, tables), store):
+            got, _ = paged.paged_attention(module, q, k, v, None, sliding_window=window)
+        well = plan.T - (ill >= 0)
+        torch.testing.assert_close(got[0, :well], paged.naive(q, K, V, plan, d**-0.5, window)[:well], rtol=1e-5, atol=1e-5)
+        if ill >= 0:
+            free += blocks.pop(ill)
+            del live[ill]
+            acting.remove(ill)
+        for s in acting:
+            live[s] += 1 if rnd.random() < 0.9 else 0  # a row may be computed again, as after a guess that was wrong

@@ -249,8 +249,8 @@ class Engine:
     def _advance(self, plan: TokenPlan, seqs: list[Sequence], logits: torch.Tensor) -> None:
         """Tokens from logits, to their requests; a verified guess is a token like any other."""
         states = [seq.sampler for span, seq in zip(plan.spans, seqs, strict=True) for _ in range(span.samples)]
-        finite = torch.isfinite(logits).all(-1).tolist() if states else []
-        drawn = sample(torch.nan_to_num(logits), states)
+        finite = torch.isfinite(logits.sum(-1)).tolist() if states else []
+        drawn = sample(logits if all(finite) else torch.nan_to_num(logits), states)
         produced: dict[str, int] = {}
         at = 0
         for span, seq in zip(plan.spans, seqs, strict=True):

@@ -37,6 +37,7 @@ class Span:
         blocks: the request's block table, covering start + q tokens.
         slot: adapter slot, :data:`BASE` for none.
         samples: how many of the last tokens need logits (0 for an unfinished prompt, 1 usually, more to verify).
+        serial: of the request, never used again (an id may be); -1 where nothing is kept between steps.
     """
 
     request: str
@@ -46,6 +47,7 @@ class Span:
     slot: int = BASE
     role: Role = Role.DECODE
     samples: int = 1
+    serial: int = -1
 
     @property
     def end(self) -> int:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from rankwise.errors import AttachError
 from rankwise.serve.adapters.base import Served
 from rankwise.serve.attention import paged
+from rankwise.serve.attention.rows import RowTables
 from rankwise.serve.hooks import NOTHING, Acting, Changes, hook_model
 from rankwise.serve.ops.base import Cells, DeltaOp, Group
 from rankwise.serve.plan import BASE, Role, Segment, Span, TokenPlan, make_plan, planned
+
+ROW_CAP = 4096  #: tokens of context up to which decoding rows are kept side by side
 
 
 class Slot(Protocol):
@@ -47,6 +50,7 @@ class NativeRunner:
         cells: their numbers; ``op``, ``head_op``: two operators of one sort on these cells (packed tokens, sample rows).
         blocks, page: size of the key-value cache in blocks of ``page`` tokens.
         rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
+        max_rows: decoding rows whose keys and values are kept side by side as well.
 
     Raises:
         AttachError: a model whose packed steps do not give its own logits (recurrent layers, attention of its own sort).
@@ -63,6 +67,7 @@ class NativeRunner:
         blocks: int,
         page: int = 16,
         rows: int = 16,
+        max_rows: int = 64,
         pack: bool | None = None,
     ):
         self.model = model.eval()
@@ -80,6 +85,7 @@ class NativeRunner:
         self.bundles = hook_model(model, groups, self.acting, rows=rows, pack=pack)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.store = paged.KvStore(blocks, page, dtype)
+        self.rows = RowTables(max_rows, ROW_CAP)
         paged.install(model)
         self._narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._check(expected)
@@ -112,7 +118,7 @@ class NativeRunner:
         self.acting.head = self._head_changes(plan, slots, used)
         kwargs = {"logits_to_keep": plan.sample_rows} if self._narrow else {}
         try:
-            with planned(plan), paged.attending(paged.Step(plan), self.store):
+            with planned(plan), paged.attending(paged.Step(plan, self.rows), self.store):
                 out = self.model(input_ids=plan.tokens[None], position_ids=plan.positions[None], use_cache=False, **kwargs).logits[
                     0
                 ]

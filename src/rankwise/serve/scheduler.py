@@ -244,7 +244,7 @@ class Scheduler:
         tokens = (*seq.tokens[at : at + n], *guesses)
         role = Role.VERIFY if guesses else Role.DECODE if seq.decoding else Role.PREFILL
         samples = 1 + len(guesses) if n == seq.pending else 0
-        return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples)
+        return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples, seq.serial)
 
     def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
         """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -11,6 +12,8 @@ from rankwise.serve.plan import BASE
 from rankwise.serve.sampler import SamplerState
 from rankwise.serve.sched.base import Job
 from rankwise.serve.types import Event, Request
+
+_serials = itertools.count()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -22,6 +25,7 @@ class Sequence:
         chain: hash of the last full block that was entered in the index (its salt at first); ``full``: how many were.
         fetched: the adapter's numbers, while they are being read and after.
         reused: tokens found in the index when it entered; ``links``: the hashes they are looked up by.
+        last: when its last token came; ``serial``: a number that no other request ever has.
     """
 
     request: Request
@@ -38,6 +42,7 @@ class Sequence:
     reused: int = 0
     links: list[bytes] = dataclasses.field(default_factory=list)
     last: float | None = None
+    serial: int = dataclasses.field(default_factory=_serials.__next__)
 
     @property
     def prompt(self) -> int:

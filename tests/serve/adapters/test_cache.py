@@ -161,6 +161,24 @@ def test_fetch_does_not_wait_and_loads_a_digest_once(tmp_path: Path, monkeypatch
         cache.fetch("0" * 64)
 
 
+def test_an_adapter_that_fails_to_load_harms_nobody(tmp_path: Path) -> None:
+    """Cut, emptied, gone, swapped for another: refused each time, the others go on, and what was put back is served again."""
+    model, root = folder_of(tmp_path, "good", "bad", "other", r=1, targets=["q_proj"])
+    cache = cache_of(model, root, intake={"keep": 0})
+    file = root / "bad" / "rankwise.safetensors"
+    sound, digest = file.read_bytes(), cache.resolve("bad").digest
+    kept, size = fetched(cache, "good"), cache.nbytes
+    other = (root / "other" / file.name).read_bytes()
+    for data in [b"", None, other, *(sound[: i * 20] for i in range(1, 38))]:
+        file.unlink() if data is None else file.write_bytes(data)
+        with pytest.raises(AdapterRefused):
+            cache.fetch(digest).result(20)
+        assert cache.get(kept.manifest.digest) is kept and cache.nbytes == size
+        file.write_bytes(sound)
+    assert cache.fetch(digest).result(20).manifest.digest == digest
+    assert cache.tally.loads == {("native", "ok"): 2, ("native", "refused"): 40}
+
+
 # --- mixes ------------------------------------------------------------------------------------------------------
 def test_a_mix_is_the_weighted_sum(tmp_path: Path) -> None:
     """LoRA, DoRA and a routed mixture together: logits equal those of the attached adapters under a view with these strengths."""
@@ -216,6 +234,20 @@ def test_mixes_that_cannot_be(tmp_path: Path) -> None:
         cache.mix([("h1", 0.5), ("h3", 0.5)])
     with pytest.raises(UnknownAdapter):
         cache.mix([("a", 0.5), ("nobody", 0.5)])
+
+
+def test_made_up_mixes_are_not_remembered_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, root = folder_of(tmp_path, "a", "b", r=1, targets=["q_proj"])
+    monkeypatch.setattr("rankwise.serve.adapters.cache.MANIFESTS", 50)
+    cache = cache_of(model, root)
+    first, used = cache.mix([("a", 0.5), ("b", 2.0)]), cache.mix([("a", 0.25), ("b", 2.0)])
+    cache.acquire(used.digest)
+    last = [cache.mix([("a", 1 + i / 7), ("b", 0.1)]) for i in range(500)][-40:]
+    assert len(cache._known) <= 101
+    for m in (used, *last):
+        assert cache.fetch(m.digest).result().manifest.digest == m.digest
+    with pytest.raises(UnknownAdapter):
+        cache.fetch(first.digest)
 
 
 # --- many threads -----------------------------------------------------------------------------------------------

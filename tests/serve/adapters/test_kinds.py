@@ -88,7 +88,10 @@ def test_the_straight_way_of_a_plain_lora_gives_the_general_way_s_pairs(tmp_path
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "is_plain", lambda *a: False)
                 _, slow = fetch(tmp_path / model_name, family(model_name), name)
-            assert fast.manifest == dataclasses.replace(slow.manifest, nbytes=fast.manifest.nbytes) and fast.pairs.keys() == slow.pairs.keys()
+            assert (
+                fast.manifest == dataclasses.replace(slow.manifest, nbytes=fast.manifest.nbytes)
+                and fast.pairs.keys() == slow.pairs.keys()
+            )
             for group, pairs in fast.pairs.items():
                 for mine, other in zip(pairs, slow.pairs[group], strict=True):
                     assert (mine is None) == (other is None)
@@ -242,3 +245,45 @@ def test_half_precision_files_and_pairs(tmp_path: Path) -> None:
     half = fetch(tmp_path, family("llama"), options=Options(dtype=torch.bfloat16))[1]
     assert half.pairs["model.layers.0.self_attn#0:32"][0][0].dtype == torch.bfloat16
     assert half.manifest.nbytes * 2 == served.manifest.nbytes
+
+
+def test_a_replaced_weight_is_refused_before_it_touches_the_base(tmp_path: Path) -> None:
+    """LoftQ puts a quantised weight in W's place, and the shadow shares W: it must not come as far as attaching."""
+    attached(family("llama"), {"r": 2, "init": "loftq", "targets": ["q_proj"]}).save(tmp_path / "a")
+    fresh = family("llama")
+    before = logits(fresh, batch(fresh))
+    with pytest.raises(AdapterRefused, match="puts another weight in the base's place"):
+        fetch(tmp_path, fresh, check_base=False)
+    assert torch.equal(logits(fresh, batch(fresh)), before)
+
+
+PEFT_CONFIGS = {
+    "rslora": (
+        "llama",
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 5}},
+    ),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "head": ("qwen3", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "bias": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
+    "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_what_peft_saved_gives_peft_s_logits(name: str, tmp_path: Path) -> None:
+    import peft
+
+    model_name, config = PEFT_CONFIGS[name]
+    net = peft.get_peft_model(family(model_name), peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **config)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    net.save_pretrained(tmp_path / "a")
+    fresh = family(model_name)
+    want = logits(net, batch(fresh))
+    source, served = fetch(tmp_path, fresh)
+    got = served_logits(fresh, source.intake.layout, served, batch(fresh))
+    assert torch.allclose(got, want, atol=1e-5), (got - want).abs().max()
+    assert (want - logits(fresh, batch(fresh))).abs().max() > 1e-3

@@ -20,7 +20,7 @@ from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
-from rankwise.serve.adapters.source import no_adapter, shown, valid
+from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 
@@ -42,6 +42,8 @@ class Listed:
     loaded: bool
 
 
+#: manifests of mixes and older versions that are remembered although nothing uses them
+MANIFESTS = 10_000
 Names = list[str]
 Listing = list[Listed]
 
@@ -73,6 +75,7 @@ class AdapterCache:
         self.source, self.layout, self.budget, self.limits = source, layout, nbytes, limits or Limits()
         self.tally = Tally()
         self._registry = Registry(registry)
+        self._lately = Lately(self.names)
         self._clock, self._on_load = clock, on_load
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
         self._lock = threading.RLock()
@@ -96,7 +99,7 @@ class AdapterCache:
         if path is not None:
             return self._note(name, self._resolve_path(path, name))
         if hidden:
-            raise no_adapter(name, self.names())
+            raise self._unknown(name)
         try:
             return self._note(name, self.source.resolve(name))
         except UnknownAdapter:
@@ -167,6 +170,7 @@ class AdapterCache:
         manifest = mix_manifest([(self.resolve(name), weight) for name, weight in parts])
         self.limits.check(manifest)
         with self._lock:
+            self._forget()
             return self._known.setdefault(manifest.digest, manifest)
 
     # --- numbers ----------------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ class AdapterCache:
     def _made(self, manifest: Manifest) -> Served:
         if not manifest.parts:
             return self.source.fetch(manifest)
-        parts = [(self.get(d) or self.source.fetch(self._known[d]), w) for d, w in manifest.parts]
+        parts = [(self.get(d) or self.source.fetch(self._manifest(d)), w) for d, w in manifest.parts]
         served = mix_served(manifest, parts, self.layout)
         self.limits.check(served.manifest)
         return served
@@ -290,6 +294,15 @@ class AdapterCache:
             self._led[name] = manifest.digest
             self._leaving.discard(manifest.digest)
             return dataclasses.replace(self._known[manifest.digest], name=name, source=manifest.source)
+
+    def _forget(self) -> None:
+        """Forget the oldest manifests that nothing leads to or uses: callers can make up mixes without end."""
+        if len(self._known) >= 2 * MANIFESTS:
+            used = {*self._led.values(), *self._host, *self._pins, *self._loading}
+            parts = {d for k in used if k in self._known for d, _ in self._known[k].parts}
+            idle = [d for d in self._known if d not in used and d not in parts]
+            for digest in idle[:-MANIFESTS]:
+                del self._known[digest]
 
     def _part(self, digest: str) -> None:
         """Let the numbers of a digest go that no name leads to: now, or with the last pin."""
@@ -331,4 +344,4 @@ class AdapterCache:
     def _unknown(self, name: str) -> UnknownAdapter:
         if not valid(name):
             return UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
-        return no_adapter(name, self.names())
+        return no_adapter(name, self._lately())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rankwise.errors import OptionError, nearest
@@ -26,21 +27,21 @@ class FolderSource:
         given = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
         self.intake = intake
         self.roots = tuple(Path(os.path.realpath(r)) for r in given)
+        self._lately = Lately(self.names)
         missing = next((r for r in given if not os.path.isdir(r)), None)
         if missing is not None or not given:
             raise OptionError(f"The folder of adapters {os.fspath(missing or '')!r} is no folder; give one that exists.")
 
     def names(self) -> list[str]:
         """Every sub-folder with a usable name that looks like an adapter."""
-        found: dict[str, None] = {}
+        found: set[str] = set()
         for root in self.roots:
             with os.scandir(root) as entries:
-                found |= {
-                    e.name: None
-                    for e in entries
-                    if valid(e.name) and e.is_dir() and self._inside(root / e.name) is not None and holds_adapter(e.path)
-                }
+                found |= {e.name for e in entries if e.is_dir() and valid(e.name) and self._mine(e) and holds_adapter(e.path)}
         return sorted(found)
+
+    def _mine(self, entry: os.DirEntry[str]) -> bool:
+        return not entry.is_symlink() or self._inside(Path(entry.path)) is not None
 
     def resolve(self, name: str) -> Manifest:
         """See :meth:`~rankwise.serve.adapters.intake.Intake.resolve`.
@@ -54,7 +55,7 @@ class FolderSource:
         for root in self.roots:
             if os.path.lexists(root / name):
                 return self._open(root / name, name)
-        raise no_adapter(name, self.names())
+        raise no_adapter(name, self._lately())
 
     def resolve_path(self, path: str | os.PathLike[str], name: str) -> Manifest:
         """The adapter in a folder, given by its path (absolute, or below a root), under a name of the caller's choice.
@@ -92,6 +93,7 @@ class Sources:
 
     def __init__(self, *sources: AdapterSource):
         self.sources = sources
+        self._lately = Lately(self.names)
         self._of: dict[str, AdapterSource] = {}
 
     def names(self) -> list[str]:
@@ -126,6 +128,20 @@ class Sources:
     def _noted(self, source: AdapterSource, manifest: Manifest) -> Manifest:
         self._of[manifest.digest] = source
         return manifest
+
+
+class Lately:
+    """What ``fn`` gave at most ``seconds`` ago: names for a message, so that a flood of wrong ones lists no folders."""
+
+    def __init__(self, fn: Callable[[], list[str]], seconds: float = 2.0):
+        self._fn, self._seconds = fn, seconds
+        self._last: tuple[float, list[str]] | None = None
+
+    def __call__(self) -> list[str]:
+        now, last = time.monotonic(), self._last
+        if last is None or now - last[0] > self._seconds:
+            self._last = last = (now, self._fn())
+        return last[1]
 
 
 @contextlib.contextmanager

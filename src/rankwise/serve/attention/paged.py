@@ -2,9 +2,9 @@
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; the
 plan and the cache are found in :data:`HERE`.  One cell holds one token's keys (or values) of one layer, heads × d;
-a block is ``page`` cells.  Decoding rows are gathered to their longest context within buckets of like length, with
-the query heads of one key head folded into the query's length, so no head is repeated; each chunk of a prompt is one
-call of its own.  :func:`naive` is the reference: request by request, softmax written out.
+a block is ``page`` cells.  Decoding rows read their copies side by side (:mod:`rankwise.serve.attention.rows`), or are
+gathered from their pages within buckets of like length, with the query heads of one key head folded into the query's
+length, so no head is repeated; each chunk of a prompt is one call of its own.  :func:`naive` is the reference: request by request, softmax written out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.serve.attention.rows import RowTables, Turn, cells_of
 from rankwise.serve.plan import Span, TokenPlan
 
 NAME = "rankwise_paged"
@@ -69,13 +70,23 @@ class Bucket:
 class Step:
     """What every layer's attention needs of one plan, made once: the buckets, the chunks, masks by window."""
 
-    def __init__(self, plan: TokenPlan):
+    def __init__(self, plan: TokenPlan, rows: RowTables | None = None):
         self.plan = plan
         single = [i for i, s in enumerate(plan.spans) if len(s.tokens) == 1]
+        self.turns: list[Turn] = []
+        if rows is not None:
+            self.turns, rest = rows.turns([(plan.cu_q[i], plan.spans[i]) for i in single], plan.page)
+            single = [single[i] for i in rest]
         self.buckets = [_bucket(plan, rows) for rows in _like(plan.spans, single)]
         self.chunks = [(s, slice(plan.cu_q[i], plan.cu_q[i + 1])) for i, s in enumerate(plan.spans) if len(s.tokens) > 1]
-        self.cells = [_cells(s, plan.page) if s.start else None for s, _ in self.chunks]
+        self.cells = [cells_of(s, plan.page) if s.start else None for s, _ in self.chunks]
         self._masks: dict[tuple[str, int, int | None], Tensor | None] = {}
+
+    def turn_mask(self, i: int, window: int | None) -> Tensor:
+        key = ("turn", i, window)
+        if key not in self._masks:
+            self._masks[key] = self.turns[i].mask(window)
+        return self._masks[key]  # type: ignore[return-value]
 
     def bucket_mask(self, i: int, window: int | None) -> Tensor:
         key = ("bucket", i, window)
@@ -97,12 +108,6 @@ def _causal(s: Span, window: int | None) -> Tensor:
     k = torch.arange(s.end)[None, :]
     seen = k <= q
     return seen if window is None else seen & (k > q - window)
-
-
-def _cells(s: Span, page: int) -> Tensor:
-    """The cells of a span's whole context, in order: (end,)."""
-    blocks = torch.tensor(s.blocks)
-    return (blocks[:, None] * page + torch.arange(page)).view(-1)[: s.end]
 
 
 def _like(spans: tuple[Span, ...], rows: list[int]) -> list[list[int]]:
@@ -170,8 +175,12 @@ def paged_attention(
     V.index_copy_(0, step.plan.cell, v.to(V.dtype))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = query.new_empty(query.shape[2], query.shape[1], v.shape[-1])
+    for i, turn in enumerate(step.turns):
+        kk, vv = turn.update(module.layer_idx, K, V, k, v)  # type: ignore[arg-type]
+        out[turn.rows] = _decode(query, kk, vv, turn.rows, step.turn_mask(i, sliding_window), scale, softcap)
     for i, b in enumerate(step.buckets):
-        out[b.rows] = _decode(query, K, V, b, step.bucket_mask(i, sliding_window), scale, softcap)
+        kk, vv = (t.index_select(0, b.cells).view(b.rows.shape[0], b.C, *t.shape[1:]) for t in (K, V))
+        out[b.rows] = _decode(query, kk, vv, b.rows, step.bucket_mask(i, sliding_window), scale, softcap)
     for i, (span, rows) in enumerate(step.chunks):
         cells = step.cells[i]
         kk, vv = (k[rows], v[rows]) if cells is None else (K[cells], V[cells])
@@ -179,14 +188,12 @@ def paged_attention(
     return out[None], None
 
 
-def _decode(query: Tensor, K: Tensor, V: Tensor, b: Bucket, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """(n, heads, d) of a bucket's rows."""
-    n, heads = b.rows.shape[0], query.shape[1]
-    kv = K.shape[1]
-    q = query[0].index_select(1, b.rows).transpose(0, 1).reshape(n, kv, heads // kv, -1)
-    k = K.index_select(0, b.cells).view(n, b.C, kv, -1).transpose(1, 2)
-    v = V.index_select(0, b.cells).view(n, b.C, kv, -1).transpose(1, 2)
-    return _attend(q, k.to(q.dtype), v.to(q.dtype), mask, scale, softcap).reshape(n, heads, -1)
+def _decode(query: Tensor, K: Tensor, V: Tensor, rows: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """(n, heads, d) of decoding rows; K, V: (n, C, kv heads, d)."""
+    n, heads, kv = rows.shape[0], query.shape[1], K.shape[2]
+    q = query[0].index_select(1, rows).transpose(0, 1).reshape(n, kv, heads // kv, -1)
+    k, v = (t.transpose(1, 2).to(q.dtype) for t in (K, V))
+    return _attend(q, k, v, mask, scale, softcap).reshape(n, heads, -1)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -219,7 +226,7 @@ def naive(query: Tensor, K: Tensor, V: Tensor, plan: TokenPlan, scale: float, wi
     """(T, heads, d) by the definition, request by request and row by row; the caches already hold this step."""
     out = []
     for s, first in zip(plan.spans, plan.cu_q, strict=False):
-        cells = _cells(s, plan.page)
+        cells = cells_of(s, plan.page)
         for t in range(len(s.tokens)):
             at = s.start + t
             low = 0 if window is None else max(0, at + 1 - window)

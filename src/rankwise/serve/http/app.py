@@ -14,13 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rankwise.errors import RankwiseError
-from rankwise.serve.http import admin, openai
+from rankwise.serve.http import admin, fine_tuning, openai
 from rankwise.serve.http.auth import Access, Caller, Keys
 from rankwise.serve.http.errors import Refusal, log, on_http, on_known, on_unforeseen
 from rankwise.serve.http.face import AdapterCache, Engine
 from rankwise.serve.http.service import Service
 from rankwise.serve.http.settings import HEADER_BYTES, Settings
 from rankwise.serve.http.stream import ClientGone
+from rankwise.serve.train_stream import TrainStream
 
 Handler = Callable[[Request, Service, Caller], Awaitable[Response]]
 
@@ -33,6 +34,11 @@ ROUTES: tuple[tuple[str, str, Handler, Access], ...] = (
     ("GET", "/v1/adapters", admin.adapters, Access.CLIENT),
     ("POST", "/v1/load_lora_adapter", admin.load, Access.ADMIN),
     ("POST", "/v1/unload_lora_adapter", admin.unload, Access.ADMIN),
+    ("POST", "/v1/fine_tuning/jobs", fine_tuning.create, Access.ADMIN),
+    ("GET", "/v1/fine_tuning/jobs", fine_tuning.jobs, Access.ADMIN),
+    ("GET", "/v1/fine_tuning/jobs/{id}", fine_tuning.job, Access.ADMIN),
+    ("POST", "/v1/fine_tuning/jobs/{id}/cancel", fine_tuning.cancel, Access.ADMIN),
+    ("GET", "/v1/fine_tuning/jobs/{id}/events", fine_tuning.events, Access.ADMIN),
     ("GET", "/metrics", admin.metrics, Access.METRICS),
     ("GET", "/health", admin.health, Access.OPEN),
     ("GET", "/ready", admin.ready, Access.OPEN),
@@ -40,14 +46,22 @@ ROUTES: tuple[tuple[str, str, Handler, Access], ...] = (
 )
 
 
-def make_app(engine: Engine, cache: AdapterCache, tokenizer: Any, settings: Settings, keys: Keys | None = None) -> Starlette:
+def make_app(
+    engine: Engine,
+    cache: AdapterCache,
+    tokenizer: Any,
+    settings: Settings,
+    keys: Keys | None = None,
+    training: TrainStream | None = None,
+) -> Starlette:
     """The application; its life begins and ends the engine's.
 
     Args:
         tokenizer: transformers' tokenizer of the base, with a chat template if chats are to be served.
         keys: who may call; None: programs on this machine, as administrators.
+        training: the engine's stream of fine-tuning jobs; None: the routes say that there is none.
     """
-    service = Service(engine, cache, tokenizer, settings, keys if keys is not None else Keys())
+    service = Service(engine, cache, tokenizer, settings, keys if keys is not None else Keys(), training)
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

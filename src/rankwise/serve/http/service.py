@@ -20,6 +20,7 @@ from rankwise.serve.http.schemas import Generate
 from rankwise.serve.http.settings import Settings
 from rankwise.serve.http.stream import Generation
 from rankwise.serve.metrics import Metrics
+from rankwise.serve.train_stream import TrainStream
 from rankwise.serve.types import Overloaded, Request, UnknownAdapter
 
 log = logging.getLogger("rankwise.serve")
@@ -55,7 +56,16 @@ class Service:
     ``workers`` read files; ``scribe`` is the one thread on which the tokenizer runs, for some are not safe on several.
     """
 
-    def __init__(self, engine: Engine, cache: AdapterCache, tokenizer: Any, settings: Settings, keys: Keys):
+    def __init__(
+        self,
+        engine: Engine,
+        cache: AdapterCache,
+        tokenizer: Any,
+        settings: Settings,
+        keys: Keys,
+        training: TrainStream | None = None,
+    ):
+        self.training = training
         self.engine, self.cache, self.tokenizer, self.settings, self.keys = engine, cache, tokenizer, settings, keys
         self.detokeniser = Detokeniser(tokenizer)
         self.metrics = Metrics(settings.model, settings.labels, settings.aliases)
@@ -97,6 +107,8 @@ class Service:
         """End the engine; by now the requests have been answered or cut."""
         self.phase = Phase.DRAINING
         await self.read(self.engine.stop, drain=False, timeout=self.settings.drain_seconds)
+        if self.training is not None:
+            await self.read(self.training.close)
         self.workers.shutdown(wait=False)
         self.scribe.shutdown(wait=False)
 

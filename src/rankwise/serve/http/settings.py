@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from rankwise.errors import OptionError
 
@@ -19,6 +20,8 @@ class Settings:
         context: most tokens of prompt and answer together; ``vocabulary``: token ids lie below it.
         ends: ids that end an answer (end of text, end of turn).
         strict: refuse fields that the protocol does not know, rather than list them in a header.
+        train_roots: folders below which the training files of ``/v1/fine_tuning/jobs`` lie; none: data comes in the request.
+        train_bytes: of a request with training data in it.
         body_bytes, depth, body_seconds: of a request's JSON, and the time it may take to arrive.
         choices, prompts, stops, stop_length, parts: most of ``n``, prompts, stop strings, their length, adapters in a mix.
         buffer: events kept for a reader who falls behind; ``stall_seconds``: how long one write may hang.
@@ -33,6 +36,8 @@ class Settings:
     root: str = ""
     ends: frozenset[int] = frozenset()
     strict: bool = False
+    train_roots: tuple[Path, ...] = ()
+    train_bytes: int = 64 << 20
     body_bytes: int = 1 << 20
     depth: int = 32
     body_seconds: float = 30.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.serve.ops.base import WIDTH, Group
-from rankwise.serve.ops.step import Op, Run
+from rankwise.serve.ops.step import Op, Run, joined
 
 SUM = 0
 
@@ -29,6 +29,7 @@ class Index:
         shrink, shrink_at: (P·in,) rows of ``Cells.shrink`` and (P+1,) where each pair's begin.
         pick: rows of v, seen as (P·m, WIDTH), in the order of the expanding bags.
         expand, expand_at: rows of ``Cells.packed``, and where each (token, chunk) begins.
+        widths: of each module's part of the expanded rows.
     """
 
     lo: int
@@ -39,6 +40,7 @@ class Index:
     pick: Tensor
     expand: Tensor
     expand_at: Tensor
+    widths: list[int]
 
 
 class Bags(Op):
@@ -46,23 +48,41 @@ class Bags(Op):
 
     name = "bags"
 
-    def shrink(self, group: Group, x: Tensor) -> tuple[Index, Tensor] | None:
-        """The changes of all modules, rows × (chunks·chunk): expanding is part of it, since one call does all."""
+    def shrink(self, group: Group, x: Tensor) -> tuple[Index, Sequence[Tensor]] | None:
+        """Each module's change, rows × out: expanding is part of it, since one call does it for all of them."""
+        made = self._change(group, x)
+        return made and (made[0], made[1].split(made[0].widths, 1))
+
+    def expand(self, group: Group, j: int, v: tuple[Index, Sequence[Tensor]] | None, y: Tensor) -> None:
+        if v is None:
+            return
+        at, changes = v
+        change = changes[j]
+        if change.shape[1] != group.outs[j]:
+            change = change[:, : group.outs[j]]
+        (y if at.hi - at.lo == y.shape[0] else y[at.lo : at.hi]).add_(change)
+
+    def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
+        together = joined(ys) if group.padded_outs == group.outs else None
+        if together is None:
+            super().apply(group, x, ys)
+        elif made := self._change(group, x):
+            at, change = made
+            (together if at.hi - at.lo == x.shape[0] else together[at.lo : at.hi]).add_(change)
+
+    def _change(self, group: Group, x: Tensor) -> tuple[Index, Tensor] | None:
+        """The changes of all modules side by side, each as wide as its chunks."""
         if not self.step.runs(group):
             return None
         at = self.step.kept(group, self._index)
-        x = x[at.lo : at.hi].to(self.cells.dtype)
+        if at.hi - at.lo != x.shape[0]:
+            x = x[at.lo : at.hi]
+        if x.dtype != self.cells.dtype:
+            x = x.to(self.cells.dtype)
         weights = x if at.token is None else x.index_select(0, at.token)
         v = _bags(self.cells.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1))
         weights = v.view(-1, WIDTH).index_select(0, at.pick)
         return at, _bags(self.cells.packed[group.name], at.expand, at.expand_at, weights.view(-1)).view(at.hi - at.lo, -1)
-
-    def expand(self, group: Group, j: int, v: tuple[Index, Tensor] | None, y: Tensor) -> None:
-        if v is None:
-            return
-        at, change = v
-        first = sum(group.chunks[:j]) * group.chunk
-        y[at.lo : at.hi].add_(change[:, first : first + group.outs[j]])
 
     def _index(self, group: Group, runs: tuple[Run, ...]) -> Index:
         return make_index(group, runs, self.cells.count)
@@ -102,4 +122,5 @@ def make_index(group: Group, runs: Sequence[Run], count: int) -> Index:
         torch.from_numpy(pick),
         torch.from_numpy(expand.reshape(-1)),
         torch.from_numpy(np.concatenate([[0], np.cumsum(bags)]).astype(kind)),
+        list(group.padded_outs),
     )

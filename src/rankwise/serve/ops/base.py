@@ -42,7 +42,12 @@ class Group:
     @property
     def chunks(self) -> tuple[int, ...]:
         """Chunks of each module; the last one is padded where ``chunk`` does not divide the output."""
-        return tuple(-(-out // self.chunk) for out in self.outs)
+        return _chunks(self.outs)
+
+    @property
+    def padded_outs(self) -> tuple[int, ...]:
+        """Outputs of each module with those that fill its last chunk."""
+        return tuple(n * self.chunk for n in self.chunks)
 
     @property
     def cell_numel(self) -> int:
@@ -55,6 +60,11 @@ def _chunk(outs: tuple[int, ...]) -> int:
     common = math.gcd(*outs)
     divisors = [d for d in range(NARROW, min(common, WIDE) + 1) if common % d == 0]
     return max(divisors, key=lambda d: (d % 16 == 0, d), default=NARROW)
+
+
+@functools.cache
+def _chunks(outs: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-out // _chunk(outs)) for out in outs)
 
 
 #: what one adapter has at one group: per module (A: r×in with the scale in it, B: out×r), or None where it has nothing

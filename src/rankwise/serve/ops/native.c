@@ -79,6 +79,7 @@ static void shrink(const group *g, const float *x, int64_t ldx, int64_t rows, in
       v16 a[N];                                                                                                      \
       for (int t = 0; t < N; t++) a[t] = *(const v16 *)(y + t * ldy + o);                                            \
       for (int k = 0; k < W; k++) {                                                                                  \
+        __builtin_prefetch(B + W * chunk + k * 16 + o * W);                                                              \
         v16 s = *(const v16 *)(B + k * chunk + o);                                                                   \
         for (int t = 0; t < N; t++) a[t] += v[t * ldv + k] * s;                                                      \
       }                                                                                                              \

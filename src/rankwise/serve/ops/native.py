@@ -67,19 +67,20 @@ class Native(Op):
         if wide := [g for g in cells.groups.values() if len(g.modules) > MODULES]:
             raise OptionError(f"The native operator takes {MODULES} modules in a group; {wide[0].name} has {len(wide[0].modules)}.")
         self.lib = library()
+        self._y, self._ld = (ctypes.c_void_p * MODULES)(), (ctypes.c_int64 * MODULES)()
         self._groups = {name: _describe(cells, g) for name, g in cells.groups.items()}
         self._address = {name: ctypes.addressof(g) for name, g in self._groups.items()}
 
     def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
         if not self.step.runs(group):
             return
-        if any(y.dtype != torch.float32 or y.stride(1) != 1 for y in ys):
-            super().apply(group, x, ys)
-            return
-        x, work = _plain(x), self.step.kept(group, _pieces)
-        pieces, n, cells = work.at
-        y = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
-        ld = (ctypes.c_int64 * len(ys))(*[y.stride(0) for y in ys])
+        y, ld = self._y, self._ld
+        for j, out in enumerate(ys):
+            y[j], (ld[j], step) = out.data_ptr(), out.stride()
+            if step != 1 or out.dtype != torch.float32:
+                super().apply(group, x, ys)
+                return
+        x, (pieces, n, cells) = _plain(x), self.step.kept(group, _pieces).at
         self.lib.rankwise_apply(self._address[group.name], x.data_ptr(), x.stride(0), y, ld, pieces, n, cells)
 
     def shrink(self, group: Group, x: Tensor) -> tuple[Work, Tensor] | None:

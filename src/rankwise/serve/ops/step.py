@@ -97,3 +97,19 @@ class Op:
         v = self.shrink(group, x)
         for j, y in enumerate(ys):
             self.expand(group, j, v, y)
+
+
+def joined(ys: Sequence[Tensor]) -> Tensor | None:
+    """The matrix whose columns ``ys`` are, one beside the other, as a product of joint weights leaves them; else None."""
+    first = ys[0]
+    if len(ys) == 1:
+        return first
+    at, size, row = first.data_ptr(), first.element_size(), first.stride()
+    width = 0
+    for y in ys:
+        if y.data_ptr() != at + width * size or y.stride() != row or y.dtype != first.dtype:
+            return None
+        width += y.shape[1]
+    if row[1] != 1 or row[0] < width:
+        return None
+    return first.as_strided((first.shape[0], width), row)

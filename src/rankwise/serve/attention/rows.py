@@ -1,0 +1,144 @@
+"""Keys and values of decoding rows kept side by side, so that a step reads them where they are instead of gathering them.
+
+The pages stay the truth; these are copies.  A request that decodes owns one row of a table (rows × cap × heads × d) for
+each layer, cap being the power of two that holds its context.  A step writes one token a row; a row is filled from the
+pages when its request is new, came back, or outgrew its table.  Rows in use are always the first ones: the last row
+moves into the place of one that goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.serve.plan import Span
+
+LEAST = 64  #: smallest cap
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Turn:
+    """What one step does at one table, the same for every layer.
+
+    Attributes:
+        moves: (from, to) of rows that close a gap; ``fills``: (row, cells) of rows read from the pages.
+        rows: (n,) rows of the packed step, in the order of the table's rows; ``at``: (n,) where each one's token goes.
+        C: longest context; ``lengths``: (n, 1).
+    """
+
+    table: Table
+    moves: list[tuple[int, int]]
+    fills: list[tuple[int, Tensor]]
+    rows: Tensor
+    at: Tensor
+    lengths: Tensor
+    C: int
+
+    def mask(self, window: int | None) -> Tensor:
+        """(n, 1, 1, C): which keys a row sees."""
+        at = torch.arange(self.C)
+        seen = at < self.lengths
+        if window is not None:
+            seen &= at >= self.lengths - window
+        return seen[:, None, None, :]
+
+    def update(self, layer: int, K: Tensor, V: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """This layer's (n, C, heads, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
+        mine = self.table.of(layer, K, V)
+        first = torch.arange(self.rows.shape[0])
+        for own, pages, new in ((mine[0], K, k), (mine[1], V, v)):
+            for src, dst in self.moves:
+                own[dst] = own[src]
+            for row, cells in self.fills:
+                own[row].zero_()  # what an earlier owner left behind may be NaN, and 0·NaN is NaN
+                torch.index_select(pages, 0, cells, out=own[row, : cells.shape[0]])
+            own.index_put_((first, self.at), new.index_select(0, self.rows).to(own.dtype))
+        n = self.rows.shape[0]
+        return mine[0][:n, : self.C], mine[1][:n, : self.C]
+
+
+class Table:
+    """Rows of one cap; see the module."""
+
+    def __init__(self, cap: int, count: int):
+        self.cap, self.count = cap, count
+        self.owners: list[int] = []  # serial of each row's request
+        self.filled: list[int] = []  # tokens of each row that are there
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: int, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.layers.get(layer)
+        if held is None:
+            # left unwritten: a row is zeroed when it gets an owner
+            made = [torch.empty(self.count, self.cap, *t.shape[1:], dtype=t.dtype, device=t.device) for t in (K, V)]
+            held = self.layers[layer] = (made[0], made[1])
+        return held
+
+    def turn(self, spans: Sequence[tuple[int, Span]], page: int) -> Turn:
+        """Bring the rows in line with this step's requests; ``spans``: (row of the packed step, span)."""
+        wanted = {s.serial for _, s in spans}
+        moves: list[tuple[int, int]] = []
+        for row in range(len(self.owners) - 1, -1, -1):
+            if self.owners[row] not in wanted:
+                last = len(self.owners) - 1
+                if row != last:
+                    moves.append((last, row))
+                    self.owners[row], self.filled[row] = self.owners[last], self.filled[last]
+                self.owners.pop(), self.filled.pop()
+        row_of = {serial: i for i, serial in enumerate(self.owners)}
+        fills: list[tuple[int, Tensor]] = []
+        order: list[tuple[int, int, Span]] = []
+        for at, s in spans:
+            row = row_of.get(s.serial, len(self.owners))
+            if row == len(self.owners):
+                self.owners.append(s.serial)
+                self.filled.append(-1)
+            if self.filled[row] != s.start:
+                fills.append((row, cells_of(s, page)[: s.start]))
+            self.filled[row] = s.end
+            order.append((row, at, s))
+        order.sort(key=lambda x: x[0])
+        lengths = torch.tensor([[s.end] for _, _, s in order])
+        return Turn(
+            self, moves, fills, torch.tensor([at for _, at, _ in order]), torch.tensor([s.start for _, _, s in order]), lengths,
+            int(lengths.max()),
+        )  # fmt: skip
+
+
+class RowTables:
+    """The tables of one cache.
+
+    Args:
+        count: most decoding rows at once; ``most``: largest cap, above which a row is gathered from its pages each step.
+    """
+
+    def __init__(self, count: int, most: int):
+        self.count, self.most = count, most
+        self.tables: dict[int, Table] = {}
+
+    def turns(self, spans: Sequence[tuple[int, Span]], page: int) -> tuple[list[Turn], list[int]]:
+        """(what each table does, indices into ``spans`` that no table takes)."""
+        by_cap: dict[int, list[tuple[int, Span]]] = {}
+        rest: list[int] = []
+        for i, (at, s) in enumerate(spans):
+            cap = max(LEAST, 1 << (s.end - 1).bit_length())
+            taken = by_cap.setdefault(cap, [])
+            if cap > self.most or s.serial < 0 or len(taken) >= self.count:
+                rest.append(i)
+            else:
+                taken.append((at, s))
+        turns = []
+        for cap, mine in by_cap.items():
+            if mine:
+                table = self.tables.setdefault(cap, Table(cap, self.count))
+                turns.append(table.turn(mine, page))
+        return turns, rest
+
+
+def cells_of(s: Span, page: int) -> Tensor:
+    """The cells of a span's whole context, in order: (end,)."""
+    blocks = torch.tensor(s.blocks)
+    return (blocks[:, None] * page + torch.arange(page)).view(-1)[: s.end]
