@@ -9,7 +9,8 @@ import typer
 
 from rankwise.cli.common import emit_json, load_model, out, recipe_from, size, table
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id, or 'base' / 'digits' for the shipped ones.")]
+MODEL = typer.Option("--model", "-m", help="Folder, hub id, or 'base' / 'digits' for the shipped ones.")
+Model = Annotated[str, MODEL]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A recipe in YAML or JSON.")]
 FormName = Annotated[str | None, typer.Option("--form", help="Form or preset: lora, dora, mos, adalora …")]
 InitName = Annotated[str | None, typer.Option("--init", help="Init: pissa, eva, lora_ga …")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.common import _value, emit_json, load_model, out, recipe_from, table
-from rankwise.cli.plan import FormName, InitName, Model, RecipeFile, Settings
+from rankwise.cli.plan import MODEL, FormName, InitName, Model, RecipeFile, Settings
 from rankwise.errors import OptionError
 
 
@@ -19,11 +19,15 @@ def add(app: typer.Typer) -> None:
 
 
 def train(
-    model: Model,
     data: Annotated[
         str, typer.Option(help="File or folder: text, .jsonl, .json, .csv, .parquet, a saved dataset; class folders of images.")
     ],
-    to: Annotated[str, typer.Option("--out", "-o", help="Folder for the adapter, metrics, log and checkpoints.")],
+    model: Annotated[str | None, MODEL] = None,
+    to: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the adapter, metrics, log and checkpoints.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Train on a running server instead, beside what it serves; RANKWISE_API_KEY is its key.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --server: the name under which it serves the adapter.")] = None,
     stage: Annotated[str, typer.Option(help="pt (all of a text), sft (completions, chats) or dpo (preferences).")] = "sft",
     recipe: RecipeFile = None,
     form: FormName = None,
@@ -50,11 +54,34 @@ def train(
     """Train an adapter on your data.
 
     Example: rankwise train --model base --data notes.txt --stage pt --form dora --out run
+    Example: rankwise train --server http://127.0.0.1:8000 --data notes.jsonl --name notes
     """
     import rankwise as rw
     from rankwise.train import stages
 
     chosen = recipe_from(recipe, form, init, set or ())
+    if server is not None:
+        from rankwise.cli.train_server import refuse, train_on_server
+
+        refuse({
+            "--out": to, "--eval-data": eval_data, "--eval-split": eval_split, "--no-packing": not packing, "--resume": resume,
+            "--overwrite": overwrite, "--arg": arg,
+        })  # fmt: skip
+        if name is None:
+            raise OptionError("--server needs --name, under which the adapter will be served.")
+        numbers: dict[str, Any] = {"n_epochs": epochs, "batch_size": batch}
+        train_on_server(
+            server, data, name, chosen.to_json(), model=model, stage=stage, format=format, split=split, as_json=json,
+            fields={
+                "lr": lr, "steps": steps, "max_length": max_length, "overlong": overlong, "seed": chosen.seed,
+                "hyperparameters": {k: v for k, v in numbers.items() if v is not None},
+            },
+        )  # fmt: skip
+        return
+    if model is None or to is None:
+        raise OptionError(f"{'--model' if model is None else '--out'} is missing; only --server does without it.")
+    if name is not None:
+        raise OptionError("--name is what a server calls the adapter; without --server leave it out.")
     net, reader = load_model(model)
     if not stages.sees(net) and reader is None:
         raise OptionError(f"{model} has no tokenizer, so text cannot be read for it.")
