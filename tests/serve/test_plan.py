@@ -49,7 +49,7 @@ def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: i
     g = torch.Generator().manual_seed(seed)
     plan = make_plan(spans_of(shapes, page), page)
     heads, kv, d = 4, 2, 8
-    store = paged.KvStore(64, page)
+    store = paged.KvStore(128, page)
     k, v = (torch.randn(1, kv, plan.T, d, generator=g) for _ in range(2))
     q = torch.randn(1, heads, plan.T, d, generator=g)
     K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))

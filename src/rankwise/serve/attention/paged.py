@@ -179,7 +179,7 @@ def paged_attention(
         kk, vv = turn.update(module.layer_idx, K, V, k, v)  # type: ignore[arg-type]
         out[turn.rows] = _decode(query, kk, vv, turn.rows, step.turn_mask(i, sliding_window), scale, softcap)
     for i, b in enumerate(step.buckets):
-        kk, vv = (t.index_select(0, b.cells).view(b.rows.shape[0], b.C, *t.shape[1:]) for t in (K, V))
+        kk, vv = (t.index_select(0, b.cells).view(b.rows.shape[0], b.C, *t.shape[1:]).transpose(1, 2) for t in (K, V))
         out[b.rows] = _decode(query, kk, vv, b.rows, step.bucket_mask(i, sliding_window), scale, softcap)
     for i, (span, rows) in enumerate(step.chunks):
         cells = step.cells[i]
@@ -189,11 +189,10 @@ def paged_attention(
 
 
 def _decode(query: Tensor, K: Tensor, V: Tensor, rows: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """(n, heads, d) of decoding rows; K, V: (n, C, kv heads, d)."""
-    n, heads, kv = rows.shape[0], query.shape[1], K.shape[2]
+    """(n, heads, d) of decoding rows; K, V: (n, kv heads, C, d)."""
+    n, heads, kv = rows.shape[0], query.shape[1], K.shape[1]
     q = query[0].index_select(1, rows).transpose(0, 1).reshape(n, kv, heads // kv, -1)
-    k, v = (t.transpose(1, 2).to(q.dtype) for t in (K, V))
-    return _attend(q, k, v, mask, scale, softcap).reshape(n, heads, -1)
+    return _attend(q, K.to(q.dtype), V.to(q.dtype), mask, scale, softcap).reshape(n, heads, -1)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -215,11 +214,18 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    if softcap is None:
+    """softmax(q·kᵀ·scale)·v where ``mask`` is true.
+
+    A few queries over keys that lie together are two products, 2.5 times as fast as the fused kernel at 64 keys on the
+    CPU; over keys with other heads between them they are many times slower.
+    """
+    together = k.stride(-2) == k.shape[-1] and q.shape[-2] <= 16 and k.shape[-2] <= 512 and k.device.type == "cpu"
+    if softcap is None and not together:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q @ k.transpose(-1, -2)) * scale
-    scores = torch.tanh(scores / softcap) * softcap
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def naive(query: Tensor, K: Tensor, V: Tensor, plan: TokenPlan, scale: float, window: int | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Keys and values of decoding rows kept side by side, so that a step reads them where they are instead of gathering them.
 
-The pages stay the truth; these are copies.  A request that decodes owns one row of a table (rows × cap × heads × d) for
-each layer, cap being the power of two that holds its context.  A step writes one token a row; a row is filled from the
+The pages stay the truth; these are copies.  A request that decodes owns one row of a table (rows × heads × cap × d: a
+head's keys lie together, which short contexts gain most from) for each layer, cap being the power of two that holds its context.  A step writes one token a row; a row is filled from the
 pages when its request is new, came back, or outgrew its table.  Rows in use are always the first ones: the last row
 moves into the place of one that goes.
 """
@@ -36,6 +36,7 @@ class Turn:
     at: Tensor
     lengths: Tensor
     C: int
+    _places: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """(n, 1, 1, C): which keys a row sees."""
@@ -46,18 +47,25 @@ class Turn:
         return seen[:, None, None, :]
 
     def update(self, layer: int, K: Tensor, V: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's (n, C, heads, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
-        mine = self.table.of(layer, K, V)
-        first = torch.arange(self.rows.shape[0])
-        for own, pages, new in ((mine[0], K, k), (mine[1], V, v)):
+        """This layer's (n, heads, C, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
+        held = self.table.of(layer, K, V)
+        n = self.rows.shape[0]
+        for own, pages, new in ((held[0], K, k), (held[1], V, v)):
             for src, dst in self.moves:
                 own[dst] = own[src]
             for row, cells in self.fills:
                 own[row].zero_()  # what an earlier owner left behind may be NaN, and 0·NaN is NaN
-                torch.index_select(pages, 0, cells, out=own[row, : cells.shape[0]])
-            own.index_put_((first, self.at), new.index_select(0, self.rows).to(own.dtype))
-        n = self.rows.shape[0]
-        return mine[0][:n, : self.C], mine[1][:n, : self.C]
+                own[row, :, : cells.shape[0]] = pages.index_select(0, cells).transpose(0, 1)
+            heads, d = own.shape[1], own.shape[3]
+            own.view(-1, d).index_copy_(0, self.places(heads), new.index_select(0, self.rows).to(own.dtype).reshape(-1, d))
+        return held[0][:n, :, : self.C], held[1][:n, :, : self.C]
+
+    def places(self, heads: int) -> Tensor:
+        """(n·heads,): where each row's new token goes in a table seen as rows of d."""
+        if heads not in self._places:
+            row = torch.arange(self.rows.shape[0])[:, None] * heads + torch.arange(heads)
+            self._places[heads] = (row * self.table.cap + self.at[:, None]).reshape(-1)
+        return self._places[heads]
 
 
 class Table:
@@ -73,7 +81,7 @@ class Table:
         held = self.layers.get(layer)
         if held is None:
             # left unwritten: a row is zeroed when it gets an owner
-            made = [torch.empty(self.count, self.cap, *t.shape[1:], dtype=t.dtype, device=t.device) for t in (K, V)]
+            made = [torch.empty(self.count, t.shape[1], self.cap, t.shape[2], dtype=t.dtype, device=t.device) for t in (K, V)]
             held = self.layers[layer] = (made[0], made[1])
         return held
 
