@@ -54,6 +54,7 @@ class SimOptions:
         page: tokens of a block; ``max_running``: requests in a step; ``step_tokens``: most tokens of a step.
         slo: seconds to the first token, for the figures (a request's own deadline comes first).
         step_slo: seconds of a step that prompts and training are cut to, None for no limit.
+        admit_every: steps between admissions where nobody has come or gone since the last.
         fetch_seconds: until an adapter asked for the first time is on the host; ``cell_seconds``: to put a cell of it in a slot.
         train: whether training fills what is left of each step.
     """
@@ -63,12 +64,13 @@ class SimOptions:
     step_tokens: int = 256
     slo: float = 6.0
     step_slo: float | None = None
+    admit_every: int = 8
     fetch_seconds: float = 0.0
     cell_seconds: float = 0.0
     train: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page", "max_running", "step_tokens"):
+        for name in ("page", "max_running", "step_tokens", "admit_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"The simulator got {name} = {getattr(self, name)}; it is at least 1.")
 
@@ -121,6 +123,7 @@ class Simulator:
         self.counts: Counter[str] = Counter()
         self._copied = 0  # cells put in slots since the last step
         self._rows = 0
+        self._moved = False  # somebody has come or gone since the last admission
 
     def run(self, requests: Sequence[Sent], rate: float | None = None) -> Report:
         """Send ``requests`` at their times and go on until the last has ended.
@@ -148,10 +151,11 @@ class Simulator:
                 f"{len(self.waiting)} requests wait, nothing runs, and the policy {self.policy.name!r} lets nobody in."
             )
         if times:
-            self.now = min(times)
+            self.now, self._moved = min(times), True
 
     # --- arrivals and ends --------------------------------------------------------------------------------------------
     def _arrive(self, s: Sent) -> None:
+        self._moved = True
         cells = -(-s.rank // WIDTH) if s.adapter is not None else 0
         bound = s.output if s.bound is None else s.bound
         self._check(s, cells, bound)
@@ -203,7 +207,9 @@ class Simulator:
         )  # fmt: skip
 
     def _admit(self) -> None:
-        if not self.waiting:
+        due = self._moved or self.counts["steps"] % self.options.admit_every == 0
+        self._moved = False
+        if not self.waiting or not due:
             return
         for job, verdict in tried(self.policy, self._state(), self._enter):
             if verdict is Verdict.ADMIT:
@@ -215,17 +221,18 @@ class Simulator:
         """Let it in if there is room: its adapter's cells, and blocks for its tokens."""
         if len(self.running) >= self.options.max_running or not job.ready:
             return False
-        new = job.adapter is not None and not self.pool.count(job.adapter, ADAPTER)
-        if new and not self._take(job.cells, ADAPTER, job.adapter or "", keep=None):
+        new = 0 if job.adapter is None or self.pool.count(job.adapter, ADAPTER) else job.cells
+        if not self._fits(job, self._blocks_without_idle(job.adapter, new)):
+            return False  # idle adapters are given up only for one that gets in
+        if new and not self._take(new, ADAPTER, job.adapter or "", keep=None):
             return False
-        while not self._fits(job):
+        while not self._fits(job, self.pool.room(KV)):
             if not self._evict(keep=job.adapter):
                 if new:
                     self.pool.release(job.adapter or "")
                 return False
-        if new:
-            self.counts["loads"] += 1
-            self._copied += job.cells
+        self.counts["loads"] += new > 0
+        self._copied += new
         self.idle.pop(job.adapter or "", None)
         self._take(self._blocks(job), KV, self._key(job), keep=job.adapter)
         live = self.running[job.id] = self.waiting.pop(job.id)
@@ -233,14 +240,21 @@ class Simulator:
         live.computed = 0
         return True
 
-    def _fits(self, job: Job) -> bool:
-        if self.pool.room(KV) < self._blocks(job) + (len(self.running) if self.peak is None else 0):
+    def _blocks_without_idle(self, keep: str | None, cells: int) -> int:
+        """Blocks there would be if all idle adapters but one were given up and ``cells`` taken: never too few."""
+        kv, adapter = self.pool.units[KV], self.pool.units[ADAPTER]
+        idle = sum(self.pool.count(a, ADAPTER) for a in self.idle if a != keep)
+        room = self.pool.room(KV) + -(-(idle - cells) * adapter.bytes // kv.bytes)
+        return min(room, kv.count - self.pool.used(KV))
+
+    def _fits(self, job: Job, blocks: int) -> bool:
+        """Whether ``blocks`` free blocks are enough for it beside those that run."""
+        if blocks < self._blocks(job) + (len(self.running) if self.peak is None else 0):
             return False
         if self.peak is None:
             return True
-        held = sum(self.pool.count(self._key(x.job), KV) for x in self.running.values())
         chunk = max(self.options.step_tokens - self.options.max_running, 1)
-        return self.peak.fits([x.job for x in self.running.values()], job, held + self.pool.room(KV), chunk)
+        return self.peak.fits([x.job for x in self.running.values()], job, self.pool.used(KV) + blocks, chunk)
 
     def _blocks(self, job: Job) -> int:
         return -(-(job.prompt + job.generated + 1) // self.options.page)
@@ -327,6 +341,7 @@ class Simulator:
                 self.peak.finished(x.job)
 
     def _leave(self, x: _Live) -> None:
+        self._moved = True
         del self.running[x.job.id]
         self.pool.release(self._key(x.job))
         adapter = x.job.adapter
