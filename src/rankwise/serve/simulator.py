@@ -25,7 +25,10 @@ from rankwise.serve.types import Outcome
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sent:
-    """A request that a client sends ``at`` a time: it makes ``output`` tokens of the ``bound`` it asked for (None: all)."""
+    """A request that a client sends ``at`` a time: it makes ``output`` tokens of the ``bound`` it asked for (None: all).
+
+    ``leaves``: when the client goes away, if it has not ended by then.
+    """
 
     id: str
     at: float
@@ -36,6 +39,7 @@ class Sent:
     rank: int = 0
     bound: int | None = None
     deadline: float | None = None
+    leaves: float = math.inf
 
 
 def sent(trace: Sequence[Arrival], tenants: int = 0) -> list[Sent]:
@@ -137,6 +141,7 @@ class Simulator:
         while todo or self.waiting or self.running:
             while todo and todo[-1].at <= self.now:
                 self._arrive(todo.pop())
+            self._cancel()
             self._admit()
             if not self._step():
                 self._wait(todo)
@@ -145,7 +150,8 @@ class Simulator:
         return report(self.records, self.now, rate, running_mean=running, model_error=self.model.error_ratio(), **counts)
 
     def _wait(self, todo: Sequence[Sent]) -> None:
-        times = [s.at for s in todo[-1:]] + [t for x in self.waiting.values() if (t := self._ready_at(x.job)) > self.now]
+        times = [s.at for s in todo[-1:]] + [x.sent.leaves for x in self.waiting.values() if x.sent.leaves < math.inf]
+        times += [t for x in self.waiting.values() if (t := self._ready_at(x.job)) > self.now]
         if not times and self.waiting:
             raise RankwiseError(
                 f"{len(self.waiting)} requests wait, nothing runs, and the policy {self.policy.name!r} lets nobody in."
@@ -184,6 +190,14 @@ class Simulator:
             raise OptionError(
                 f"Request {s.id!r} needs {blocks} blocks and {cells} cells, {total} bytes; the pool can never give them."
             )
+
+    def _cancel(self) -> None:
+        for x in [x for x in (*self.waiting.values(), *self.running.values()) if x.sent.leaves <= self.now]:
+            if x.job.id in self.running:
+                self._leave(x)
+            else:
+                del self.waiting[x.job.id]
+            self._end(x, Outcome.CANCELLED)
 
     def _ready_at(self, job: Job) -> float:
         return -math.inf if job.adapter is None else self.fetched[job.adapter]
@@ -226,15 +240,16 @@ class Simulator:
             return False  # idle adapters are given up only for one that gets in
         if new and not self._take(new, ADAPTER, job.adapter or "", keep=None):
             return False
-        while not self._fits(job, self.pool.room(KV)):
-            if not self._evict(keep=job.adapter):
-                if new:
-                    self.pool.release(job.adapter or "")
-                return False
+        fits = self._fits(job, self.pool.room(KV))
+        while not fits and self._evict(keep=job.adapter):
+            fits = self._fits(job, self.pool.room(KV))
+        if not fits or not self._take(self._blocks(job), KV, self._key(job), keep=job.adapter):
+            if new:
+                self.pool.release(job.adapter or "")
+            return False
         self.counts["loads"] += new > 0
         self._copied += new
         self.idle.pop(job.adapter or "", None)
-        self._take(self._blocks(job), KV, self._key(job), keep=job.adapter)
         live = self.running[job.id] = self.waiting.pop(job.id)
         job.started = self.now if job.started is None else job.started
         live.computed = 0
