@@ -387,8 +387,14 @@ def test_a_registry_that_cannot_be_written_changes_nothing(tmp_path: Path, monke
 # --- from training ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "recipe",
-    [{"r": 3}, {"form": "dora", "r": 2}, {"r": 8, "router": {"name": "smora", "k": 4}}, {"form": "mos", "r": 3}],
-    ids=["lora", "dora", "smora", "mos"],
+    [
+        {"r": 3},
+        {"form": "dora", "r": 2},
+        {"r": 8, "router": {"name": "smora", "k": 4}},
+        {"form": "mos", "r": 3},
+        {"form": "dense", "targets": ["q_proj"]},
+    ],
+    ids=["lora", "dora", "smora", "mos", "dense"],
 )
 def test_published_adapters_are_copies_and_versions(recipe: dict[str, Any], tmp_path: Path) -> None:
     training, fresh = llama(), llama()

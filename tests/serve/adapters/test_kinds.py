@@ -247,12 +247,19 @@ def test_half_precision_files_and_pairs(tmp_path: Path) -> None:
     assert half.manifest.nbytes * 2 == served.manifest.nbytes
 
 
-def test_a_replaced_weight_is_refused_before_it_touches_the_base(tmp_path: Path) -> None:
-    """LoftQ puts a quantised weight in W's place, and the shadow shares W: it must not come as far as attaching."""
-    attached(family("llama"), {"r": 2, "init": "loftq", "targets": ["q_proj"]}).save(tmp_path / "a")
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [({"r": 2, "init": "loftq"}, "puts another weight in the base's place"), ({"form": "full"}, "base's own weights")],
+)
+def test_what_moves_the_base_is_refused_before_it_does(
+    recipe: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoftQ writes over W, `full` trains it, and the shadow shares W: neither may come as far as attaching."""
+    attached(family("llama"), {"targets": ["q_proj"], **recipe}).save(tmp_path / "a")
     fresh = family("llama")
     before = logits(fresh, batch(fresh))
-    with pytest.raises(AdapterRefused, match="puts another weight in the base's place"):
+    monkeypatch.setattr("rankwise.serve.adapters.values.rebuild", lambda *a, **k: pytest.fail("it was attached"))
+    with pytest.raises(AdapterRefused, match=why):
         fetch(tmp_path, fresh, check_base=False)
     assert torch.equal(logits(fresh, batch(fresh)), before)
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,9 @@ def test_two_thousand_hostile_names_open_nothing_outside(tmp_path: Path, opened:
                 assert str(tmp_path) not in str(error)
     outside = [p for p in opened if "secret" in p or p.startswith("/etc")]
     assert not outside and answers == {"UnknownAdapter", "AdapterRefused"}
+    for name in ("", "..", "../secret", "/etc", "a/../../secret", "x" * 4096, "a\0"):
+        with pytest.raises(UnknownAdapter, match="no valid adapter name"):
+            source.resolve(name)
     for path in (str(tmp_path / "secret"), "../secret", "leak"):
         with pytest.raises(AdapterRefused, match="is no folder inside|lies outside"):
             source.resolve_path(path, "x")
@@ -265,6 +269,19 @@ def test_every_tensor_is_mapped_or_an_error(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(AdapterRefused, match=why):
             source.resolve(name)
+
+
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_a_native_file_of_numbers_that_are_not(form: str, tmp_path: Path) -> None:
+    """Written with a right digest, as our own save would never."""
+    from rankwise.store.native import load_native, save_native
+
+    attached(llama(), {"form": form, "r": 1, "targets": ["q_proj"]}).save(tmp_path / "a")
+    tensors, head = load_native(tmp_path / "a")
+    key = sorted(tensors)[-1]
+    save_native(tmp_path / "a", {**tensors, key: torch.full_like(tensors[key], float("inf"))}, head)
+    with pytest.raises(AdapterRefused, match="not finite"):
+        source_of(tmp_path).resolve("a")
 
 
 def test_a_scale_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -407,9 +424,13 @@ def test_one_read_for_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = source_of(root, model)
     reads: list[str] = []
     whole = module.read_adapter
-    monkeypatch.setattr(
-        module, "read_adapter", lambda at, folder, name, *a, **k: (reads.append(name), whole(at, folder, name, *a, **k))[1]
-    )
+
+    def slow(at: int, folder: Path, name: str, *more: Any, **options: Any) -> Any:
+        reads.append(name)
+        time.sleep(0.05)  # all sixteen are here before the first is done
+        return whole(at, folder, name, *more, **options)
+
+    monkeypatch.setattr(module, "read_adapter", slow)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda n=n: found.append(source.resolve(n))) for n in ["a", "b"] * 8]
     [t.start() for t in threads], [t.join() for t in threads]

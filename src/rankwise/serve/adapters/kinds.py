@@ -183,13 +183,12 @@ class _Work:
 
 
 def scaled_pair(low: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(A with the scale in it, B with the core in it), the products in fp32; copies, so that no file's buffer is kept."""
+    """(A with the scale in it, B with the core in it) in host memory, the products in fp32; copies, so that no file's buffer is kept."""
     if low.core is not None:
         A, B = dataclasses.replace(low, scale=1.0).to(dtype=torch.float32).factors()
     else:
-        A, B = low.A.float(), low.B
-    s = float(low.scale)
-    return (A.to(dtype, copy=True) if s == 1.0 else (A * s).to(dtype)), B.to(dtype, copy=True)
+        A, B = low.A, low.B
+    return (A.float() * float(low.scale)).to("cpu", dtype), B.to("cpu", dtype, copy=True)
 
 
 def lifted(spot: Spot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

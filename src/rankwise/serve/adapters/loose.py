@@ -89,4 +89,4 @@ def tensors_of(changes: Iterable[Loose]) -> Iterator[Tensor]:
 
 
 def _spread(change: Tensor, rows: Tensor | None, y: Tensor) -> Tensor:
-    return change if rows is None else torch.zeros_like(y).index_copy(-1, rows, change)
+    return change if rows is None else torch.zeros_like(y).index_copy(-1, rows.to(y.device), change)
