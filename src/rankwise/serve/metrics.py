@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankwise.errors import need
-from rankwise.serve.http.face import Listed
+from rankwise.serve.http.face import AdapterCache, Engine, Listed
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -79,17 +79,22 @@ class Metrics:
         self._lock = threading.Lock()
         self._labels = Labels(labels, self._drop)
         self._made: dict[str, Any] = {}
-        self._sources: tuple[Callable[[], Any], Callable[[], Adapters]] | None = None
+        self._sources: tuple[Callable[[], Any], AdapterCache] | None = None
         counter = lambda name, text, *more: Counter(f"rankwise_{name}", text, ("model", "adapter", *more), registry=self.registry)
         self._requests = counter("requests", "Sequences that ended, by how.", "outcome")
         self._prompt = counter("prompt_tokens", "Tokens of prompts, counted once for each sequence.")
         self._generated = counter("generated_tokens", "Tokens made.")
         self._own = {"requests_total", "prompt_tokens_total", "generated_tokens_total", "adapter_resident", "adapter_bytes"}
 
-    def watch(self, stats: Callable[[], Any], adapters: Callable[[], Adapters]) -> None:
-        """Where the gauges come from; read when metrics are asked for."""
-        self._sources = (stats, adapters)
+    def watch(self, engine: Engine, cache: AdapterCache) -> None:
+        """Take what they report, and read the gauges from them when metrics are asked for."""
+        engine.observer, cache.on_load = self.observe, self._loaded
+        self._sources = (engine.stats, cache)
         self.registry.register(self)  # type: ignore[arg-type]
+
+    def _loaded(self, source: str, outcome: str, seconds: float) -> None:
+        self.observe("adapter_loads_total", 1.0, {"from": source, "outcome": outcome})
+        self.observe("adapter_load_seconds", seconds, {"from": source})
 
     def served(self, adapter: str, outcome: str, prompt: int, generated: int) -> None:
         """One sequence ended.  ``adapter``: its name, "" for the base, "mix" for a mix."""
@@ -141,9 +146,14 @@ class Metrics:
         """Prometheus' hook: the gauges, read now."""
         if self._sources is None:
             return
-        stats, adapters = self._sources[0](), self._sources[1]()
+        stats, cache = self._sources[0](), self._sources[1]
+        adapters = cache.list()
         yield from self._state(stats)
         yield from self._adapters(adapters)
+        gone = CounterMetricFamily("rankwise_adapter_evictions", "Adapters put out to make room.", labels=["model", "tier"])
+        for tier, n in cache.tally.evictions.items():
+            gone.add_metric([self.model, tier], n)
+        yield gone
         taken = self._own | set(self._made)
         for name, value in stats.counters.items():
             if not {name, f"{name}_total"} & taken and NAME.fullmatch(name):
@@ -165,9 +175,11 @@ class Metrics:
             ("requests_running", "Sequences in the batch.", stats.running),
             ("requests_waiting", "Sequences that wait.", stats.waiting),
             ("kv_blocks_used_ratio", "Share of the cache blocks in use.", stats.kv_used / max(stats.kv_total, 1)),
-            ("adapter_cells_used_ratio", "Share of the adapter cells in use.", stats.cells_used / max(stats.cells_total, 1)),
             ("healthy", "1 while the engine steps.", float(stats.healthy)),
         )
+        if stats.cells_total:
+            text = "Share of the adapter cells in use."
+            yield self._one(GaugeMetricFamily, "adapter_cells_used_ratio", text, stats.cells_used / stats.cells_total)
         for name, text, value in rows:
             yield self._one(GaugeMetricFamily, name, text, value)
         yield self._one(CounterMetricFamily, "steps", "Steps of the engine.", stats.steps)

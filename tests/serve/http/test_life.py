@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_the_drain_time_ends_what_is_left_with_an_error_and_not_a_cut(tmp_path: 
         assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.soak)])
+def test_no_shutdown_hangs(tmp_path: Path, count: int) -> None:
+    rng = random.Random(count)
+    for _ in range(count):
+        with serving(tmp_path, drain_seconds=rng.choice((0.1, 5.0))) as live:
+            live.slow.seconds = 0.01
+            ask = {"model": "base", "prompt": "a", "max_tokens": 60, "ignore_eos": True}
+            got: list[int] = []
+            go = lambda: got.append(httpx.post(live.url + "/v1/completions", json=ask, timeout=30).status_code)  # noqa: B023
+            crowd = [threading.Thread(target=go) for _ in range(3)]
+            for t in crowd:
+                t.start()
+            wait(lambda: live.engine.stats().running == 3)
+            time.sleep(rng.random() * 0.3)
+            live.server.handle_exit(15, None)
+            for t in crowd:
+                t.join(30)
+            assert len(got) == 3
+            assert set(got) <= {200, 503}
+        assert not live.engine.stats().running
+
+
 def test_metrics_say_what_was_served(client: Any, live: Live) -> None:
     wait(live.empty)
     before = samples(HTTP.get(live.url + "/metrics").text)
@@ -139,6 +162,9 @@ def test_metrics_say_what_was_served(client: Any, live: Live) -> None:
     assert gained("rankwise_queue_seconds_count") == 5
     assert gained("rankwise_steps_total") > 0
     assert now[("rankwise_healthy",)] == 1
+    loads = [v for k, v in now.items() if k[0] == "rankwise_adapter_loads_total" and "outcome=ok" in k]
+    timed = [v for k, v in now.items() if k[0] == "rankwise_adapter_load_seconds_count"]
+    assert sum(loads) == sum(timed) >= 2, "ada and the mix at the least"
     assert {k[1] for k in now if k[0] == "rankwise_step_seconds_count"} == {"kind=decode", "kind=mixed"}
     now = samples(HTTP.get(live.url + "/metrics").text)
     assert ("rankwise_adapter_resident", "adapter=ada", "pinned=false", "tier=host") in now

@@ -76,7 +76,7 @@ class AdapterCache:
         self.tally = Tally()
         self._registry = Registry(registry)
         self._lately = Lately(self.names)
-        self._clock, self._on_load = clock, on_load
+        self._clock, self.on_load = clock, on_load
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -253,8 +253,8 @@ class AdapterCache:
         with self._lock:
             del self._loading[manifest.digest]
             self.tally.loads[what, outcome[0]] += 1
-        if self._on_load is not None:
-            self._on_load(what, outcome[0], self._clock() - start)
+        if self.on_load is not None:
+            self.on_load(what, outcome[0], self._clock() - start)
         if isinstance(outcome[1], BaseException):
             future.set_exception(outcome[1])
         else:

@@ -84,8 +84,25 @@ class Listed(Protocol):
     def pins(self) -> int: ...
 
 
+class Tally(Protocol):
+    """What the cache counts."""
+
+    @property
+    def evictions(self) -> Mapping[str, int]:
+        """By tier."""
+        ...
+
+
 class AdapterCache(Protocol):
-    """Adapters by name.  Every method may read files, so the routes call them on worker threads."""
+    """Adapters by name.  Every method may read files, so the routes call them on worker threads.
+
+    ``on_load`` is told (format, outcome, seconds) of each load, on the thread that loaded.
+    """
+
+    on_load: Callable[[str, str, float], None] | None
+
+    @property
+    def tally(self) -> Tally: ...
 
     def resolve(self, name: str) -> Manifest:
         """Raises UnknownAdapter, AdapterRefused."""

@@ -60,12 +60,12 @@ async def _answer(
 def _requests(
     stem: str, given: list[prompts.Prompt], n: int, body: Generate, caller: Caller, digest: str | None, service: Service
 ) -> list[Request]:
-    made = []
+    made, latest = [], None if body.deadline is None else time.monotonic() + body.deadline  # the engine's clock
     for p, (ids, _) in enumerate(given):
         for i in range(n):
             drawn = sampling(body, len(ids), i, service.settings)
             made.append(Request(
-                f"{stem}-{p * n + i}", ids, drawn, digest, caller.name, None, body.cache_salt or "", f"{stem}-{p}" if n > 1 else None
+                f"{stem}-{p * n + i}", ids, drawn, digest, caller.name, latest, body.cache_salt or "", f"{stem}-{p}" if n > 1 else None
             ))  # fmt: skip
     return made
 

@@ -34,7 +34,10 @@ class StreamOptions(Body):
 
 
 class Generate(Body):
-    """What both APIs share.  ``top_k``, ``ignore_eos``, ``stop_token_ids``, ``cache_salt`` and ``adapters`` are extensions."""
+    """What both APIs share.
+
+    Extensions: ``adapters``, ``top_k``, ``ignore_eos``, ``stop_token_ids``, ``cache_salt``, ``deadline`` (seconds to the first token).
+    """
 
     model: Name
     adapters: list[Part] | None = None
@@ -53,6 +56,7 @@ class Generate(Body):
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
     cache_salt: str | None = None
+    deadline: Annotated[float, Field(gt=0, le=86_400)] | None = None
     user: str | None = None
 
 

@@ -69,8 +69,7 @@ class Service:
         self.engine, self.cache, self.tokenizer, self.settings, self.keys = engine, cache, tokenizer, settings, keys
         self.detokeniser = Detokeniser(tokenizer)
         self.metrics = Metrics(settings.model, settings.labels, settings.aliases)
-        self.metrics.watch(engine.stats, lambda: cache.list())
-        engine.observer = self.metrics.observe
+        self.metrics.watch(engine, cache)
         self.phase = Phase.STARTING
         self.failure = ""
         self.live: weakref.WeakSet[Generation] = weakref.WeakSet()
