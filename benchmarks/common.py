@@ -54,10 +54,11 @@ def ratios(times: Mapping[str, list[float]], bound: str) -> dict[str, float]:
     return {n: statistics.median(a / b for a, b in zip(t, times[bound], strict=True)) for n, t in times.items()}
 
 
-def write(name: str, rows: Any) -> None:
+def write(name: str, rows: Any, **more: Any) -> None:
+    """``rows`` are what the table shows; ``more`` is kept beside them."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows}, indent=2) + "\n")
+    path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows} | more, indent=2) + "\n")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
