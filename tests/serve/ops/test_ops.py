@@ -9,6 +9,7 @@ import torch
 
 from rankwise.errors import OptionError
 from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.build import compiler
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.plan import BASE
 from tests.serve.ops.steps import DEVICE, GROUPS, OPS, Case, adapter, gap, inputs, make_case, oracle, plan_of, rounded, run
@@ -17,7 +18,8 @@ QKV, O, MLP = GROUPS
 RANKS = (1, 3, 8, 9, 64)
 NO_FP64 = ("native", "triton")
 
-every_op = pytest.mark.parametrize("name", OPS)
+no_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler builds the native operator")
+every_op = pytest.mark.parametrize("name", [pytest.param(n, marks=no_compiler if n == "native" else ()) for n in OPS])
 every_group = pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
 
 

@@ -92,7 +92,9 @@ def _build(cc: str, source: Path, made: Path) -> None:
                 os.replace(lib, made)
                 return
             errors = errors or linked
-    raise OptionError(f"The native operator did not compile with {cc}: {errors.strip().splitlines()[0]}; leave `native` off.")
+    lines = errors.strip().splitlines()
+    why = next((line for line in lines if "error" in line), lines[0])
+    raise OptionError(f"The native operator did not compile with {cc}: {why}; leave `native` off.")
 
 
 def _run(command: list[str]) -> str:
