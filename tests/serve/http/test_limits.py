@@ -135,9 +135,10 @@ def test_a_body_that_trickles_is_given_up(live: Live) -> None:
 def test_headers_that_trickle_or_swell_are_given_up(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankwise.serve.http.server.HEADER_SECONDS", 0.3)
     host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as s:
-        s.sendall(b"GET /health HTTP/1.1\r\nHost: 127")
-        assert s.recv(1) == b"", "closed"
+    for start in (b"GET /health HTTP/1.1\r\nHost: 127", b""):
+        with socket.create_connection((host, int(port)), timeout=10) as s:
+            s.sendall(start)
+            assert s.recv(1) == b"", "closed"
     with socket.create_connection((host, int(port)), timeout=10) as s:  # a second request on a connection that was served
         s.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         answer = b""

@@ -254,6 +254,17 @@ def test_an_engine_fault_is_a_plain_500_and_others_go_on(client: Any, live: Live
     wait(live.empty)
 
 
+def test_a_defect_is_a_500_that_tells_nothing(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError("secret /path/of/weights")
+
+    monkeypatch.setattr(live.cache, "resolve", broken)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="ada", prompt=PROMPT, max_tokens=4)
+    assert "secret" not in str(caught.value)
+    assert caught.value.code == "internal_error"
+
+
 def test_a_fault_outside_the_forward_ends_requests_and_not_the_engine(client: Any, live: Live) -> None:
     plain = live.engine.queue.policy
     live.engine.queue.policy = None  # type: ignore[assignment]
