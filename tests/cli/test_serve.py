@@ -29,6 +29,10 @@ def run(*args: str) -> int:
         (["--adapters", "s3://x", "--adapters", "."], "one sort of them"),
         (["--api-keys", "none.json"], "cannot be read"),
         (["--port", "70000"], "65535"),
+        (["--train-data", "."], "give --train FOLDER"),
+        (["--train", "/dev/null/x"], "cannot be a folder"),
+        (["--train", "jobs", "--train-data", "nowhere"], "'nowhere' is no folder"),
+        (["--train", "jobs", "--adapters", "s3://x"], "one sort of them"),
         (["--max-batch", "0"], "max-batch"),
     ],
     ids=str,
@@ -37,6 +41,7 @@ def test_mistakes_are_found_before_the_model_is_read(
     args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verb, "load_text_model", lambda name: pytest.fail("the model was read"))
+    args = [str(tmp_path / a) if a == "jobs" else a for a in args]
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"keys": [{"name": "a", "key": "0123456789abcdef"}]}))
     assert run(*(str(keys) if a == "KEYS" else a for a in args)) == 2

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rankwise.cli.train_server import Client
 from tests.cli.tools import call
+from tests.serve.http.live import wait
 from tests.serve.http.test_fine_tuning import TEXTS, running
 
 
@@ -68,3 +73,50 @@ def test_where_no_server_is(data: str, capsys: Any) -> None:
         assert code == 2 and says in err
     code, _, err = call(capsys, "train", "--data", data, "--model", "base", "--out", "x", "--name", "y")
     assert code == 2 and "--name" in err
+
+
+class Process:
+    """``rankwise serve --train`` as a user starts it."""
+
+    def __init__(self, home: Path):
+        args = [sys.executable, "-m", "rankwise.cli.main", "serve", "--model", "base", "--train", str(home), "--port", "0"]
+        self.child = subprocess.Popen([*args, "--kv-tokens", "1024", "--step-seconds", "0.1"], stdout=subprocess.PIPE, text=True)
+        assert self.child.stdout is not None
+        self.url = next(line for line in self.child.stdout if " at http://" in line).split()[-1]
+
+    def end(self, how: int) -> None:
+        self.child.send_signal(how)
+        self.child.wait(30)
+        assert self.child.stdout is not None
+        self.child.stdout.close()
+
+
+def test_a_served_job_outlives_a_killed_server(data: str, tmp_path: Path, capsys: Any) -> None:
+    process = Process(tmp_path / "jobs")
+    try:
+        args = ["train", "--server", process.url, "--data", data, "--set", "form.r=2"]
+        code, text, err = call(capsys, *args, "--name", "first", "--steps", "3")
+        assert code == 0 and f"at {process.url}" in text, err
+        client = Client(process.url)
+        rows = [{"prompt": "say it twice: ", "completion": t} for t in TEXTS]
+        body = {"model": "base", "suffix": "second", "training_data": rows, "steps": 400, "checkpoint_every": 1}
+        job = client.call("POST", "/fine_tuning/jobs", body)["id"]
+        wait(lambda: client.call("GET", f"/fine_tuning/jobs/{job}")["step"] >= 3)
+    finally:
+        process.end(signal.SIGKILL)
+    process = Process(tmp_path / "jobs")
+    try:
+        client = Client(process.url)
+        jobs = client.call("GET", "/fine_tuning/jobs")["data"]
+        assert [(j["suffix"], j["status"]) for j in jobs[1:]] == [("first", "succeeded")]
+        assert (
+            client.call("POST", "/completions", {"model": "first", "prompt": "say", "max_tokens": 2})["usage"]["completion_tokens"]
+            == 2
+        )
+        events = lambda: [e["message"] for e in client.call("GET", f"/fine_tuning/jobs/{job}/events?since=0")["data"]]
+        wait(lambda: any("goes on after step" in m for m in events()))
+        client.call("POST", f"/fine_tuning/jobs/{job}/cancel")
+        wait(lambda: client.call("GET", f"/fine_tuning/jobs/{job}")["status"] == "cancelled")
+    finally:
+        process.end(signal.SIGTERM)
+    assert process.child.returncode == 0

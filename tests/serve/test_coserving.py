@@ -13,7 +13,7 @@ from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.assemble import Server, Sizes, assemble
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.train_job import Job, Status, TrainSpec
-from rankwise.serve.train_stream import TrainStream
+from rankwise.serve.train_stream import TrainStream, beside
 from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, Token
 from rankwise.serve.windows import Sample
 from tests.models import VOCAB
@@ -27,8 +27,7 @@ def made(home: Path) -> tuple[Server, TrainStream, list[torch.Tensor]]:
         base_model(), lambda intake: FolderSource([folder(), home / "adapters"], intake), sizes=Sizes(512, 4, 24),
         options=EngineOptions(step_tokens=24, train_tokens=64), policy="fcfs", op="reference", pack=False, base="co",
     )  # fmt: skip
-    stream = TrainStream(server.runner.model, home, lambda name, path: server.cache.load(name, str(path)))
-    server.engine.stream = stream
+    stream = beside(server, home)
     seen: list[torch.Tensor] = []
     plain = server.runner.run
     server.engine.runner.run = lambda plan, slots: (seen.append(plain(plan, slots)), seen[-1])[1]  # type: ignore[method-assign]

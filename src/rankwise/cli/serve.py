@@ -47,6 +47,13 @@ def serve(
     op: Annotated[str, typer.Option(help="How adapters are computed: auto, bags, grouped, native, triton, reference …")] = "auto",
     native: Annotated[bool | None, typer.Option("--native/--no-native", help="Let auto build and use the C operator.")] = None,
     speculate: Annotated[int, typer.Option(min=0, help="Tokens guessed by prompt look-up and verified in a step.")] = 0,
+    train: Annotated[
+        str | None, typer.Option(help="Take fine-tuning jobs beside serving; they and their adapters are kept in this folder.")
+    ] = None,
+    train_data: Annotated[list[str] | None, typer.Option(help="Folder whose files a job may name; repeatable.")] = None,
+    step_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="What a step may take, with prompts and training filling what decoding leaves.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than list them in a header.")] = False,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Also name metrics as inference gateways do.")] = False,
     drain: Annotated[float, typer.Option(min=0.1, help="Seconds that running requests have after a terminate signal.")] = 30.0,
@@ -54,6 +61,7 @@ def serve(
     """Serve a base and its adapters by OpenAI's protocol, each adapter under its folder's name.
 
     Example: rankwise serve --model base --adapters runs --port 8000
+    Example: rankwise serve --model base --train jobs
     """
     try:
         from rankwise.serve.assemble import Sizes, assemble
@@ -62,32 +70,54 @@ def serve(
         from rankwise.serve.http.server import Server
         from rankwise.serve.http.settings import Settings
         from rankwise.serve.options import EngineOptions
+        from rankwise.serve.train_stream import beside
     except ModuleNotFoundError as error:
         raise need(error.name or "starlette", "serve", "Serving") from error
     keys = Keys() if api_keys is None else Keys.read(Path(api_keys))
     if not keys and not is_loopback(host):
         raise OptionError(f"--host {host} is open to other machines, so it needs --api-keys FILE; or listen on 127.0.0.1.")
-    source = _source(adapters or ())
+    source = _source([*(adapters or ()), *_home(train, train_data or ())])
+    registry = registry or (None if train is None else str(Path(train) / "names.json"))
     door = _bound(host, port)
     net, tokenizer = load_text_model(model)
     shown = name or Path(model.rstrip("/")).name
     context = min(getattr(net.config, "max_position_embeddings", None) or kv_tokens, kv_tokens)
     ends, vocabulary = _ends(net, tokenizer), net.get_input_embeddings().weight.shape[0]
     settings = Settings(
-        model=shown, context=context, vocabulary=vocabulary, root=model, ends=ends, strict=strict, aliases=vllm_metrics, drain_seconds=drain
+        model=shown, context=context, vocabulary=vocabulary, root=model, ends=ends, strict=strict, aliases=vllm_metrics, drain_seconds=drain,
+        train_roots=tuple(map(Path, train_data or ())),
     )  # fmt: skip
     behind = assemble(
         net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9)), policy=_policy(policy, set or ()),
         options=EngineOptions(
             max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
+            step_seconds=step_seconds,
         ),
         op=op, native=native, registry=registry, base=shown,
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("rankwise.serve").setLevel(logging.INFO)
-    app = make_app(behind.engine, behind.cache, tokenizer, settings, keys)
+    stream = None if train is None else beside(behind, train, context=context)
+    app = make_app(behind.engine, behind.cache, tokenizer, settings, keys, stream)
     Server(app, host, port, lambda: _greet(door, shown, behind.cache.names(), bool(keys))).run(sockets=[door])
     behind.cache.close()
+
+
+def _home(train: str | None, data: Sequence[str]) -> list[str]:
+    """The folder of trained adapters, made now, as one more of --adapters.  Raises OptionError."""
+    if train is None:
+        if data:
+            raise OptionError("--train-data is for fine-tuning jobs; give --train FOLDER to take them.")
+        return []
+    missing = next((d for d in data if not Path(d).is_dir()), None)
+    if missing is not None:
+        raise OptionError(f"--train-data {missing!r} is no folder; give the folder that holds the training files.")
+    folder = Path(train) / "adapters"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--train {train!r} cannot be a folder: {error.strerror}; give another.") from None
+    return [str(folder)]
 
 
 def _source(given: Sequence[str]) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,6 +24,9 @@ from rankwise.serve.shadow import Net
 from rankwise.serve.train_job import FILE, Job, Status, TrainSpec
 from rankwise.serve.training import Task, Training
 from rankwise.train.checkpoint import RUN_STATE
+
+if TYPE_CHECKING:
+    from rankwise.serve.assemble import Server
 
 log = logging.getLogger("rankwise.serve")
 
@@ -252,3 +255,18 @@ class TrainStream:
         self.job = self._tasks = self._task = None
         if training is not None:
             training.close()
+
+
+def beside(server: Server, home: str | Path, *, context: int = 2048, most: int = 256) -> TrainStream:
+    """A stream in ``server``'s engine, over its model; what is finished is loaded under its name.  See :class:`TrainStream`.
+
+    The server's source of adapters must be able to open ``home/adapters``.
+    """
+
+    def load(name: str, folder: Path) -> object:
+        return server.cache.load(name, str(folder))
+
+    stream = TrainStream(server.runner.model, home, load, context=context, most=most)
+    stream.wake = lambda: server.engine.call(lambda: None)
+    server.engine.stream = stream
+    return stream

@@ -21,7 +21,7 @@ from rankwise.serve.http.app import make_app
 from rankwise.serve.http.server import Server
 from rankwise.serve.http.settings import Settings
 from rankwise.serve.options import EngineOptions
-from rankwise.serve.train_stream import TrainStream
+from rankwise.serve.train_stream import beside
 from tests.serve.http.live import base, greedy, wait
 
 TEXTS = [" ".join(w for w in line.split() for _ in range(2)) for line in ("the old man sat down", "a river went to the tall tree", "the man saw a tree")]  # fmt: skip
@@ -37,11 +37,7 @@ def running(home: Path, training: bool = True) -> Iterator[tuple[str, Any]]:
         copy.deepcopy(model), lambda intake: FolderSource(home / "adapters", intake), sizes=Sizes(2048, 16, 8),
         options=EngineOptions(eos=(1,), train_tokens=48), pack=False,
     )  # fmt: skip
-    stream = None
-    if training:
-        stream = TrainStream(made.runner.model, home, lambda name, path: made.cache.load(name, str(path)), context=128)
-        made.engine.stream = stream
-        stream.wake = lambda: made.engine.call(lambda: None)
+    stream = beside(made, home, context=128) if training else None
     settings = Settings(
         model="base", context=512, vocabulary=4096, ends=frozenset({1}), train_roots=(home / "data",), train_bytes=5000
     )
