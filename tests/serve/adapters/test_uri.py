@@ -47,7 +47,7 @@ def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
         for name in ("a", "b", "p"):
             fsspec.core.url_to_fs(base)[0].makedirs(f"{base}/{name}".removeprefix("file://"), exist_ok=True)
             put(root / name, f"{base}/{name}")
-        source = UriSource(base, intake, tmp_path / "copies")
+        source = UriSource(base, intake, tmp_path / "copies", refresh=0)
         assert source.names() == ["a", "b", "p"]
         for name in source.names():
             manifest = source.resolve(name)
@@ -62,7 +62,7 @@ def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
 def test_a_version_is_copied_once_and_a_new_one_is_noticed(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a", "b", "c", "d")
     put(root / "a", f"{bucket}/live")
-    source = UriSource(bucket, Intake(model, keep=0), tmp_path / "copies")
+    source = UriSource(bucket, Intake(model, keep=0), tmp_path / "copies", refresh=0)
     copies: list[str] = []
     copy = source._copy
     monkeypatch.setattr(source, "_copy", lambda fs, files, name: (copies.append(name), copy(fs, files, name))[1])
@@ -80,6 +80,38 @@ def test_a_version_is_copied_once_and_a_new_one_is_noticed(tmp_path: Path, bucke
         source.fetch(first)
 
 
+def test_a_store_is_not_asked_for_every_request(tmp_path: Path, bucket: str) -> None:
+    model, root = folder_of(tmp_path, "a", "b")
+    put(root / "a", f"{bucket}/live")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=60)
+    first = source.resolve("live")
+    put(root / "b", f"{bucket}/live")
+    assert source.resolve("live") == first
+    source.refresh = 0
+    assert source.resolve("live").digest != first.digest
+
+
+def test_files_replaced_while_they_are_copied(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a mixture of two versions: the copy is made again, and given up where it never holds still."""
+    model, root = folder_of(tmp_path, "a", "b")
+    put(root / "a", f"{bucket}/live")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
+    copy, swaps = source._copy, ["b"]
+
+    def disturbed(fs: Any, files: Any, name: str) -> Any:
+        out = copy(fs, files, name)
+        if swaps:
+            put(root / swaps.pop(), f"{bucket}/live")
+        return out
+
+    monkeypatch.setattr(source, "_copy", disturbed)
+    assert source.resolve("live").digest == FolderSource(root, source._intake).resolve("b").digest
+    swaps += ["a", "b", "a", "b"]
+    put(root / "a", f"{bucket}/live")
+    with pytest.raises(AdapterRefused, match="being written to"):
+        source.resolve("live")
+
+
 def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a")
     data = bytearray((root / "a" / "rankwise.safetensors").read_bytes())
@@ -90,7 +122,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
         out.write(bytes(data))
     with fs.open(f"{bucket}/pickled/adapter_model.bin", "wb") as out:
         out.write(b"\x80\x04.")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
     for name, why in {"damaged": "damaged", "pickled": "no .safetensors"}.items():
         with pytest.raises(AdapterRefused, match=why):
             source.resolve(name)
@@ -102,7 +134,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
             source.resolve_path(url, "x")
     assert source.resolve_path(f"{bucket}/good", "x").name == "x"
     monkeypatch.setattr("rankwise.serve.adapters.kinds.HEADERS", 0)
-    tight = UriSource(bucket, Intake(model, limits=Limits(nbytes=100)), tmp_path / "more")
+    tight = UriSource(bucket, Intake(model, limits=Limits(nbytes=100)), tmp_path / "more", refresh=0)
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: pytest.fail("read before its size was looked at"))
     with pytest.raises(AdapterRefused, match="reads at most 200"):
         tight.resolve("good")
@@ -111,7 +143,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
 def test_a_store_that_fails_is_a_refusal(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a")
     put(root / "a", f"{bucket}/a")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies")
+    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
 
     def broken(*a: Any, **k: Any) -> Any:
         raise OSError("credentials in this message must not reach a client")
@@ -127,7 +159,7 @@ def test_loading_by_url_at_run_time(tmp_path: Path, bucket: str) -> None:
     put(root / "b", f"{bucket}/b")
     intake = Intake(model)
     cache = AdapterCache(
-        Sources(FolderSource(root, intake), UriSource(bucket, intake, tmp_path / "copies")),
+        Sources(FolderSource(root, intake), UriSource(bucket, intake, tmp_path / "copies", refresh=0)),
         intake.layout,
         registry=tmp_path / "names.json",
     )

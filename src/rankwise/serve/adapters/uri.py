@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +30,27 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", 
 class UriSource:
     """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
 
-    Only plain files of one folder are copied, each within the intake's byte limit.  Credentials are the file system's own affair
+    Only plain files of one folder are copied, each within the intake's byte limit.  A store is asked at most every ``refresh``
+    seconds whether an adapter is still what it was.  Credentials are the file system's own affair
     (its environment variables, or ``storage_options``).
     """
 
-    def __init__(self, roots: str | Sequence[str], intake: Intake, cache: str | os.PathLike[str], **storage_options: Any):
+    def __init__(
+        self,
+        roots: str | Sequence[str],
+        intake: Intake,
+        cache: str | os.PathLike[str],
+        *,
+        refresh: float = 2.0,
+        **storage_options: Any,
+    ):
         self.roots = tuple(r.rstrip("/") for r in ([roots] if isinstance(roots, str) else roots))
         self.cache = Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
         self._local = FolderSource(self.cache, intake)
-        self._intake, self._options = intake, storage_options
+        self._intake, self._options, self.refresh = intake, storage_options, refresh
         self._locks, self._guard = Locks(), threading.Lock()
+        self._asked: dict[str, tuple[float, str | None]] = {}  # url of a folder → when it was last asked for, its version here
         self._copied: dict[str, list[str]] = {}  # url of a folder → its last two versions here
 
     def names(self) -> list[str]:
@@ -77,20 +90,39 @@ class UriSource:
 
     def _version(self, url: str, name: str) -> Manifest | None:
         with self._locks(url), refusing(name):
-            try:
-                fs, path = self._fs(url)
-                fs.invalidate_cache()
-                files = [e for e in fs.ls(path, detail=True) if e["type"] == "file"] if fs.isdir(path) else []
-            except (OSError, ValueError) as error:
-                raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
+            asked, version = self._asked.get(url, (-math.inf, None))
+            if time.monotonic() - asked >= self.refresh:
+                version = self._newest(url, name)
+                if len(self._asked) > 10_000:  # names that nobody has can be made up without end
+                    self._asked.clear()
+                self._asked[url] = (time.monotonic(), version)
+            if version is None:
+                return None
+            return dataclasses.replace(self._local.resolve_path(version, name), source=url)
+
+    def _newest(self, url: str, name: str) -> str | None:
+        """The folder here of the newest version, copied if it is new; None where the store has no such folder."""
+        for _ in range(3):
+            fs, files = self._list(url, name)
             if not files:
                 return None
             version = _version_of(url, files)
             if not (self.cache / version).is_dir():
-                write_folder(self.cache / version, self._copy(fs, files, name))
-            manifest = self._local.resolve_path(version, name)
+                content = self._copy(fs, files, name)
+                if _version_of(url, self._list(url, name)[1]) != version:
+                    continue  # some of its files were replaced while the others were copied
+                write_folder(self.cache / version, content)
             self._forget_older(url, version)
-            return Manifest(**{f: getattr(manifest, f) for f in Manifest.__dataclass_fields__} | {"source": url})
+            return version
+        raise AdapterRefused(f"The adapter {name!r} is being written to; ask for it again when it is whole.")
+
+    def _list(self, url: str, name: str) -> tuple[Any, list[dict[str, Any]]]:
+        try:
+            fs, path = self._fs(url)
+            fs.invalidate_cache()
+            return fs, [e for e in fs.ls(path, detail=True) if e["type"] == "file"] if fs.isdir(path) else []
+        except (OSError, ValueError) as error:
+            raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
 
     def _copy(self, fs: Any, files: list[dict[str, Any]], name: str) -> dict[str, bytes]:
         out: dict[str, bytes] = {}
