@@ -8,6 +8,7 @@ python -m benchmarks.serving_load [--rounds 40]
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -112,7 +113,7 @@ def main() -> None:
             if format == "peft":
                 rows.append({"what": f"PEFT, {kind}", "adapters": count - 1, **peft(Path(folder), count)})
                 print(rows[-1], flush=True)
-    write("serving_load", rows)
+    write("serving_load", rows, note=f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors.")
 
 
 if __name__ == "__main__":

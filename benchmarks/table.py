@@ -16,6 +16,7 @@ TITLES = {
     "many_adapters": "Many adapters on one base (8 layers × 512)",
     "inits": "Initialisation beside PEFT's (a process each, medians)",
     "memory": "Memory of a step by category (4 layers × 512, 512 tokens)",
+    "serving_load": "From a file to numbers ready to serve, one adapter of rank 8 at all linears (8 layers × 512), beside PEFT",
     "serving_policies": "Attainment of admission policies on the virtual clock (A10G, S2, 200 adapters, 6 s to the first token)",
     "import": "What importing adds to torch and transformers",
 }
