@@ -479,7 +479,7 @@ def test_probe_decides_by_time_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         assert product.how(W, W.dtype, 100, True)[0] is not p
         product.release()
         assert product.nbytes() == 0
-        ratio(0.9)
+        ratio(0.95)
         assert pk.Product().how(W, W.dtype, 100, True) == (None, False)
     ratio(0.5)
     assert pk.choose(nn.Parameter(torch.zeros(8, 8)), torch.float32).kind == pk.PLAIN  # trained: it would change

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rankwise as rw
 from rankwise.errors import AttachError, OptionError, TrainingError
+from rankwise.forms import packed
 from rankwise.train.memory import account
 from tests.models import batch_for, llama
 
@@ -211,3 +214,39 @@ def test_the_first_backward_names_missing_and_zero_gradients() -> None:
     ) as error:
         check_first_backward(adapter, params)
     assert sites[0] in str(error.value) and sites[6] in str(error.value)
+
+
+def test_a_resumed_run_multiplies_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed and plain products differ in the last bit, and a probe beside other work may decide otherwise than before."""
+    if not packed.packable(torch.zeros(1, 1)):
+        pytest.skip("this torch has no packed oneDNN products")
+    x = torch.randn(64, 512)
+
+    def begin(ratio: float) -> tuple[Any, Any, Any]:
+        monkeypatch.setattr(packed, "_choices", {})
+        monkeypatch.setattr(packed, "_ratio", lambda *_: ratio)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 300), nn.Tanh(), nn.Linear(300, 512))
+        adapter = rw.attach(model, {"targets": ["0", "2"], "r": 4})
+        return model, adapter, rw.Session(model, adapter, lr=1e-2, total_steps=6)
+
+    def steps(model: Any, session: Any, n: int) -> None:
+        for _ in range(n):
+            session.step_begin()
+            (model(x).square().mean() + session.penalty(None, {})).backward()
+            session.step()
+
+    model, adapter, session = begin(0.5)
+    steps(model, session, 3)
+    tensors, state = {k: t.detach().clone() for k, t in adapter.tensors().items()}, copy.deepcopy(session.state_dict())
+    steps(model, session, 3)
+    want = {k: t.detach().clone() for k, t in adapter.tensors().items()}
+    model, adapter, session = begin(2.0)
+    model(x.requires_grad_())  # chosen anew, as plain, before the state comes
+    for k, t in adapter.tensors().items():
+        t.data.copy_(tensors[k])
+    session.load_state_dict(state)
+    steps(model, session, 3)
+    kinds = {c.kind for m in (model[0], model[2]) for c in m._rankwise.fast.product.choices.values()}
+    assert "packed" in kinds, "the probe decided anew"
+    assert all(torch.equal(t, want[k]) for k, t in adapter.tensors().items())

@@ -107,6 +107,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     """
     import torch
 
+    from rankwise.forms.packed import probe
+
     rows = []
     for module, use, extra in _LIBRARIES:
         dist = {"sklearn": "scikit-learn", "yaml": "PyYAML"}.get(module, module)
@@ -121,6 +123,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }  # fmt: skip
     check = _self_check()
+    for dtype in (torch.float32, torch.bfloat16):
+        choice = probe(1024, 1024, dtype)
+        machine[f"frozen products in {str(dtype).removeprefix('torch.')}"] = f"{choice.kind} ({choice.why})"
     if json:
         emit_json({"machine": machine, "libraries": rows, "self_check": check})
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -43,10 +45,9 @@ def plan(
     if json:
         emit_json(report)
         return
-    rows = [(r["role"], r["sites"], r["shape"], r["rank"], r["trainable"]) for r in report["roles"]]
-    table(
-        f"{model}: {report['form']}", ["role", "places", "shape", "rank", "trainable"], rows, right=["places", "rank", "trainable"]
-    )
+    rows = [(r["role"], r["sites"], r["where"], r["shape"], r["rank"], r["trainable"]) for r in report["roles"]]
+    columns = ["role", "places", "where", "shape", "rank", "trainable"]
+    table(f"{model}: {report['form']}", columns, rows, right=["places", "rank", "trainable"])
     out.print(
         f"\n{report['trainable']:,} trainable of {report['base']:,} ({report['trainable'] / report['base']:.2%})", highlight=False
     )
@@ -57,6 +58,8 @@ def plan(
         [(k, size(v)) for k, v in report["memory"].items()],
         right=["bytes"],
     )
+    if report["product"]:
+        out.print(f"\nfrozen products: {report['product']}", highlight=False)
     out.print(f"\nabout {report['seconds_per_step']:.2g} s a step at {report['gflops']:.0f} GFLOP/s measured here", highlight=False)
 
 
@@ -69,21 +72,28 @@ def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     adapter = rw.attach(model, light, name="plan")
     try:
-        groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, str, int | None], list[str]] = defaultdict(list)
         per_site: dict[str, int] = defaultdict(int)
+        tensors: dict[str, dict[str, list[int]]] = defaultdict(dict)
         for key, p in adapter.named_parameters().items():
-            per_site[key.split("::")[0]] += p.numel()
+            owner, _, tensor = key.partition("::")
+            per_site[owner] += p.numel()
+            tensors[owner][tensor] = list(p.shape)
         for name, delta in adapter.sites.items():
             spec = delta.site.spec
-            groups[spec.role, "×".join(map(str, spec.shape)), delta.component_count()].append(per_site[name])
+            groups[spec.role, "×".join(map(str, spec.shape)), _rank(delta)].append(name)
+        copies, product = _products(adapter, batch * tokens)
         shared = sum(n for owner, n in per_site.items() if owner.startswith("bank:"))
         trainable = adapter.numel()
         saved = _saved(adapter, batch * tokens)
     finally:
         adapter.detach()
-    rows = [{"role": r, "shape": s, "rank": k, "sites": len(v), "trainable": sum(v)} for (r, s, k), v in groups.items()]
+    rows = [
+        {"role": r, "shape": s, "rank": k, "sites": len(v), "where": ", ".join(folded(v)), "trainable": sum(per_site[n] for n in v)}
+        for (r, s, k), v in groups.items()
+    ]
     if shared:
-        rows.append({"role": "shared", "shape": "banks", "rank": None, "sites": 1, "trainable": shared})
+        rows.append({"role": "shared", "shape": "banks", "rank": None, "sites": 1, "where": "rankwise", "trainable": shared})
     layers = max((d for d in [getattr(getattr(model, "config", None), "num_hidden_layers", 0)] if d), default=1)
     hidden = getattr(getattr(model, "config", None), "hidden_size", 0)
     memory = {
@@ -91,6 +101,7 @@ def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
         "adapter": 4 * trainable,
         "gradients": 4 * trainable,
         "optimiser state": 8 * trainable,
+        **({"packed copies of frozen weights": copies} if copies else {}),
         "adapter's saved activations": saved,
         "model's saved activations (about)": 16 * layers * hidden * batch * tokens * 4,
     }
@@ -98,9 +109,44 @@ def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
     flops = 4 * base * batch * tokens  # forward and the gradient of the input: no gradient of frozen weights
     return {
         "form": " + ".join(str(p.form if isinstance(p.form, str) else (p.form or {}).get("name")) for p in recipe.all_parts()),
-        "roles": rows, "trainable": trainable, "base": base, "memory": memory,
+        "roles": rows, "tensors": tensors, "product": product, "trainable": trainable, "base": base, "memory": memory,
         "gflops": gflops, "seconds_per_step": flops / gflops / 1e9,
     }  # fmt: skip
+
+
+def _rank(delta: Any) -> int | None:
+    """Rank-one components at a place; of a form whose tensors stand elsewhere (banks), the rank of its change."""
+    return delta.component_count() or (None if delta.site.spec.mode == "block" else delta.delta().exact_rank)
+
+
+def folded(names: Sequence[str]) -> list[str]:
+    """Names that differ in one number as one: ``layers.0.q``, ``layers.1.q`` → ``layers.{0…1}.q``."""
+    runs: dict[str, list[int]] = {}
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key, i = (name, -1) if number is None else (f"{name[: number.start()]}{{}}{name[number.end() :]}", int(number[0]))
+        runs.setdefault(key, []).append(i)
+    out = []
+    for key, found in runs.items():
+        whole = found == list(range(found[0], found[-1] + 1)) and len(found) > 1
+        shown = (
+            f"{{{found[0]}…{found[-1]}}}" if whole else str(found[0]) if len(found) == 1 else "{" + ",".join(map(str, found)) + "}"
+        )
+        out.append(key.replace("{}", shown, 1))
+    return out
+
+
+def _products(adapter: Any, rows: int) -> tuple[int, str | None]:
+    """(bytes of packed copies, how most frozen products run here and why), timed by the probe that a run decides by."""
+    from rankwise.forms.fast import foreseen
+    from rankwise.forms.packed import PACKED
+
+    found = [(c, d.site.spec.out * d.site.spec.inp) for d in adapter.sites.values() if (c := foreseen(d, rows)) is not None]
+    if not found:
+        return 0, None
+    copies = sum(8 * n for c, n in found if c.kind == PACKED)  # W and Wᵀ in fp32
+    choice = max(found, key=lambda f: f[1])[0]
+    return copies, f"{choice.kind} ({choice.why})"
 
 
 def _saved(adapter: Any, rows: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankwise.forms.fused import Factor, InputGroup, fusable, lora_linear
 from rankwise.forms.grouped import grouped_linear
 from rankwise.forms.lora import Pair
-from rankwise.forms.packed import PackedWeight, Product
+from rankwise.forms.packed import Choice, PackedWeight, Product, choose
 from rankwise.view import HERE
 
 if TYPE_CHECKING:
@@ -78,6 +78,24 @@ def _grouped(module: Any, fast: Fast, x: Tensor, view: View, acting: list[tuple[
     groups = [(a * tokens, b * tokens, f) for name, a, b in spans if name is not None for f in found.get(name, ())]
     packed, widen = _how(fast, x, module._parameters["weight"])
     return grouped_linear(x, module._parameters["weight"], module.bias, groups, packed=packed, widen=widen)
+
+
+def foreseen(form: Any, rows: int) -> Choice | None:
+    """How the frozen product at an attached ``form``'s place would run in a training step of ``rows`` rows, or None off the fast path."""
+    site = form.site
+    place = site.module.__dict__.get("_rankwise")
+    if type(form) is not Pair or place is None or not place.fast.plain or site.spec.rows is not None or site.spec.kind != "linear":
+        return None
+    weight = site.module._parameters["weight"]
+    return choose(weight, weight.dtype, rows)
+
+
+def forget(model: nn.Module) -> None:
+    """Let every place of ``model`` ask again how its product runs."""
+    for module in model.modules():
+        place = module.__dict__.get("_rankwise")
+        if place is not None:
+            place.fast.product.choices.clear()
 
 
 def _factors(view: View, acting: list[tuple[Tap, Tensor]]) -> list[Factor] | None:

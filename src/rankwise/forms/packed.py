@@ -14,13 +14,14 @@ import dataclasses
 import statistics
 import time
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 PLAIN, PACKED, WIDEN = "plain", "packed", "widen"
-PACK_GAIN = 0.85  # packing holds up to two copies of W, so it must save at least 15 % of the time
+PACK_GAIN = 0.9  # packing holds up to two copies of W, so it must save at least a tenth of the time
 WIDEN_GAIN = 0.8
 SMALL = 1 << 16  # numbers of W below which the call itself is the time
 WIDEN_BLOCK = 1 << 25  # numbers of W widened at a time (128 MiB in fp32)
@@ -160,7 +161,7 @@ def probe(out: int, inp: int, dtype: torch.dtype, rows: int = 1024, *, training:
     """How a frozen out×in product of ``rows`` rows runs best here; timed once per process, size class and thread count.
 
     The candidate and the plain product run in turn, so a busy neighbour slows both; the
-    candidate must win by a margin (15 % packed, 20 % widened) in the median and in the best run, and agree in value.
+    candidate must win by a margin (10 % packed, 20 % widened) in the median and in the best run, and agree in value.
 
     Args:
         out, inp: the weight's shape (timed at 256, 512 or 1,024 a side).
@@ -173,6 +174,20 @@ def probe(out: int, inp: int, dtype: torch.dtype, rows: int = 1024, *, training:
     if key not in _choices:
         _choices[key] = _probe(*size, dtype, training, device)
     return _choices[key]
+
+
+def chosen() -> list[list[Any]]:
+    """What this process has chosen so far, as plain data: a run's state keeps it, for packed and plain products differ in their last bit."""
+    return [[*key[:3], str(key[3]).removeprefix("torch."), *key[4:], c.kind, c.ratio] for key, c in _choices.items()]
+
+
+def choose_again(kept: Iterable[Sequence[Any]]) -> None:
+    """Take over the choices of :func:`chosen` instead of timing them anew, so that a resumed run gives the same bits."""
+    for out, inp, rows, dtype, training, device, threads, kind, ratio in kept:
+        if kind == PACKED and not packable(torch.zeros(1, 1)):
+            continue  # another machine, which cannot; its bits were other ones already
+        key = (out, inp, rows, getattr(torch, dtype), training, device, threads)
+        _choices[key] = Choice(kind, ratio, f"{kind}, as when the run began")
 
 
 def _class(n: int, classes: tuple[int, ...]) -> int:

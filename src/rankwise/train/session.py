@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rankwise.budgets.base import Budget, Run
 from rankwise.errors import OptionError, TrainingError
+from rankwise.forms import fast, packed
 from rankwise.losses.base import LossTerm
 from rankwise.optim.base import Param
 from rankwise.optim.optimizer import TransformOptimizer
@@ -233,6 +234,7 @@ class Session:
             "scheduler": self.scheduler.state_dict(),
             "budget": self.budget.state_dict() if self.budget is not None else {},
             "rng": rng_state(),
+            "products": packed.chosen(),
             "checked": not self._check,
         }
 
@@ -244,6 +246,8 @@ class Session:
             self.budget.load_state_dict(state["budget"])
             self.budget.start(self.run)
         set_rng_state(state["rng"])
+        packed.choose_again(state.get("products", ()))
+        fast.forget(self.model)
         self._check = not state["checked"]
 
 
