@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from rankwise.errors import OptionError
 from rankwise.serve.assemble import Server
 from rankwise.serve.engine import collect, run_until_idle
+from rankwise.serve.sched.fcfs import Fcfs
+from rankwise.serve.timing import Coefficients
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
 from tests.serve.rig import check_greedy, configure, server
 
@@ -130,6 +133,35 @@ def test_an_adapter_that_no_slot_can_hold_ends_its_request_alone() -> None:
     done = collect(lost)[1]
     assert done is not None and done.outcome is Outcome.REJECTED and "needs 2 cells" in done.message
     check_greedy(Request("mate", PROMPT), collect(mate)[0], (("eight", 1.0),))
+
+
+def test_an_adapter_that_is_still_being_read_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where its request has waited so long that what becomes free is kept for it."""
+    made = server(4, 30, 8, "bags", False, "default")
+    configure(made, max_running=4, step_tokens=16)
+    policy, fetched = Fcfs(max_wait=0.0), made.engine.adapters.fetch
+    reading: Future[Any] = Future()
+    monkeypatch.setattr(made.engine, "policy", policy)
+    monkeypatch.setattr(made.engine.queue, "policy", policy)
+    monkeypatch.setattr(made.engine.adapters, "fetch", lambda digest: (fetched(digest), reading)[1])
+    digest = made.cache.resolve("eight").digest
+    late = put(made, Request("late", PROMPT, Sampling(max_tokens=3), digest))
+    mate = put(made, Request("mate", PROMPT, Sampling(max_tokens=3)))
+    for _ in range(8):
+        made.engine.step()
+    assert len(collect(mate)[0]) == 3 and not late and policy.blocking is False
+    reading.set_result(fetched(digest).result())
+    made.cache.release(digest)
+    run_until_idle(made.engine)
+    check_greedy(Request("late", PROMPT), collect(late)[0], (("eight", 1.0),))
+
+
+def test_a_policy_sees_what_prompts_will_cost(made: Server) -> None:
+    answer(made, Request("r", PROMPT, Sampling(max_tokens=3)))
+    made.engine.pace.model.coefficients = Coefficients(0.1, 0.002, 0.002)
+    state = made.engine.queue._state()
+    assert state.chunk == 12 and state.seconds_per_prompt_token == pytest.approx(0.002)
+    assert state.seconds(30) == pytest.approx(3 * state.step_seconds + 0.06)
 
 
 def test_a_fault_in_a_step_ends_its_requests_and_the_next_are_served(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,12 @@ def test_the_published_rates() -> None:
         policy.stepped({}, [], n)
         rho, beta = int(0.7 * a + 0.3 * rho), max(int(0.7 * k + 0.3 * beta), 1)
         assert (policy.rho, policy.beta) == (rho, beta)
+    policy = EarlyAbort(every=1)
+    a, b = job("a", 1.0), job("b", 5.0)
+    for waiting in ([a, b], [a], [b, a]):  # b is let in and put back: it arrived once
+        policy.order(state(waiting, now=5))
+    policy.stepped({}, [], 5)
+    assert policy.rho == int(0.7 * 2 + 0.3)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -103,6 +103,7 @@ def test_routing_counts_limits_and_added_time() -> None:
     assert routing_cost(crowd, 8, 1.0, 1e-3, 0.0) == (0, pytest.approx(0.08 + 0.088))
     assert routing_cost(few, 64, 1.0, 1e-3, 0.0)[0] == 1  # 0.128 → 0.192 breaks 0.14 only
     assert routing_cost(few, 8, 0.1, 1e-3, 0.0)[0] == 1  # its own
+    assert routing_cost(Replica((64, 64), (0.1,)), 8, 1.0, 1e-3, 0.0)[0] == 0  # broken before
     assert routing_cost(crowd, 64, 1.0, 1e-3, 0.0, padded=True)[0] == 10  # 11·64: everybody pays for the largest rank
     assert route([few, crowd], 64, 1.0, 1e-3, 0.0) == 1 and route([few, crowd], 64, 1.0, 1e-3, 0.0, padded=True) == 0
     assert route([Replica((), (), room=False)], 8, 1.0, 1e-3, 0.0) is None

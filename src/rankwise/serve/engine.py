@@ -77,6 +77,7 @@ class Engine:
         self.queue = Scheduler(
             runner.page, total_blocks, index, adapters, policy, options, base, clock, self.pace.prompt_tokens, self._finish
         )
+        self.queue.token_seconds = self.pace.token_seconds
         self.counters: Counter[str] = self.queue.counters
         self.steps = 0
         self.error = ""

@@ -34,6 +34,11 @@ class Pace:
         budget = StepBudget(self.model.predict, self.step_tokens)
         return budget.split(decode, waiting, 0, self.slo)[0]
 
+    def token_seconds(self) -> float:
+        """Predicted seconds of one prompt token more, the mean over a full step; 0 before the first step."""
+        more = max(self.step_tokens - 1, 1)
+        return (self.model.predict(Load(1 + more)) - self.model.predict(Load(1))) / more
+
     def training_tokens(self, spent: float, waiting: int) -> int:
         """Training tokens that fit behind ``spent`` seconds of serving; a first few to learn their price."""
         if self.slo is None:

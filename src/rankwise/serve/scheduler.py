@@ -84,6 +84,7 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
         self.step_seconds = 0.0  # of the last step
+        self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
         self._asked = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
@@ -96,9 +97,11 @@ class Scheduler:
     def _state(self) -> State:
         for s in self.waiting.values():
             s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
+            s.job.ready = s.fetched is None or s.fetched.done()
+        chunk = max(self.options.step_tokens - self.options.max_running, 1)
         return State(
             self.clock(), [s.job for s in self.running.values()], [s.job for s in self.waiting.values()],
-            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds,
+            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds, self.token_seconds(), chunk,
         )  # fmt: skip
 
     def admit(self) -> None:
