@@ -153,7 +153,8 @@ class Roster(nn.Module):
                 module._gradient_checkpointing_func = _carrying(self, fn)
 
     def _checkpointed(self) -> list[Any]:
-        return [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
+        parts = [self.model, *(m for child in self.model.children() if child is not self for m in child.modules())]
+        return [m for m in parts if "_gradient_checkpointing_func" in m.__dict__]
 
     # --- the journal of moved weights -----------------------------------------------------------------------
     @torch.no_grad()

@@ -26,6 +26,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "losses": {"r": 2, "losses": ["ba_lora", "orthogonality"]},
     "embedding": {"r": 2, "targets": ["embed_tokens", "q_proj"]},
     "calibrated": {"r": 2, "init": "lora_ga", "optimizer": "lora_pro"},
+    "dropout": {"r": 2, "dropout": 0.3},
+    "dropout within": {"form": "dora", "r": 2, "dropout": 0.3},
     "frozen blocks": {"r": 2, "budget": {"name": "lisa", "blocks": 1, "every": 2}},
 }
 
@@ -97,6 +99,26 @@ def test_trajectories_equal_those_of_separate_runs() -> None:
         assert joint[j.name].losses == pytest.approx(alone.losses, abs=1e-5), j.name
         for k, t in alone.kept.items():  # type: ignore[attr-defined]
             assert torch.allclose(joint[j.name].kept[k], t, atol=2e-4), (j.name, k)  # type: ignore[attr-defined]
+
+
+def test_dropout_drops_its_share_anew_at_each_step_and_place() -> None:
+    model = llama()
+    r = Running(model, job("a", {"r": 2, "dropout": 0.25}), Collator.for_model(model, 0))
+    x = torch.ones(3, 400, 5)
+    mask = r._keeps("q", x, 0.25)
+    assert mask.unique().tolist() == pytest.approx([0, 4 / 3]) and mask.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(r._keeps("q", x[:, :100], 0.25), mask[:, :100]), "padding changes nothing"
+    assert not torch.equal(r._keeps("k", x, 0.25), mask)
+    r.losses.append(1.0)
+    assert not torch.equal(r._keeps("q", x, 0.25), mask)
+    plain = llama()
+    dry = Running(plain, job("a", {"r": 2}), Collator.for_model(plain, 0))
+    for running in (r, dry):
+        move(running.adapter)
+        running.model.train()
+    step(model, [r], Collator.for_model(model, 0))
+    step(plain, [dry], Collator.for_model(plain, 0))
+    assert r.losses[-1] != dry.losses[-1]
 
 
 def test_packed_rows_too() -> None:

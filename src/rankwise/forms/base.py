@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +90,7 @@ class SiteDelta(nn.Module):
         self.replaced = False  # True while this adapter's own weight stands in W's place
         self.base_weight: Tensor | None = None  # what an init wants W replaced by (base rule *replace*)
         self.residual = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
+        self.keeps: Callable[[str, Tensor, float], Tensor] | None = None  # (site, x, p) → dropout's mask; None: torch draws it
 
     # --- what every form fills in -------------------------------------------------------------------------
     def delta(self) -> Delta:
@@ -172,9 +173,11 @@ class SiteDelta(nn.Module):
             self.start_scale, self.residual = float(state["start_scale"]), True
 
     def drop(self, x: Tensor) -> Tensor:
-        if self.dropout and self.training and x.is_floating_point():
+        if not (self.dropout and self.training and x.is_floating_point()):
+            return x
+        if self.keeps is None:
             return nn.functional.dropout(x, self.dropout)
-        return x
+        return x * self.keeps(self.site.name, x, self.dropout)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy an init's values in, in the dtype of storage; the form completes what is left."""

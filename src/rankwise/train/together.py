@@ -5,13 +5,12 @@ under its job's adapter.  The loss is the sum of the jobs' own means, so every a
 optimiser, schedule, clipping, order of data and length are the job's own.  Rows of two jobs never meet: a job that diverges
 is stopped by name and the others do not notice, and one that ends makes room for the next.
 
-Trajectories are those of separate runs to rounding, unless something is drawn in the forward (dropout): then the draws
-differ, as they come from one generator for all rows.
+Trajectories are those of separate runs to rounding.  The adapters' dropout is drawn for each job, step and place apart, and
+alike however far rows are padded; what the base itself draws in training (a dropout of its own) is drawn for the batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -26,12 +25,15 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.attach import choose_sites
 from rankwise.errors import OptionError, RankwiseError, RecipeError
+from rankwise.forms.base import SiteDelta
 from rankwise.recipe import Recipe, build
-from rankwise.roster import Roster
+from rankwise.roster import Roster, roster_of
+from rankwise.seeds import generator
 from rankwise.store.names import check_name
 from rankwise.train.data import Collator, Example, Packed, Sampler
 from rankwise.train.data.tokens import IGNORED
 from rankwise.train.session import Session
+from rankwise.view import View, entered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,10 @@ class Running:
         except BaseException:
             self.adapter.detach()
             raise
+        for m in self.adapter.module.modules():
+            if isinstance(m, SiteDelta):
+                m.keeps = self._keeps
+        self.own = View(roster_of(model), {job.name: 1.0})
         self.losses: list[float] = []
         self.seconds = 0.0
         self.error: str | None = None
@@ -100,6 +106,14 @@ class Running:
     def done(self) -> bool:
         return self.error is not None or len(self.losses) >= self.job.steps
 
+    def _keeps(self, site: str, x: Tensor, p: float) -> Tensor:
+        """Dropout's mask of x (rows, tokens, …): 0 or 1/(1−p).  Tokens come first in the draw, so padding is drawn last."""
+        g = generator(self.job.recipe.seed, f"dropout {len(self.losses)}", site)
+        first = x.transpose(0, 1).shape if x.dim() > 2 else x.shape
+        drawn = torch.rand(first, generator=g)
+        kept = (drawn.transpose(0, 1) if x.dim() > 2 else drawn) >= p
+        return kept.to(x.device, x.dtype).div_(1 - p)
+
     def next_rows(self) -> list[Example | Packed]:
         return [self.job.rows[next(self._order)] for _ in range(self.job.batch)]
 
@@ -107,7 +121,7 @@ class Running:
         """Take the optimiser step after a backward; what forbids it stops this job alone."""
         self.losses.append(loss)
         try:
-            with rw.view(self.model, {self.job.name: 1.0}):
+            with entered(self.own):
                 self.session.step()
         except RankwiseError as error:
             self.stop(str(error))
@@ -242,7 +256,7 @@ def step(model: nn.Module, running: Sequence[Running], collator: Collator) -> No
     device = next(model.parameters()).device
     whole = collator([x for part in rows for x in part])
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in whole.items()}
-    with _view(model, running, rows):
+    with entered(_view(running, rows)):
         for r in running:
             r.session.step_begin()
         logits = model(**{"use_cache": False, **{k: v for k, v in batch.items() if k != "labels"}}).logits
@@ -264,11 +278,12 @@ def step(model: nn.Module, running: Sequence[Running], collator: Collator) -> No
         r.seconds += spent * len(part) / ends[-1]
 
 
-def _view(model: nn.Module, running: Sequence[Running], rows: Sequence[Sequence[Any]]) -> contextlib.AbstractContextManager[Any]:
+def _view(running: Sequence[Running], rows: Sequence[Sequence[Any]]) -> View:
     """Each row under its job's adapter; a job alone has the plain view, in which every form works."""
+    if len(running) == 1:
+        return running[0].own
     names = [r.job.name for r in running]
-    whose = None if len(names) == 1 else [n for n, part in zip(names, rows) for _ in part]
-    return rw.view(model, dict.fromkeys(names, 1.0), rows=whose)
+    return View(running[0].own.roster, dict.fromkeys(names, 1.0), [n for n, part in zip(names, rows) for _ in part])
 
 
 def _losses(logits: Tensor, labels: Tensor, cuts: Sequence[slice]) -> list[Tensor]:
@@ -283,5 +298,5 @@ def _losses(logits: Tensor, labels: Tensor, cuts: Sequence[slice]) -> list[Tenso
 def _penalty(r: Running, logits: Tensor, loss: Tensor, batch: dict[str, Any], cut: slice) -> Tensor:
     """What the job's own losses add, of its own rows."""
     mine = {k: v[cut] if isinstance(v, Tensor) else v for k, v in batch.items()}
-    with rw.view(r.model, {r.job.name: 1.0}):
+    with entered(r.own):
         return r.session.penalty(SimpleNamespace(logits=logits[cut], loss=loss), mine)
