@@ -2,9 +2,11 @@
 
 python -m examples.merge_domains [--steps 150] [--out docs/reports]
 
-Trains one LoRA a domain on the shipped base (and one on all domains together, with as many steps as all of them), merges
-them by every registered method that takes adapters, and writes a table, a picture of it and a sweep of interpolations
-between two of them.  Lower is better throughout: bits a byte on text that no adapter has read.
+Trains one LoRA a domain on the shipped base (and one on all domains together, with as many steps as all of them) and merges
+them by every registered method: all four at once; of methods between two, two of them; of methods of one, that one part of
+the way.  Soups are chosen, and their weights learnt, on documents that nothing trains on and no table reports.  Writes the
+tables and a picture with two sweeps: from adapter to adapter, and from the base past an adapter.  Lower is better
+throughout: bits a byte on text that no adapter has read.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from rankwise import assets, catalogue
 from rankwise.assets import tasks
 from rankwise.assets.measure import bits_per_byte
 from rankwise.errors import RankwiseError
-from rankwise.merge import attach_state, merge_states, read_state
+from rankwise.merge import Oracle, attach_state, merge_states, read_state
+from rankwise.merge.interpolation import path
+from rankwise.merge.interpolation import sweep as line
 from rankwise.train.compare import run_recipe, windows
 
 DOMAINS = ("prose", "xml", "email", "tables")
@@ -35,7 +39,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ties": {"lam": 0.8},
     "breadcrumbs": {"lam": 0.4},
     "knots": {"lam": 0.6},
+    "learned_soup": {"epochs": 2},
 }
+#: what is no merge of four finished adapters into one model
+ELSEWHERE = {"robust_signature": "a patch of robustness, not a mixture of tasks: see robustness_patch.md"}
+PAIR = ("prose", "xml")
 Scores = dict[str, float]
 
 
@@ -44,9 +52,28 @@ class Bench:
 
     def __init__(self, chars: int, seed: int = 0) -> None:
         self.model, self.tokenizer = assets.load_base()
-        self.texts = {n: tasks.domains()[n] for n in DOMAINS}
-        self.held = {n: "\n".join(test)[:chars] for n, (_, test) in self.texts.items()}
-        self.batches = {n: windows(self.tokenizer, train, 128, 8, seed) for n, (train, _) in self.texts.items()}
+        texts = {n: (list(tasks.domains()[n][0]), tasks.domains()[n][1]) for n in DOMAINS}
+        self.held = {n: "\n".join(test)[:chars] for n, (_, test) in texts.items()}
+        self.choosing = {n: self._spare(train, max(chars // 4, 2_000)) for n, (train, _) in texts.items()}
+        self.batches = {n: windows(self.tokenizer, train, 128, 8, seed) for n, (train, _) in texts.items()}
+        rows = [windows(self.tokenizer, docs, 128, 2, seed)[:3] for docs in self.choosing.values()]
+        self.oracle = Oracle(self.model, self._choose, batches=[b for group in zip(*rows, strict=False) for b in group])
+
+    def _spare(self, train: list[str], chars: int) -> list[str]:
+        """The last documents, taken out of what is trained on."""
+        spare: list[str] = []
+        while sum(map(len, spare)) < chars:
+            spare.append(train.pop())
+        return spare
+
+    def _choose(self, model: Any) -> float:
+        """Mean over the domains of the spare documents' bits a byte."""
+        return statistics.mean(bits_per_byte(model, self.tokenizer, ["\n".join(d)]) for d in self.choosing.values())
+
+    def judge(self, domains: tuple[str, ...]) -> Oracle:
+        """A split for each of some domains' reported text."""
+        score = lambda n: lambda m: bits_per_byte(m, self.tokenizer, [self.held[n]])
+        return Oracle(self.model, {n: score(n) for n in domains})
 
     def scores(self) -> Scores:
         self.model.eval()
@@ -66,75 +93,91 @@ class Bench:
             adapter.detach()
 
 
-def merged(bench: Bench, states: list[Any]) -> dict[str, tuple[Scores, float] | str]:
-    """Every method's scores and mean distance from the weighted sum, or why it does not apply."""
-    out: dict[str, tuple[Scores, float] | str] = {}
-    for m in catalogue.methods("merge"):
-        if not getattr(m.cls, "adapters", False) or m.cls().needs_oracle:
-            continue
-        options = OPTIONS.get(m.name, {})
+def merged(bench: Bench, states: list[Any], names: list[str]) -> dict[str, Scores | str]:
+    """Each method's scores, or why it does not apply."""
+    out: dict[str, Scores | str] = {}
+    for name in names:
+        options, rule = OPTIONS.get(name, {}), catalogue.find("merge", name).cls()
         weights = [1.0] * len(states) if "lam" in options else None
         try:
-            state = merge_states(states, weights, m.name, **options)
+            out[name] = bench.of(merge_states(states, weights, name, oracle=bench.oracle if rule.needs_oracle else None, **options))
         except RankwiseError as refusal:
-            out[m.name] = str(refusal)
-            continue
-        out[m.name] = bench.of(state), statistics.mean(state.meta["errors"].values())
+            out[name] = str(refusal)
+        print(name, out[name], flush=True)
     return out
 
 
-def sweep(bench: Bench, a: Any, b: Any, pair: tuple[str, str]) -> dict[float, Scores]:
-    found = {}
-    for i in range(-1, 12):
-        t = i / 10
-        s = bench.of(merge_states([a, b], [1 - t, t], "task_arithmetic"))
-        found[t] = {n: s[n] for n in pair}
-    return found
+def names_of(count: int | None) -> list[str]:
+    """Methods of adapters that take so many sources, or any number."""
+    rules = {m.name: m.cls for m in catalogue.methods("merge") if getattr(m.cls, "adapters", False)}
+    return [n for n, cls in rules.items() if cls.count == count and n not in ELSEWHERE]  # type: ignore[attr-defined]
 
 
-def table(base: Scores, rows: dict[str, Scores], best: Scores) -> list[str]:
+def swept(bench: Bench, states: dict[str, Any], far: str) -> tuple[dict[float, Scores], dict[float, Scores]]:
+    """From one of the pair to the other and a little past both; from the base to ``far``'s adapter and past it, on all domains."""
+    grid = [round(-0.2 + 0.1 * i, 1) for i in range(15)]
+    first, second = (states[n] for n in PAIR)
+    across = {p.lam: p.scores for p in line(bench.judge(PAIR), first, second, grid)}
+    away = {p.lam: p.scores for p in path(bench.judge(DOMAINS), states[far], [round(0.125 * i, 3) for i in range(13)])}
+    return across, away
+
+
+def table(base: Scores, rows: dict[str, Scores], best: Scores, domains: tuple[str, ...] = DOMAINS) -> list[str]:
     """A line a row: bits a byte by domain, and the mean share of the single adapters' gain that is kept."""
-    lines = ["| adapter | " + " | ".join(DOMAINS) + " | gain kept |", "|---" * (len(DOMAINS) + 2) + "|"]
+    lines = ["| adapter | " + " | ".join(domains) + " | gain kept |", "|---" * (len(domains) + 2) + "|"]
     for name, s in rows.items():
-        kept = statistics.mean((base[d] - s[d]) / (base[d] - best[d]) for d in DOMAINS)
-        lines.append(f"| {name} | " + " | ".join(f"{s[d]:.3f}" for d in DOMAINS) + f" | {kept:+.0%} |")
+        kept = statistics.mean((base[d] - s[d]) / (base[d] - best[d]) for d in domains)
+        lines.append(f"| {name} | " + " | ".join(f"{s[d]:.3f}" for d in domains) + f" | {kept:+.0%} |")
     return lines
 
 
-def draw(base: Scores, rows: dict[str, Scores], best: Scores, swept: dict[float, Scores], path: Path) -> None:
+def draw(base: Scores, rows: dict[str, Scores], best: Scores, across: dict[float, Scores], away: dict[float, Scores], far: str, to: Path) -> None:  # fmt: skip
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 0.6 + 0.27 * len(rows)), constrained_layout=True, width_ratios=[3, 2])
+    fig = plt.figure(figsize=(12, 1.2 + 0.25 * len(rows)), constrained_layout=True)
+    grid = fig.add_gridspec(2, 2, width_ratios=[3, 2])
+    left, right, low = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
     kept = {n: [(base[d] - s[d]) / (base[d] - best[d]) for d in DOMAINS] for n, s in rows.items()}
     names = sorted(rows, key=lambda n: statistics.mean(kept[n]))
+    edge = -0.6
     for j, d in enumerate(DOMAINS):
-        left.scatter([kept[n][j] for n in names], range(len(names)), s=22, color=f"C{j}", label=d, zorder=3)
+        inside = [(kept[n][j], i) for i, n in enumerate(names) if kept[n][j] >= edge]
+        left.scatter(*zip(*inside, strict=True), s=22, color=f"C{j}", label=d, zorder=3)
+        off = [i for i, n in enumerate(names) if kept[n][j] < edge]
+        left.scatter([edge] * len(off), off, s=26, marker="<", color=f"C{j}", zorder=3, clip_on=False)
     left.barh(range(len(names)), [statistics.mean(kept[n]) for n in names], color="#e3e8ef", height=0.7)
     left.set_yticks(range(len(names)), names, fontsize=8.5)
     left.axvline(0, color="#c44", lw=1, ls="--")
     left.axvline(1, color="#888", lw=1, ls="--")
-    left.set(xlabel="share of the single adapter's gain (bar: mean)", xlim=(-0.6, 1.25))
+    left.set(
+        xlabel="share of the single adapter's gain (bar: mean; ◂: off the picture)",
+        xlim=(edge, 1.25),
+        ylim=(-0.7, len(names) - 0.3),
+    )
     left.legend(frameon=False, fontsize=8.5, loc="lower right")
-    for j, d in enumerate(next(iter(swept.values()))):
-        right.plot(list(swept), [s[d] for s in swept.values()], marker="o", ms=3, color=f"C{DOMAINS.index(d)}", label=d)
-        right.axhline(base[d], color=f"C{DOMAINS.index(d)}", lw=1, ls=":")
-    a, b = next(iter(swept.values()))
-    right.set(xlabel=f"λ: (1 − λ)·{a} + λ·{b}", ylabel="bits a byte (dotted: the base)")
-    right.legend(frameon=False, fontsize=8.5)
-    for ax in (left, right):
+    for ax, found in ((right, across), (low, away)):
+        for d in next(iter(found.values())):
+            ax.plot(list(found), [s[d] for s in found.values()], marker="o", ms=3, color=f"C{DOMAINS.index(d)}", label=d)
+            ax.axhline(base[d], color=f"C{DOMAINS.index(d)}", lw=1, ls=":")
+        ax.set_ylabel("bits a byte (dotted: the base)")
+        ax.legend(frameon=False, fontsize=8.5)
+    right.set(xlabel=f"λ·{PAIR[0]} + (1 − λ)·{PAIR[1]}")
+    low.set(xlabel=f"base + α·{far}")
+    for ax in (left, right, low):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    fig.savefig(path)
+    fig.savefig(to)
     plt.close(fig)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--chars", type=int, default=16_000, help="characters of held-out text a domain")
+    parser.add_argument("--far", choices=DOMAINS, default="email", help="whose adapter is followed from the base")
     parser.add_argument("--out", type=Path, default=Path("docs/reports"))
     a = parser.parse_args()
     bench = Bench(a.chars)
@@ -152,24 +195,36 @@ def main() -> None:
         together = [b for group in zip(*bench.batches.values(), strict=False) for b in group]
         bench.train("together", together, len(DOMAINS) * a.steps, folder)
         rows["multi-task"] = bench.of(read_state(bench.model, folder / "together"))
-        best = {d: rows[f"only {d}"][d] for d in DOMAINS}
-        notes = []
-        for name, got in merged(bench, list(states.values())).items():
-            if isinstance(got, str):
-                notes.append(f"- {name}: {got}")
-            else:
-                rows[name] = got[0]
-            print(name, got, flush=True)
-        swept = sweep(bench, states["prose"], states["xml"], ("prose", "xml"))
+    best = {d: rows[f"only {d}"][d] for d in DOMAINS}
+    notes = [f"- {n}: {why}." for n, why in ELSEWHERE.items()]
+    found = merged(bench, list(states.values()), names_of(None))
+    two = merged(bench, [states[n] for n in PAIR], [*names_of(2), "average", "ties"])
+    one = merged(bench, [states[a.far]], names_of(1))
+    for name, got in {**found, **two, **one}.items():
+        if isinstance(got, str):
+            notes.append(f"- {name}: {got}")
+    rows |= {n: s for n, s in found.items() if not isinstance(s, str)}
+    pair = (
+        {"base": base} | {f"only {n}": rows[f"only {n}"] for n in PAIR} | {n: s for n, s in two.items() if not isinstance(s, str)}
+    )
+    alone = {"base": base, f"only {a.far}": rows[f"only {a.far}"]} | {n: s for n, s in one.items() if not isinstance(s, str)}
+    across, away = swept(bench, states, a.far)
     a.out.mkdir(parents=True, exist_ok=True)
-    draw(base, rows, best, swept, a.out / "merging.svg")
+    draw(base, rows, best, across, away, a.far, a.out / "merging.svg")
+    least = min(away, key=lambda t: statistics.mean(away[t].values()))
     text = [
         "# Merging adapters of four domains", "",
         f"`python -m examples.merge_domains --steps {a.steps} --chars {a.chars}`: LoRA of rank 8 on every linear of the shipped base, {a.steps} steps of 8 × 128 tokens "
         f"a domain (the multi-task one {len(DOMAINS) * a.steps}); bits a byte on {a.chars:,} held-out characters of each; torch {torch.__version__}, seed 0. "
-        "*Gain kept*: the mean share of what each domain's own adapter gains over the base.", "",
-        *table(base, rows, best), "", "![share of the gain kept by each merge; interpolation between two adapters](merging.svg)", "",
-        f"Options other than the defaults (weight 1 a source there, 1/4 elsewhere): {', '.join(f'{n} {o}' for n, o in OPTIONS.items())}.",
+        "*Gain kept*: the mean share of what each domain's own adapter gains over the base. Soups are chosen on other documents, "
+        f"about {a.chars // 4:,} characters a domain.", "",
+        *table(base, rows, best), "", "![share of the gain kept by each merge; sweeps between two adapters and along one](merging.svg)", "",
+        f"Options other than the defaults (weight 1 a source where λ is among them): {', '.join(f'{n} {o}' for n, o in OPTIONS.items())}.", "",
+        f"## Two of them: {PAIR[0]} and {PAIR[1]}", "", "Methods that are between two sources, beside two that are not.", "",
+        *table(base, pair, best, PAIR), "",
+        f"## One of them, part of the way: {a.far}", "",
+        f"`robust_interpolation` at its α = 0.75. Along the path drawn above, the mean over the four domains is lowest at α = {least:g}.", "",
+        *table(base, alone, best, DOMAINS),
         *(["", "Not applied:", *notes] if notes else []),
     ]  # fmt: skip
     (a.out / "merging.md").write_text("\n".join(text) + "\n", encoding="utf-8")

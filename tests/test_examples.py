@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[list[str], str]] = {
 }
 LONG = {
     "soup": (["--steps", "2", "--chars", "3000"], r"learned soup +\d\.\d+ +\d\.\d+ +(\d\.\d\d ?){4}"),
-    "robustness_patch": (["--steps", "2"], r"taken off \(bit-equal\) \| \d\d\.\d \| \d\d\.\d \| \d\d\.\d"),
+    "robustness_patch": (["--steps", "2", "--seeds", "1"], r"taken off \(bit-equal\) \| \d\d\.\d \| \d\d\.\d \| \d\d\.\d"),
     "merge_domains": (["--steps", "2", "--chars", "400", "--out", "made"], r"multi-task|ties"),
 }
 

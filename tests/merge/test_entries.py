@@ -117,3 +117,16 @@ def test_the_threshold_of_a_long_vector_is_the_sorted_one(kind: str) -> None:
         assert value == float(ordered[at])
         assert (larger, equal) == (int((x > value).sum()), int((x == value).sum()))
         assert larger <= at < larger + equal
+
+
+@pytest.mark.parametrize("elect", ["total", "frequency", "weighted"])
+def test_where_ties_is_not_zero_it_has_the_elected_sign(elect: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    rows = [torch.randn(40, 30, generator=g, dtype=torch.float64) for _ in range(5)]
+    w = (0.5, 1.5, 1.0, 0.7, 0.3)
+    made = make("merge", "ties", density=0.3, elect=elect).entries(stack(*rows, weights=w), 0)
+    trimmed = torch.stack([kept(Top(0.3), x) for x in rows])
+    column = torch.tensor(w, dtype=torch.float64).view(-1, 1, 1)
+    vote = {"total": trimmed, "frequency": trimmed.sign(), "weighted": column * trimmed}[elect].sum(0)
+    sign = torch.where(vote >= 0, 1.0, -1.0).double()
+    assert bool((made != 0).any()) and torch.equal(made.sign()[made != 0], sign[made != 0])

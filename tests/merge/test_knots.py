@@ -37,6 +37,13 @@ def test_sum_without_pruning_is_the_weighted_sum() -> None:
         merge_states([a, b], None, "knots", rule="vote")
 
 
+def test_at_density_one_the_mean_is_over_those_that_agree_in_the_joint_basis() -> None:
+    """Sources whose coordinates nowhere disagree: Σ/T, the divisor being the count of non-zero entries."""
+    a = source(0)
+    got = merge_states([a, a.scaled(3.0)], [1.0, 1.0], "knots", density=1.0, lam=1.0)
+    assert torch.allclose(dense(got), 2 * dense(a), atol=1e-5)
+
+
 def test_beats_ties_where_the_tasks_live_in_one_turned_basis() -> None:
     """Both sources are few coordinates of one hidden basis plus noise: pruning there keeps the tasks, pruning entries does not."""
     g = torch.Generator().manual_seed(0)

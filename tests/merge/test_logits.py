@@ -109,6 +109,13 @@ def test_identities_of_the_card() -> None:
     assert torch.equal(dynamic(T, logits=peaked, cap=1.5), torch.full((3, 1), 1.5).double())  # out of reach
     order = dynamic(U, T, cap=9.0).flip(-1)
     assert torch.allclose(order, dynamic(T, U, cap=9.0), atol=1e-9)
+    delta, base = LOGITS["t"] - LOGITS["S"], LOGITS["L"].log_softmax(-1)
+    shift = lambda alpha: ((q := (LOGITS["L"] + alpha * delta).log_softmax(-1)).exp() * (q - base)).sum(-1)
+    steps = torch.stack([shift(i / 20) for i in range(61)])
+    assert bool((steps.diff(dim=0) >= -1e-12).all()), "KL(p_α‖p_L) does not fall as α ≥ 0 grows"
+    p = base.exp()
+    spread = (p * delta.square()).sum(-1) - (p * delta).sum(-1).square()
+    assert torch.allclose(shift(1e-3), 0.5e-6 * spread, rtol=2e-2)  # ½·α²·Var for small α
     alone = torch.cat([dynamic(T, U, logits={n: v[i : i + 1] for n, v in LOGITS.items()}) for i in range(3)])
     assert torch.allclose(alone, dynamic(T, U), atol=1e-9)  # a row does not depend on its batch
 

@@ -25,6 +25,15 @@ def test_svd_is_eckart_young_and_cat_exact() -> None:
     assert torch.allclose(dense(merge_states([a, b], [0.7, -0.3], "cat")), 0.7 * dense(a) - 0.3 * dense(b), atol=1e-6)
 
 
+def test_svd_at_the_sum_s_rank_is_cat_and_linear_s_cross_terms_are_told() -> None:
+    a, b = source(0), source(1)
+    whole = merge_states([a, b], [0.7, 0.3], "svd", rank=6)
+    assert torch.allclose(dense(whole), dense(merge_states([a, b], [0.7, 0.3], "cat")), atol=1e-6)
+    assert whole.meta["truncation"]["x"] < 1e-6
+    twins = merge_states([a] * 3, None, "linear")  # T times the adapter, and the report says so
+    assert torch.allclose(dense(twins), 3 * dense(a), atol=1e-5) and twins.meta["errors"]["x"] == pytest.approx(2.0, abs=1e-5)
+
+
 def test_linear_has_the_cross_terms() -> None:
     a, b = source(0), source(1)
     (A1, B1), (A2, B2) = a.sites["x"].factors(), b.sites["x"].factors()

@@ -57,6 +57,17 @@ def test_spherical_means_bisect_and_agree_with_the_naive_iteration() -> None:
         merged("karcher", E0, -E0)
 
 
+def test_karcher_of_two_is_half_the_great_circle_at_their_mean_norm() -> None:
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randn(9, generator=g).double(), 3 * torch.randn(9, generator=g).double()
+    half = merged("slerp", a / a.norm(), b / b.norm(), t=0.5)
+    want = half / half.norm() * (a.norm() + b.norm()) / 2
+    assert torch.allclose(merged("karcher", a, b, iterations=50, tol=1e-12), want, atol=1e-6)
+    equal = b / b.norm() * a.norm()
+    for t in (0.2, 0.5, 0.9):
+        assert float(merged("slerp", a, equal, t=t).norm()) == pytest.approx(float(a.norm()), rel=1e-6), "equal norms are kept"
+
+
 def test_model_stock_trusts_what_agrees() -> None:
     assert torch.allclose(merged("model_stock", E0, E1), torch.zeros(3, dtype=torch.float64), atol=1e-9), "orthogonal: the base"
     assert torch.allclose(merged("model_stock", E0, E0, E0), E0.double(), atol=1e-9), "equal: their mean"
