@@ -1,17 +1,20 @@
-"""Time and peak memory of merging beside PEFT's ``add_weighted_adapter``, each in a process of its own, in turn; and at scale.
+"""Time of merging beside PEFT's ``add_weighted_adapter`` and mergekit, in turn in one process; peak memory; and at scale.
 
 python -m benchmarks.merge [--rounds 3] [--hidden 512]
+python -m benchmarks.merge --memory [--hidden 512]
 python -m benchmarks.merge --scale [--layers 16] [--adapters 100] [--hidden 2048] [--folder DIR]
 
-The first: 2 and 8 adapters of rank 16 on a 4-layer model, in memory on both sides.  ``ties`` and ``dare`` are PEFT's
-``ties_svd`` and ``dare_linear_svd`` (ours are always of ΔW).  The second: adapters of a 1B-shaped model, written as PEFT
-folders one by one and merged from there, one site at a time; the peak is beside what the process held before, and beside
-the result.
+The first: 2 and 8 adapters of rank 16 on a 4-layer model, from adapters in a model to a merged one in it on both sides;
+``ties`` and ``dare`` are PEFT's ``ties_svd`` and ``dare_linear_svd`` (ours are always of ΔW).  Where mergekit is installed,
+also two whole models of that size by the same YAML, from folders to a folder.  The second: each in a process of its own,
+for the peak.  The third: adapters of a 1B-shaped model, written as PEFT folders one by one and merged from there, one site
+at a time; the peak is beside what the process held before, and beside the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import statistics
@@ -24,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import llama, write
+from benchmarks.common import interleaved, llama, ratios, write
 
 R = 16
 METHODS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
@@ -84,6 +87,103 @@ def theirs(model: Any, method: str, count: int) -> Any:
         net.add_adapter(n, config)
     _, _, kind, options = METHODS[method]
     return lambda: net.add_weighted_adapter(names, [1 / count] * count, "merged", combination_type=kind, **options)
+
+
+def beside_peft(rounds: int, hidden: int) -> list[dict[str, Any]]:
+    """Medians, and the median over rounds of our time over theirs."""
+    rows = []
+    for count in (2, 8):
+        for method in METHODS:
+            mine, other = llama(hidden, 4), llama(hidden, 4)
+            merge, add = ours(mine, method, count), theirs(other, method, count)
+
+            def rankwise(merge: Any = merge) -> None:
+                merge().detach()
+
+            def peft(add: Any = add, net: Any = other) -> None:
+                add()
+                for m in net.modules():
+                    if hasattr(m, "delete_adapter"):
+                        m.delete_adapter("merged")
+                net.peft_config.pop("merged", None)
+
+            times = interleaved({"rankwise": rankwise, "peft": peft}, rounds, warm=0)
+            share = ratios(times, "peft")
+            for who, found in times.items():
+                rows.append(
+                    {
+                        "method": method,
+                        "sources": f"{count} adapters",
+                        "what": who,
+                        "s": statistics.median(found),
+                        "over peft": share[who],
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+#: mergekit's name → what its YAML says beside the models; a base and two models, or two
+WHOLE: dict[str, dict[str, Any]] = {
+    "linear": {}, "task_arithmetic": {"base": True}, "ties": {"base": True, "density": 0.2}, "dare_ties": {"base": True, "density": 0.5},
+    "sce": {"base": True, "weightless": True}, "slerp": {"t": 0.3}, "karcher": {"weightless": True},
+}  # fmt: skip
+
+
+def beside_mergekit(rounds: int, hidden: int) -> list[dict[str, Any]]:
+    """The same file given to both; the result's largest difference is told."""
+    if importlib.util.find_spec("mergekit") is None:
+        print("mergekit is not installed: left out")
+        return []
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    from rankwise.merge.mergekit import merge_yaml
+
+    rows = []
+    with tempfile.TemporaryDirectory() as spare:
+        where = {}
+        for i, n in enumerate(("base", "a", "b")):
+            net = llama(hidden, 4)
+            g = torch.Generator().manual_seed(i)
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.add_(0.01 * i * torch.randn(p.shape, generator=g))
+            net.save_pretrained(Path(spare) / n)
+            where[n] = str(Path(spare) / n)
+        options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+        for method, extra in WHOLE.items():
+            data = _yaml(method, dict(extra), where)
+            turn = iter(range(10**6))
+            new = lambda who, turn=turn: str(Path(spare) / f"{who}{next(turn)}")
+            runs = {
+                "rankwise": lambda d=data, new=new: merge_yaml(d, new("r")),
+                "mergekit": lambda d=data, new=new: run_merge(MergeConfiguration.model_validate(d), new("m"), options),
+            }
+            times = interleaved(runs, rounds, warm=1)
+            share = ratios(times, "mergekit")
+            for who, found in times.items():
+                rows.append(
+                    {
+                        "method": method,
+                        "sources": "2 whole models",
+                        "what": who,
+                        "s": statistics.median(found),
+                        "over mergekit": share[who],
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _yaml(method: str, extra: dict[str, Any], where: dict[str, str]) -> dict[str, Any]:
+    own = {} if extra.pop("weightless", False) or "t" in extra else {"weight": 0.5}
+    own |= {"density": extra.pop("density")} if "density" in extra else {}
+    names = ["b"] if "t" in extra else ["a", "b"]
+    base = {"base_model": where["base"]} if extra.pop("base", False) else {"base_model": where["a"]} if "t" in extra else {}
+    models = [{"model": where[n]} | ({"parameters": own} if own else {}) for n in names]
+    return {"merge_method": method, "models": models, "dtype": "float32", **base} | ({"parameters": extra} if extra else {})
 
 
 # --- at scale --------------------------------------------------------------------------------------------------
@@ -165,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hidden", type=int)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=100)
@@ -179,19 +280,17 @@ def main() -> None:
         print(json.dumps(scale_child(a.scale_child, [str(Path(a.folder, f"{t:03d}")) for t in range(a.adapters)])))
     elif a.scale:
         scale(a)
-    else:
+    elif a.memory:
         rows = []
         for method in METHODS:
             for count in (2, 8):
-                seen: dict[str, list[dict[str, float]]] = {"rankwise": [], "peft": []}
-                for _ in range(a.rounds):
-                    for who in seen:
-                        seen[who].append(run("--child", who, method, str(count), "--hidden", str(a.hidden)))
-                for who, runs in seen.items():
-                    middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-                    rows.append({"method": method, "adapters": count, "what": who, **middle})
+                for who in ("rankwise", "peft"):
+                    found = run("--child", who, method, str(count), "--hidden", str(a.hidden))
+                    rows.append({"method": method, "adapters": count, "what": who, **found})
                     print(rows[-1], flush=True)
-        write("merge", rows)
+        write("merge_memory", rows)
+    else:
+        write("merge", [*beside_peft(a.rounds, a.hidden), *beside_mergekit(a.rounds, a.hidden)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ TITLES = {
     "memory": "Memory of a step by category (4 layers × 512, 512 tokens)",
     "serving_load": "From a file to numbers ready to serve, one adapter of rank 8 at all linears (8 layers × 512), beside PEFT",
     "serving_policies": "Attainment of admission policies on the virtual clock (A10G, S2, 200 adapters, 6 s to the first token)",
+    "merge": "Merging beside PEFT and mergekit, in turn in one process",
+    "merge_memory": "Peak memory of merging (a process each)",
+    "merge_scale": "A hundred adapters of rank 16 on a 1B-shaped model, merged from folders site by site",
     "import": "What importing adds to torch and transformers",
 }
 

@@ -82,12 +82,17 @@ def _tables(found: Any, names: Sequence[str]) -> None:
     table("adapters", ["adapter", "places", "rank", "‖ΔW‖"], rows, right=["places", "rank", "‖ΔW‖"])
     whole = found.over()
     shown = _shown(whole)
-    lines = [(_pair(names, p), "all", *(r[k] for k in _KEYS)) for p, r in whole.items()]
+    lines = [(_pair(names, p), "all", *(f"{r[k]:z.2f}" for k in _KEYS)) for p, r in whole.items()]
     for role, sites in _roles(found).items():
-        lines += [(_pair(names, p), role, *(r[k] for k in _KEYS)) for p, r in found.over(sites).items() if p in shown]
+        rows_ = found.over(sites).items()
+        lines += [(_pair(names, p), role, *(f"{r[k]:z.2f}" for k in _KEYS)) for p, r in rows_ if p in shown]
     order = {p: i for i, p in enumerate(dict.fromkeys(line[0] for line in lines))}
     out.print()
-    table("pairs", ["pair", "role", *_HEADS], sorted(lines, key=lambda line: order[line[0]]), right=_HEADS)
+    ordered, last = [], ""
+    for line in sorted(lines, key=lambda line: order[line[0]]):
+        ordered.append(line if line[0] != last else ("", *line[1:]))  # a pair is named once
+        last = line[0]
+    table("pairs", ["pair", "role", *_HEADS], ordered, right=_HEADS)
     if len(whole) > len(shown):
         out.print(f"by role: the {len(shown)} pairs most alike; --json has all", highlight=False)
     out.print(
@@ -152,7 +157,7 @@ def _heat(fig: Any, ax: Any, found: Any, names: Sequence[str]) -> None:
         for i in ticks:
             for j in ticks:
                 v = cosines[i, j]
-                ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=9, color="white" if abs(v) > 0.6 else "black")
+                ax.text(j, i, f"{v:z.2f}", ha="center", va="center", fontsize=9, color="white" if abs(v) > 0.6 else "black")
     ax.set_title("cosine of the changes", fontsize=11)
     fig.colorbar(image, ax=ax, shrink=0.8)
 
@@ -172,7 +177,8 @@ def _angles(ax: Any, found: Any, names: Sequence[str], shown: Sequence[tuple[int
     ax.axhline(chance, color="0.35", lw=1, ls=":")
     most = max(max(len(p.left), len(p.right)) for p in here)
     ax.set_xticks(range(1, most + 1, 1 + most // 12))
-    ax.text(most, chance, "by chance (r.m.s.)", fontsize=8, color="0.35", ha="right", va="bottom")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    ax.text(most, chance + 0.015, "by chance (r.m.s.)", fontsize=8, color="0.35", ha="right", va="bottom", bbox=box, zorder=4)
     ax.plot([], [], "-", color="0.35", label="columns (B)")
     ax.plot([], [], "--", color="0.35", label="rows (A)")
     ax.set_ylim(0, 1.03)
