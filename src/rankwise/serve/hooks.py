@@ -60,6 +60,7 @@ class Bundle:
         self.bias = [b if isinstance(b := getattr(m, "bias", None), Tensor) else None for m in modules]
         self.packed: Tensor | None = None
         self.together = False
+        self.changed = False
         self.key: Tensor | None = None
         self.flat: Tensor
         self.ys: list[Tensor | None] = []
@@ -97,7 +98,7 @@ class Bundle:
         if not self.together:
             return self._run(flat)
         if not self.ys or self.ys[j] is None:  # the second: a module called again with the same object
-            self.ys = list(self._run(flat).split(self.group.outs, -1))
+            self.ys, self.changed = list(self._run(flat).split(self.group.outs, -1)), False
         y = self.ys[j]
         assert y is not None
         self.ys[j] = None
@@ -105,6 +106,17 @@ class Bundle:
 
     def _run(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.joint_bias, "none", [], "")
+
+    def change(self, op: DeltaOp, j: int, y: Tensor, at_once: bool) -> None:
+        """Add what ``op`` computes to ``y``, the output of module ``j``; with ``at_once`` to its siblings' that wait too."""
+        if at_once and len(self.group.outs) == 1:
+            op.apply(self.group, self.flat, [y])
+        elif at_once and self.together:
+            if not self.changed:  # so this is the first of them, and the others are all there
+                op.apply(self.group, self.flat, [y if other is None else other for other in self.ys])
+                self.changed = True
+        else:
+            op.expand(self.group, j, self.shrunk(op), y)
 
     def shrunk(self, op: DeltaOp) -> Tensor:
         if self.v is None:
@@ -146,7 +158,8 @@ class Hook:
             base = y[rows] if bias is None else y[rows] - bias
             added.append((rows, sum(fn(x[rows], base) for fn in loose)))
         if changes.op is not None and bundle.group.name in changes.groups:
-            changes.op.expand(bundle.group, self.j, bundle.shrunk(changes.op), y)
+            # a loose change reads the base's own output, which must not hold a sibling's call's changes yet
+            bundle.change(changes.op, self.j, y, at_once=not (changes.loose or changes.whole))
         for rows, change in added:
             y[rows] += change
 
