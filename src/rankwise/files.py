@@ -189,7 +189,7 @@ def _load_native(
             + ("" if shapes else "Load it on its own base (from Python, check_base=False uses it here all the same).")
         )
     recipe = Recipe(**head["recipe"])
-    return rebuild(model, recipe, head, tensors, name or head["name"], activate)
+    return rebuild(model, recipe, head, tensors, head["name"] if name is None else name, activate)
 
 
 def rebuild(
@@ -334,7 +334,7 @@ def _load_foreign(model: nn.Module, path: str, name: str | None, activate: bool)
     """Another library's adapter as a `lora` or `dora` adapter of ours; saved modules and biases become `dense` parts."""
     from rankwise.store.foreign import read_foreign
 
-    check_name(name or "default")
+    check_name("default" if name is None else name)
     had = "rankwise" in model._modules
     roster = roster_of(model, create=True)
     try:
@@ -345,7 +345,7 @@ def _load_foreign(model: nn.Module, path: str, name: str | None, activate: bool)
             model._modules.pop("rankwise", None)
         raise
     recipe = Recipe(parts=[entry["part"] for entry in parts])
-    return rebuild(model, recipe, {"parts": parts, "states": {}}, tensors, name or "default", activate)
+    return rebuild(model, recipe, {"parts": parts, "states": {}}, tensors, "default" if name is None else name, activate)
 
 
 def as_native(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

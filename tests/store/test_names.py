@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import rankwise as rw
+from rankwise.adapter import adapters
 from rankwise.errors import ArtefactError, OptionError, RankwiseError
 from rankwise.store.names import check_name, open_inside
 from rankwise.store.native import load_native
@@ -63,6 +66,18 @@ def test_hostile_names_are_refused_everywhere(tmp_path: Path) -> None:
     for thing in (None, 3, b"x", ["x"]):
         with pytest.raises(OptionError):
             check_name(thing)
+
+
+def test_hostile_names_attach_and_load_nothing(tmp_path: Path) -> None:
+    """The same names where an adapter is given one: refused before the model or a file is touched."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    rw.attach(model, {"targets": ["0"], "r": 1}, name="mine").save(tmp_path / "a")
+    for name in hostile():
+        with pytest.raises(OptionError, match="Invalid adapter name"):
+            rw.attach(model, {"targets": ["0"], "r": 1}, name=name)
+        with pytest.raises(OptionError, match="Invalid adapter name"):
+            rw.load(model, tmp_path / "a", name=name)
+    assert [a.name for a in adapters(model).values()] == ["mine"] and os.listdir(tmp_path) == ["a"]
 
 
 def test_loaders_answer_hostile_paths_with_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,13 @@ def test_a_nan_anywhere_changes_nothing_and_names_the_place(place: str) -> None:
     if place == "adapter":
         with torch.no_grad():
             adapter.sites["model.layers.0.mlp.up_proj"].B[0, 0] = before["model.layers.0.mlp.up_proj::B"][0, 0] = float("inf")
+    given = dict(batch)
+    if place == "data":
+        given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids")).detach()
+        given["inputs_embeds"][0, 2, 5] = float("nan")
     session.step_begin()
-    out = model(**batch)
-    loss = out.loss * float("nan") if place in ("loss", "data") else out.loss
+    out = model(**given)
+    loss = out.loss * float("nan") if place == "loss" else out.loss
     (loss + session.penalty(out, batch)).backward()
     if place == "gradient":
         adapter.trainable_parameters()[3].grad[0] = float("inf")
