@@ -246,3 +246,29 @@ def test_a_thread_serves_what_other_threads_send(made: Server) -> None:
         put(made, Request("late", PROMPT))
     made.engine._draining = False
     made.engine._stopping.clear()
+
+
+def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read the others get a token in every step; it enters when it is there, and answers as it should."""
+    digest = made.cache.resolve("xs").digest
+    made.cache._host.pop(digest, None)
+    read, fetch = threading.Event(), made.cache.source.fetch
+
+    def slow(manifest: Any) -> Any:
+        assert read.wait(60)
+        return fetch(manifest)
+
+    monkeypatch.setattr(made.cache.source, "fetch", slow)
+    mate = put(made, Request("mate", PROMPT, Sampling(max_tokens=9), made.cache.resolve("eight").digest))
+    made.engine.step()
+    cold = put(made, Request("cold", PROMPT, Sampling(max_tokens=4), digest))
+    for n in range(2, 8):
+        made.engine.step()
+        assert len(collect(mate)[0]) == n and not cold
+    read.set()
+    made.engine.queue.waiting["cold"].fetched.result(60)  # type: ignore[union-attr]
+    before = len(collect(mate)[0])
+    made.engine.step()
+    assert len(collect(mate)[0]) == before + 1 and len(collect(cold)[0]) == 1
+    run_until_idle(made.engine)
+    check_greedy(Request("cold", PROMPT), collect(cold)[0], (("xs", 1.0),))
