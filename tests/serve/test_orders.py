@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankwise.serve.sched.base import State, Verdict
@@ -162,6 +162,7 @@ def test_queues_of_adapters_rotate() -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=60), st.sampled_from([1.0, 5.0, 20.0]))
+@example([(0, 8)] * 30 + [(8, 0)] * 30, 5.0)  # a long good time earns no longer stay afterwards
 def test_switching_costs_at_most_three_times_the_best_plan(costs: list[tuple[int, int]], price: float) -> None:
     switch, mode, paid = Switch(price), 0, 0.0
     best = [0.0, price]
