@@ -33,6 +33,7 @@ bench: $(VENV)/.installed  ## measure beside PEFT; results in benchmarks/results
 	$(PY) -m benchmarks.inits
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.import_time
+	$(PY) -m benchmarks.serving_ops
 	$(PY) -m benchmarks.serving_policies
 	$(PY) -m benchmarks.table
 

@@ -4,7 +4,7 @@ Linears only, shapes of a small Llama (8 layers, 512 wide, 1408 within, 8 and 4 
 adds the changes, in turn and in random order; the delta is their difference, its bandwidth the bytes of the cells
 that the step needs (a cell read for a hundred tokens counts once) over it.
 
-python -m benchmarks.serving_ops [--ops bags native …] [--rounds 30] [--threads 2]
+python -m benchmarks.serving_ops [--ops bags native …] [--rounds 30] [--threads 2 | --cpu]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,25 +85,25 @@ def step(ranks: Sequence[int], rows: int) -> TokenPlan:
 
 
 @torch.inference_mode()
-def measure(case: str, ops: Sequence[Op], linears: Linears, rounds: int) -> list[dict[str, object]]:
+def measure(case: str, ops: Sequence[Op], linears: Linears, rounds: int, clock: Callable[[], float]) -> list[dict[str, object]]:
     ranks, rows = CASES[case]
     plan, slots = step(ranks, rows), deal(ranks, ops[0].cells.count)
     xs = {inp: torch.randn(len(ranks) * rows, inp) for inp in {g.inp for g in GROUPS}}
     begin = {}
     for op in ops:
-        start = time.perf_counter()
+        start = clock()
         op.begin(plan, slots)
         linears.run(xs, op)
-        begin[op.name] = time.perf_counter() - start
+        begin[op.name] = clock() - start
     runs: dict[str, Op | None] = {"base": None, **{op.name: op for op in ops}}
     times: dict[str, list[float]] = {n: [] for n in runs}
     for _ in range(rounds):
         for name, op in random.sample(list(runs.items()), len(runs)):
-            start = time.perf_counter()
+            start = clock()
             if op is not None:
                 op.begin(plan, slots)
             linears.run(xs, op)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     read = sum(len(c) for c in slots.values()) * ops[0].cells.cell_bytes
     base = statistics.median(times["base"])
     out = []
@@ -123,16 +123,22 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu", action="store_true", help="one thread, its processor time: for a machine that is busy with other work"
+    )
     parser.add_argument("--dry", action="store_true", help="print only")
     a = parser.parse_args()
-    torch.set_num_threads(a.threads)
+    torch.set_num_threads(1 if a.cpu else a.threads)
+    clock = time.thread_time if a.cpu else time.perf_counter
     keep_freed_memory()
     cells = Cells(GROUPS, 144)
     fill(cells)
     linears, ops = Linears(), [make_op(name, cells) for name in a.ops]
     rows = []
     for case in a.cases:
-        rows += measure(case, ops, linears, a.rounds)
+        rows += measure(case, ops, linears, a.rounds, clock)
+        for r in rows[-len(ops) :]:
+            r["clock"] = "processor time" if a.cpu else "wall"
         for r in rows[-len(ops) :]:
             print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r.items()}, flush=True)
     if not a.dry:

@@ -21,6 +21,7 @@ TITLES = {
     "merge": "Merging beside PEFT and mergekit, in turn in one process",
     "merge_memory": "Peak memory of merging (a process each)",
     "merge_scale": "A hundred adapters of rank 16 on a 1B-shaped model, merged from folders site by site",
+    "serving_ops": "Serving: the adapters' changes of one step beside the base's packed linears (8 layers × 512)",
     "import": "What importing adds to torch and transformers",
 }
 

@@ -148,6 +148,21 @@ def test_moved_and_rewritten_cells(name: str) -> None:
         assert gap(out, oracle(case, QKV, x, ys), ys) < 1e-5, change
 
 
+@every_op
+def test_cells_that_were_empty_and_are_filled(name: str) -> None:
+    """What is skipped as zero is looked at again after a write, under the same composition and cells."""
+    case = make_case({0: 8}, [0, BASE, 0])
+    x, ys = inputs(case, O, torch.float32)
+    op, full = make_op(name, case.cells), case.adapters[0]
+    for content in ({}, full):
+        case.adapters[0] = content
+        case.cells.write(case.slots[0], content)
+        op.begin(case.plan, case.slots)
+        out = [y.clone() for y in ys]
+        op.apply(O, x, out)
+        assert gap(out, oracle(case, O, x, ys), ys) < 1e-5
+
+
 def test_relocation_gives_the_same_bits() -> None:
     here, there = make_case({0: 20}, [0, 0, BASE, 0]), make_case({0: 20}, [0, 0, BASE, 0])
     there.slots[0] = [c for c in range(there.cells.count) if c not in there.slots[0]][:3]
