@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import resource
 import statistics
@@ -74,7 +75,10 @@ def ours(model: Any, method: str, count: int) -> Any:
     toy = torch.nn.Sequential(torch.nn.Linear(64, 64))
     one = rw.attach(toy, {"r": 2, "targets": "all-linear"}).lower()
     attach_state(toy, merge_states([one, one], None, name, **options))  # imports
-    return lambda: attach_state(model, merge_states([a.lower() for a in adapters], None, name, **options))
+    turn = itertools.count()
+    return lambda: attach_state(
+        model, merge_states([a.lower() for a in adapters], None, name, **options), name=f"merged{next(turn)}", activate=False
+    )
 
 
 def theirs(model: Any, method: str, count: int) -> Any:
@@ -86,7 +90,8 @@ def theirs(model: Any, method: str, count: int) -> Any:
     for n in names[1:]:
         net.add_adapter(n, config)
     _, _, kind, options = METHODS[method]
-    return lambda: net.add_weighted_adapter(names, [1 / count] * count, "merged", combination_type=kind, **options)
+    turn = itertools.count()
+    return lambda: net.add_weighted_adapter(names, [1 / count] * count, f"merged{next(turn)}", combination_type=kind, **options)
 
 
 def beside_peft(rounds: int, hidden: int) -> list[dict[str, Any]]:
@@ -97,17 +102,7 @@ def beside_peft(rounds: int, hidden: int) -> list[dict[str, Any]]:
             mine, other = llama(hidden, 4), llama(hidden, 4)
             merge, add = ours(mine, method, count), theirs(other, method, count)
 
-            def rankwise(merge: Any = merge) -> None:
-                merge().detach()
-
-            def peft(add: Any = add, net: Any = other) -> None:
-                add()
-                for m in net.modules():
-                    if hasattr(m, "delete_adapter"):
-                        m.delete_adapter("merged")
-                net.peft_config.pop("merged", None)
-
-            times = interleaved({"rankwise": rankwise, "peft": peft}, rounds, warm=0)
+            times = interleaved({"rankwise": merge, "peft": add}, rounds, warm=0)
             share = ratios(times, "peft")
             for who, found in times.items():
                 rows.append(
