@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rankwise as rw
 from rankwise.errors import AttachError, MergeError, ViewError
@@ -181,3 +182,37 @@ def _blind(roster: Any, site: Any, delta: Any) -> Any:
     W = site.read()
     stored = site.write(W + delta.effective().dense(W).to(W.dtype))
     return SiteMerge(site.name, 0.1, 0.0), _mark(stored)
+
+
+class Repeated(nn.Module):
+    """Three layers of two weights: the first and the last share theirs, and the middle one is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for m in (self.layers[0], self.layers[1], self.layers[1], self.layers[2]):
+            x = torch.tanh(m(x))
+        return x
+
+
+def test_repeated_layers_are_merged_once_or_refused() -> None:
+    """Layers that share a weight share a change, so the merged weight is right at each; changed apart, they cannot share it."""
+    model, x = Repeated(), torch.randn(5, 8)
+    adapter = rw.attach(model, {"r": 2, "targets": "all-linear"})
+    assert len(adapter.sites) == 2, "one change for the shared weight, one for the layer that is called twice"
+    move(adapter, std=0.5)
+    base, moved = model.layers[0].weight.detach().clone(), model(x)
+    adapter.merge(probe={"x": x})
+    assert torch.allclose(model(x), moved, atol=1e-5) and not torch.equal(model.layers[0].weight, base)
+    assert model.layers[2].weight is model.layers[0].weight
+    adapter.detach()
+    assert torch.equal(model.layers[0].weight, base)
+    apart = rw.attach(model, {"r": 2, "targets": "all-linear", "untie": True})
+    assert len(apart.sites) == 3
+    move(apart, std=0.5)
+    with pytest.raises(MergeError, match="tied|share"):
+        apart.merge(probe={"x": x})
+    assert torch.equal(model.layers[0].weight, base)

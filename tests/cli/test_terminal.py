@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from rankwise.cli import common
@@ -79,3 +80,18 @@ def test_recipes_one_after_the_other(tmp_path: Path, capsys: Any) -> None:
     assert code == 0, err
     names = [r["name"] for r in json.loads(text[text.index("{") :])["rows"]]
     assert {"small", "lora"} <= set(names)
+
+
+def test_preferences_are_told_by_their_first_and_last_step(tmp_path: Path, capsys: Any) -> None:
+    from rankwise.assets import tasks
+
+    pytest.importorskip("trl")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps(r) for r in tasks.preference_task()[0][:6]))
+    args = ["--stage", "dpo", "--set", "targets=q_proj", "--set", "r=2", "--steps", "2", "--batch", "2", "--max-length", "96"]
+    code, text, err = call(
+        capsys, "train", "--model", "base", "--data", str(data), "--out", str(tmp_path / "run"), *args, "--arg", "logging_steps=1"
+    )
+    assert code == 0, err
+    assert "preferences" in text and "step 2" in text and "pairs right" in text and "margin" in text
+    assert "{" not in text and (tmp_path / "run" / "adapter" / "rankwise.safetensors").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,7 +117,22 @@ def train(
             rows,
             right=["before", "after"],
         )
+    if "first" in result.metrics:
+        _preferences(result.metrics["first"], result.metrics["last"])
     out.print(f"\nadapter: {Path(to) / 'adapter'}", highlight=False)
+
+
+def _preferences(first: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+    """What preference training logged at its first and at its last logged step."""
+    names = {"loss": "loss", "rewards/accuracies": "pairs right", "rewards/margins": "margin"}
+    rows = [(shown, first[key], last[key]) for key, shown in names.items() if key in first and key in last]
+    out.print()
+    table(
+        "preferences",
+        ["", "first step", f"step {last.get('step', '?')}"],
+        rows,
+        right=["first step", f"step {last.get('step', '?')}"],
+    )
 
 
 def evaluate(
