@@ -20,6 +20,11 @@ from rankwise.recipe import Recipe
 from rankwise.train.data import Collator, Example
 from rankwise.train.together import Job, Running, step
 
+NOTE = (
+    "Time is the process's own, on one thread. One step of each of the eight jobs, in one batch or in turn; what a batch can gain is what a "
+    "small step loses to calls and thin products, so it shrinks as rows grow."
+)
+
 
 def model_of(base: str, dtype: torch.dtype) -> Any:
     if base == "shipped":
@@ -100,7 +105,7 @@ def main() -> None:
             for batch, tokens in ((1, 64), (1, 128), (2, 64)):
                 rows.append(measure(base, dtype, batch, tokens, a.jobs, a.rounds))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-                write("sweep", rows)
+                write("sweep", rows, NOTE)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import rankwise as rw
 from rankwise.errors import OptionError, RecipeError
 from rankwise.recipe import Recipe
 from rankwise.train.data import Collator, Example, pack
-from rankwise.train.together import Job, Running, step, train_together, why_alone
+from rankwise.train.together import Job, Running, _inputs, step, train_together, why_alone
 from tests.models import VOCAB, llama, move
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -99,6 +99,21 @@ def test_trajectories_equal_those_of_separate_runs() -> None:
         assert joint[j.name].losses == pytest.approx(alone.losses, abs=1e-5), j.name
         for k, t in alone.kept.items():  # type: ignore[attr-defined]
             assert torch.allclose(joint[j.name].kept[k], t, atol=2e-4), (j.name, k)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mask_is_left_out_only_where_it_says_nothing(packed: bool) -> None:
+    model = llama()
+    ids = [Example(r.input_ids[:5], r.labels[:5]) for r in rows(4)]
+    whole, parted = (pack(ids, 5), pack(ids, 10)) if packed else (ids, [*ids, Example([5, 6], [5, 6])])
+    for given, kept in ((whole, False), (parted, True)):
+        batch = Collator.for_model(model, 0)(given)
+        inputs = _inputs(batch)
+        assert ("attention_mask" in inputs) == kept and ("position_ids" in inputs) == (kept and packed) and "labels" not in inputs
+        full = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            got, want = model(**inputs).logits, model(**full).logits
+        assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_dropout_drops_its_share_anew_at_each_step_and_place() -> None:
