@@ -60,7 +60,7 @@ def write(name: str, rows: Any, **more: Any) -> None:
     """``rows`` are what the table shows; ``more`` is kept beside them."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows, **({"note": note} if note else {})} | more, indent=2) + "\n")
+    path.write_text(json.dumps({"benchmark": name, "machine": machine(), "rows": rows} | more, indent=2) + "\n")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

@@ -105,7 +105,7 @@ def main() -> None:
             for batch, tokens in ((1, 64), (1, 128), (2, 64)):
                 rows.append(measure(base, dtype, batch, tokens, a.jobs, a.rounds))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-                write("sweep", rows, NOTE)
+                write("sweep", rows, note=NOTE)
 
 
 if __name__ == "__main__":
