@@ -86,3 +86,14 @@ def test_mixlora_refuses() -> None:
         rw.Recipe(form="paca", router="mixlora")
     with pytest.raises(RecipeError, match="would gate"):
         rw.attach(llama(), {"r": 8, "init": "pissa", "router": {"name": "smora", "k": 2}})
+
+
+def test_parts_of_a_fused_projection_are_refused_and_down_alone_is_routed() -> None:
+    from tests.models import FAMILIES
+
+    with pytest.raises(TargetError, match=r"gate_up_proj\[gate\]' to experts"):
+        rw.attach(FAMILIES["phi3"][0](), {"r": 2, "targets": ["gate", "up", "down_proj"], "router": "mixlora"})
+    model = FAMILIES["phi3"][0]()
+    adapter = rw.attach(model, {"r": 2, "targets": ["down_proj"], "router": {"name": "mixlora", "experts": 3, "k": 2}})
+    assert adapter.sites["model.layers.0.mlp"].router.weight.shape == (3, 32)
+    assert torch.isfinite(logits(model, batch_for(model))).all()

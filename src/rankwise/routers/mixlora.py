@@ -152,6 +152,11 @@ class MixLoRA(Router):
 
     def _blocks(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
         blocks: dict[str, list[Site]] = defaultdict(list)
+        fused = next((s.name for s in sites if s.spec.rows is not None and s.spec.role in _IN_BLOCK), None)
+        if fused is not None:
+            raise TargetError(
+                f"The router 'mixlora' cannot give {fused!r} to experts: it is a part of a fused projection. Leave it out of the targets."
+            )
         for s in sites:
             if s.spec.kind == "linear" and s.spec.mode == "called" and s.spec.role in _IN_BLOCK and s.spec.rows is None:
                 blocks[s.spec.module.rpartition(".")[0]].append(s)
@@ -166,7 +171,7 @@ class MixLoRA(Router):
         for path, members in self._blocks(sites).items():
             key = f"{id(plan)}::{path}"
             site = block_site(model, path)
-            inp = next(s.spec.inp for s in members if s.spec.role != "down")
+            inp = next((s.spec.inp for s in members if s.spec.role != "down"), site.spec.inp)
             router = TopK(inp, self.experts, self.k, self.balance, self.std, plan.generator("gate", path), site.device)
             for s in members:
                 out[s.name] = ExpertSite(made[s.name], key, self.experts, plan.scales[s.name])
