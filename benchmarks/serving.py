@@ -23,6 +23,7 @@ from benchmarks.common import write
 from rankwise.serve.adapters.base import Manifest, Served
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.assemble import Server, Sizes, assemble
+from rankwise.serve.host import keep_freed_memory
 from rankwise.serve.ops.base import WIDTH
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.trace import TraceOptions
@@ -248,6 +249,7 @@ def main() -> None:
     args.add_argument("--quick", action="store_true", help="small counts, to see that it runs")
     given = args.parse_args()
     rounds, count = (1, 8) if given.quick else (given.rounds, 48)
+    keep_freed_memory()  # for everybody in this process, `generate` too
     model = m2()
     plain, native = server(model, POOL), _native(model)
     unpacked = server(model, 64, pack=False)

@@ -65,6 +65,7 @@ def serve(
     """
     try:
         from rankwise.serve.assemble import Sizes, assemble
+        from rankwise.serve.host import keep_freed_memory
         from rankwise.serve.http.app import make_app
         from rankwise.serve.http.auth import Keys, is_loopback
         from rankwise.serve.http.server import Server
@@ -79,6 +80,7 @@ def serve(
     source = _source([*(adapters or ()), *_home(train, train_data or ())])
     registry = registry or (None if train is None else str(Path(train) / "names.json"))
     door = _bound(host, port)
+    keep_freed_memory()
     net, tokenizer = load_text_model(model)
     shown = name or Path(model.rstrip("/")).name
     context = min(getattr(net.config, "max_position_embeddings", None) or kv_tokens, kv_tokens)
