@@ -255,6 +255,10 @@ def _kill_and_look(root: Path, registry: Path, started: list[Process], kills: in
     started.append(p)
     known = p.names()
     assert known == {"base", "s0", "s1"}
+    # whatever the churn comes to, these two are never as the folder alone would have it
+    assert p.http.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": "deep/y"}).status_code == 200
+    assert p.http.post("/v1/unload_lora_adapter", json={"lora_name": "s1"}).status_code == 200
+    known = {"base", "s0", "kept"}
     for _ in range(kills):
         possible = _one_life(p, known, rng, seconds)
         p = Process(root, registry)
