@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "embedding": {"r": 2, "targets": ["embed_tokens", "q_proj"]},
     "calibrated": {"r": 2, "init": "lora_ga", "optimizer": "lora_pro"},
     "dropout": {"r": 2, "dropout": 0.3},
+    "dropout of rows": {"r": 2, "dropout": 0.3, "targets": ["embed_tokens", "q_proj"]},
     "dropout within": {"form": "dora", "r": 2, "dropout": 0.3},
     "frozen blocks": {"r": 2, "budget": {"name": "lisa", "blocks": 1, "every": 2}},
 }

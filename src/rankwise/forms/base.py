@@ -129,7 +129,7 @@ class SiteDelta(nn.Module):
         """Δy of ``d`` for an input with dropout: of its features, or, where x are indices, of whole rows (a one-hot's only entry)."""
         change = apply_delta(d, site, self.drop(x), y)
         if self.dropout and self.training and not x.is_floating_point():
-            change = change * nn.functional.dropout(change.new_ones(*x.shape, 1), self.dropout)
+            change = change * self.drop(change.new_ones(*x.shape, 1))
         return change
 
     def effective(self) -> Delta:
