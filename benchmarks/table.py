@@ -23,6 +23,7 @@ TITLES = {
     "merge_scale": "A hundred adapters of rank 16 on a 1B-shaped model, merged from folders site by site",
     "serving_ops": "Serving: the adapters' changes of one step beside the base's packed linears (8 layers × 512)",
     "sweep": "Eight small LoRA jobs (r = 8) trained together on one base, and one after another",
+    "coserving": "Fine-tuning beside serving: the share of the stand-alone token rate that is kept, and limits attained",
     "import": "What importing adds to torch and transformers",
 }
 

@@ -150,6 +150,17 @@ def test_a_cancelled_job_frees_everything_and_the_next_begins(tmp_path: Path, se
         stream.cancel("x")
 
 
+def test_a_request_that_comes_in_is_let_by_after_one_piece(tmp_path: Path, served: Served) -> None:
+    stream = TrainStream(llama(), tmp_path, served, most=4)
+    job = stream.submit(TrainSpec("a", samples(4), {"r": 2}, epochs=100))
+    drive(stream, job, until=stream.waiting)
+    assert stream.run(40) >= 39
+    stream.wanted = lambda: True
+    assert 1 <= stream.run(40) <= 5
+    stream.cancel(job.id)
+    drive(stream, job)
+
+
 def test_a_job_that_breaks_ends_alone(tmp_path: Path, served: Served) -> None:
     stream = TrainStream(llama(), tmp_path, served)
     bad = stream.submit(TrainSpec("bad", samples(4), {"r": 2}, lr=1e38, max_grad_norm=None, epochs=9))

@@ -130,6 +130,10 @@ class Engine:
         self._commands.put(command)
         self._wake.set()
 
+    def wanted(self) -> bool:
+        """Whether anything has come in since this step began."""
+        return self._wake.is_set()
+
     def stats(self) -> EngineStats:
         used = self.queue.total_blocks - self.queue.index.available()
         return EngineStats(

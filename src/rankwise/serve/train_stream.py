@@ -54,6 +54,7 @@ class TrainStream:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         self.jobs: dict[str, Job] = {}
         self.wake: Callable[[], None] = lambda: None  # tells the engine's loop that there is something to do
+        self.wanted: Callable[[], bool] = lambda: False  # whether a request came in: then a piece is not followed by another
         self.job: Job | None = None
         self.training: Training | None = None
         self._tasks: Iterator[Task] | None = None
@@ -105,11 +106,11 @@ class TrainStream:
         return self.most if self._tasks is not None and self._resting is None else 0
 
     def run(self, tokens: int) -> int:
-        """Work worth up to ``tokens`` passes of a token through the layers; how many it was, rounded up."""
+        """Work worth up to ``tokens`` passes of a token through the layers, or one piece where a request came in; rounded up."""
         spent = 0.0
         while tokens - spent >= 1:
             self._turn()
-            if self._tasks is None or self._resting is not None:
+            if self._tasks is None or self._resting is not None or (spent and self.wanted()):
                 break
             try:
                 spent += self._piece(tokens - spent)
@@ -268,5 +269,6 @@ def beside(server: Server, home: str | Path, *, context: int = 2048, most: int =
 
     stream = TrainStream(server.runner.model, home, load, context=context, most=most)
     stream.wake = lambda: server.engine.call(lambda: None)
+    stream.wanted = server.engine.wanted
     server.engine.stream = stream
     return stream
