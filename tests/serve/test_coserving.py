@@ -17,7 +17,8 @@ from rankwise.serve.train_stream import TrainStream, beside
 from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, Token
 from rankwise.serve.windows import Sample
 from tests.models import VOCAB
-from tests.serve.rig import TIE, base_model, folder
+from tests.serve.rig import SERVERS, TIE, base_model, check, folder, scenario
+from tests.serve.rig import server as rig_server
 
 
 def made(home: Path) -> tuple[Server, TrainStream, list[torch.Tensor]]:
@@ -132,3 +133,22 @@ def test_a_finished_job_is_a_new_version_and_no_request_is_dropped(tmp_path: Pat
     for r in after:
         alone(second.folder, r, ends[r.id][0])
     assert any(ends[a.id][0] != ends[b.id][0][:10] for a, b in zip(after, before, strict=False)), "the versions differ"
+
+
+def test_the_master_identity_holds_while_a_job_is_trained(tmp_path: Path) -> None:
+    """Random scenarios of the rig, on servers of its sizes, each with a job that never ends."""
+    streams = []
+    try:
+        for i, sizes in enumerate(SERVERS):
+            server = rig_server(*sizes)
+            streams.append((server, beside(server, tmp_path / str(i))))
+            streams[-1][1].submit(spec("endless", steps=10**6))
+            while not streams[-1][1].waiting():
+                time.sleep(0.001)
+        for seed in range(900_000, 900_010):
+            check(*scenario(seed))
+        assert sum(server.engine.counters["train_tokens"] > 50 for server, _ in streams) >= 2
+    finally:
+        for server, stream in streams:
+            server.engine.stream = None
+            stream.close()
