@@ -170,7 +170,6 @@ class Engine:
             if not busy:
                 # adapters being read wake the loop when they are there; the wait bounds what a lost wake costs
                 self._wake.wait(0.05)
-            self._wake.clear()
 
     def _fail(self, error: Exception) -> None:
         """End every request with an error, and go on."""
@@ -196,6 +195,7 @@ class Engine:
         return self._train(bool(spans)) or bool(spans)
 
     def _drain_commands(self) -> None:
+        self._wake.clear()  # what comes in from here on is seen by this step or wakes the next one
         with contextlib.suppress(Empty):
             while True:
                 self._commands.get_nowait()()
