@@ -80,6 +80,13 @@ def test_greedy_is_its_definition(folders: list[str], tmp_path: Path, strict: bo
     assert len(loads) <= 4 + 3 + 1 + 1, "each alone, each next, the first of the mean, what was written"
 
 
+def test_the_running_mean_is_the_mean(folders: list[str]) -> None:
+    """Whether the last candidate was taken, turned down, or none was judged before."""
+    models = judged(folders)
+    for members in ([0, 1], [0, 1, 2], [0, 1, 3], [2, 0], [2, 0, 1, 3]):
+        assert models.cost_of_mean(members) == pytest.approx(cost(mean([folders[t] for t in members])), abs=1e-5), members
+
+
 def test_uniform_and_greedy_of_twins(folders: list[str], tmp_path: Path) -> None:
     merge_checkpoints(folders[:3], tmp_path / "u", "uniform_soup")
     merge_checkpoints([folders[1], folders[2], folders[0]], tmp_path / "v", "uniform_soup")
