@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.forms.fused import Factor, InputGroup, fusable, lora_linear
+from rankwise.forms.fused import Factor, InputGroup, fusable, lora_linear, reference_linear
 from rankwise.forms.grouped import grouped_linear
 from rankwise.forms.lora import Pair
 from rankwise.forms.packed import Choice, PackedWeight, Product, choose
@@ -48,11 +48,22 @@ def fast_forward(module: Any, place: Place, x: Tensor, view: View, acting: list[
     if factors is None:
         return None
     packed, widen = _how(fast, x, weight)
+    if packed is None and not widen and small(x, weight):
+        return reference_linear(x, weight, module.bias, factors)
     h = None
     if fast.group is not None and len(fast.members) > 1:
         own = [A for A, _, _ in factors]
         h = fast.group.down(x, own, lambda: _siblings(fast.members, view), widen=widen)
     return lora_linear(x, weight, module.bias, factors, packed=packed, widen=widen, h=h)
+
+
+#: multiplications of the frozen product below which a function of our own costs more than it saves on a processor
+SMALL = 1 << 25
+
+
+def small(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own operators, whose backward runs without Python, are the faster way for a product of this size."""
+    return x.device.type == "cpu" and x.numel() * weight.shape[0] < SMALL and x.requires_grad and torch.is_grad_enabled()
 
 
 def _how(fast: Fast, x: Tensor, weight: Tensor) -> tuple[PackedWeight | None, bool]:
