@@ -143,7 +143,7 @@ def test_a_table_of_a_run_on_images(digits: Any, tmp_path: Path, capsys: Any) ->
         (["train", "--out", "OUT", "--split", "train"], "choose among text records"),
         (["train", "--out", "OUT", "--format", "text"], "choose among text records"),
         (["train", "--out", "OUT", "--stage", "pt"], "An image model is trained with --stage sft"),
-        (["train", "--out", "OUT", "--max-length", "64"], "max_length and overlong are about tokens"),
+        (["train", "--out", "OUT", "--max-length", "64"], "--max-length and overlong are about tokens"),
         (["eval", "--split", "test"], "choose among text records"),
         (["compare", "-r", "lora"], "digits has no tokenizer"),
     ],

@@ -33,7 +33,9 @@ def test_every_command_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     start, *shell = [b.replace("8000", port) for b in blocks("bash")]
-    args = [sys.executable, "-m", "rankwise.cli.main", *start.split()[1:]]
+    (tmp_path / "notes.jsonl").write_text('{"text": "def add(a, b): return a + b"}\n' * 3)
+    # the page's part on training beside serving goes on with the same server
+    args = [sys.executable, "-m", "rankwise.cli.main", *start.split()[1:], "--train", "jobs", "--train-data", "."]
     child = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
@@ -49,9 +51,10 @@ def test_every_command_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture
             )
             assert done.returncode == 0, (line, done.stdout, done.stderr)
             assert '"error": {' not in done.stdout
+        names: dict[str, object] = {}  # a later block goes on from an earlier one
         for code in (b.replace("8000", port) for b in blocks("python")):
-            exec(compile(code, "docs/serving.md", "exec"), {})
-            assert "['base', 'ada', 'bob']" in capsys.readouterr().out
+            exec(compile(code, "docs/serving.md", "exec"), names)
+        assert "['base', 'ada', 'bob']" in capsys.readouterr().out
     finally:
         child.send_signal(signal.SIGTERM)
     assert child.wait(30) == 0

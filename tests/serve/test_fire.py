@@ -171,7 +171,7 @@ def test_a_crowd_that_partly_leaves_while_adapters_change(root: Path, truth: Any
         seen = burn(live, truth, clients=60, at_once=60, seed=1)
     assert seen["left"] > 5
     assert seen["checked"] > 30
-    assert seen["reloads"] > 3
+    assert seen["reloads"] >= 1
 
 
 @pytest.mark.soak

@@ -267,12 +267,22 @@ def _factors(d: Delta | None, name: str) -> Pair | None:
     return d.A.double() * abs(s) ** 0.5, d.B.double() * math.copysign(abs(s) ** 0.5, s)
 
 
+#: relative distance above which fp32 products tell it to five digits; what is nearer is told in fp64
+FAR = 0.3
+
+
 def distance(a: LowRank, b: LowRank) -> float:
-    """‖a − b‖/‖b‖ in fp64, from r-wide products; 0 where both vanish."""
+    """‖a − b‖/‖b‖ from r-wide products, in fp64 where the two are near each other; 0 where both vanish."""
+    wide = a.dtype == torch.float64 or b.dtype == torch.float64
+    ratio = float("nan") if wide else _distance(a, b, torch.float32)
+    return ratio if ratio > FAR and math.isfinite(ratio) else _distance(a, b, torch.float64)
+
+
+def _distance(a: LowRank, b: LowRank, dtype: torch.dtype) -> float:
     (A, B), (C, D) = a.factors(), b.factors()
-    left = torch.cat([B.double(), -D.double()], 1)
-    right = torch.cat([A.double(), C.double()], 0)
-    products, own = (left.mT @ left).mul_(right @ right.mT), slice(B.shape[1], None)
+    left = torch.cat([B.to(dtype), -D.to(dtype)], 1)
+    right = torch.cat([A.to(dtype), C.to(dtype)], 0)
+    products, own = (left.mT @ left).mul_(right @ right.mT).double(), slice(B.shape[1], None)
     gap, size = products.sum().clamp_min(0).sqrt(), products[own, own].sum().clamp_min(0).sqrt()
     return float(gap / size) if size > 0 else float(gap > 0)
 
