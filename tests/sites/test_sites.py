@@ -9,7 +9,7 @@ from torch import nn
 from rankwise.errors import TargetError
 from rankwise.sites import find_sites, resolve
 from rankwise.sites.spec import SiteSpec
-from tests.models import FAMILIES, llama
+from tests.models import FAMILIES, VOCAB, llama
 
 
 def test_roles_of_a_llama() -> None:
@@ -56,6 +56,48 @@ def test_parts_of_a_fused_projection_cover_it_once(family: str) -> None:
 def test_neox_keeps_each_heads_q_k_v_together() -> None:
     site = find_sites(FAMILIES["gpt_neox"][0]())["gpt_neox.layers.0.attention.query_key_value[k]"]
     assert site.spec.row_index().tolist()[:9] == [8, 9, 10, 11, 12, 13, 14, 15, 32]
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "parts"),
+    [
+        ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 1, "n_head": 4}, 3),
+        ("Falcon", {**SMALL, "multi_query": False}, 3),
+        ("Falcon", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}, 0),
+        ("Persimmon", {**SMALL, "intermediate_size": 48}, 3),
+        ("GPTBigCode", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 4, "multi_query": False}, 3),
+        ("GPTBigCode", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 4}, 3),
+        ("CodeGen", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2}, 0),
+        ("Mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 1, "n_heads": 4}, 3),
+    ],
+)  # fmt: skip
+def test_the_values_of_a_fused_projection_are_its_values(family: str, options: dict, parts: int) -> None:
+    """With every value zero, attention gives nothing; a layout that is not known has no parts rather than wrong ones."""
+    import transformers as T
+
+    torch.manual_seed(0)
+    model = getattr(T, f"{family}ForCausalLM")(getattr(T, f"{family}Config")(**options)).eval()
+    sites = find_sites(model)
+    found = {s.spec.role: s for s in sites.values() if s.spec.rows is not None}
+    assert len(found) == parts and {"q", "k", "v"} >= found.keys()
+    seen: list[float] = []
+    (out,) = (
+        s.module for s in sites.values() if s.spec.name.endswith(("attention.dense", "attn.dense", "attn.c_proj", "out_proj"))
+    )
+    out.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max().item()))
+    for role in found:
+        site = found[role]
+        whole = site.snapshot()
+        site.write(torch.zeros(site.spec.shape))
+        if site.bias is not None:
+            site.module.bias.data[site.spec.row_index()] = 0
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 12)[None])
+        assert (seen.pop() == 0) == (role == "v"), role
+        site.restore(whole)
 
 
 def test_expert_stacks_are_one_site_with_a_leading_axis() -> None:

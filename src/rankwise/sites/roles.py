@@ -26,6 +26,10 @@ _ROLES = {
     "position": "wpe position_embeddings embed_positions position_embedding",
 }
 _BY_NAME = {name: role for role, names in _ROLES.items() for name in names.split()}
+#: model types whose fused projection holds q, k and v of one head together, where every head has its own k and v
+_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon", "gpt_bigcode"}
+#: … whose parts are cut once more, to lie on several devices
+_SCATTERED = {"codegen"}
 #: roles whose sites share an input when they stand in the same module
 _SAME_INPUT = ({"q", "k", "v"}, {"gate", "up"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder|decoder)\.(\d+)(?:\.|$)")
@@ -83,7 +87,10 @@ def parts_of(model: nn.Module, module: nn.Module, role: str, out: int) -> Iterat
         kv = getattr(text, "num_key_value_heads", None) or heads
         if (heads + 2 * kv) * dim != out:
             return
-        if "NeoX" in type(model).__name__ and kv == heads:  # q, k, v of one head stand together
+        kind = getattr(text, "model_type", "")
+        if kind in _SCATTERED:
+            return
+        if kind in _BY_HEAD and kv == heads:  # q, k, v of one head stand together
             for i, part in enumerate("qkv"):
                 yield part, (i * dim, (i + 1) * dim), (heads, 3 * dim)
             return
