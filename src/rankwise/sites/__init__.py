@@ -1,8 +1,9 @@
 """Places in a model that can be adapted, and the only code that touches a base weight."""
 
+from rankwise.sites.coupling import Axis
 from rankwise.sites.discover import block_site, find_sites
 from rankwise.sites.site import Site
 from rankwise.sites.spec import SiteSpec
 from rankwise.sites.targets import resolve
 
-__all__ = ["Site", "SiteSpec", "block_site", "find_sites", "resolve"]
+__all__ = ["Axis", "Site", "SiteSpec", "block_site", "find_sites", "resolve"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from rankwise.codecs.library import find_bridge
 from rankwise.errors import TargetError
+from rankwise.sites.coupling import coupled_axes
 from rankwise.sites.roles import input_key, layer_of, parts_of, role_of
 from rankwise.sites.site import CONVS, Site
 from rankwise.sites.spec import SiteSpec
@@ -48,7 +49,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every adaptable place of ``model`` by name, in module order: whole weights, parts of fused ones, stacks.
 
     Plain parameters (norms, biases, …) are listed too, with mode *plain*; blocks are not (see :func:`block_site`).
-    Sites that share one storage carry the same ``tie_group``.
+    Sites that share one storage carry the same ``tie_group``, sites that share heads or channels the same coupled axis.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in _walk(model):
@@ -63,6 +64,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             if len(shared) > 1:
                 spec = dataclasses.replace(spec, tie_group=shared[0])
             sites[spec.name] = Site(spec, module)
+    for name, axis in coupled_axes(model, sites).items():
+        sites[name].coupled_axes = (axis,)
     return sites
 
 

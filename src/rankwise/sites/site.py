@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from rankwise.codecs.library import find_bridge
 from rankwise.delta.geometry import LINEAR, Conv, Embedding, Geometry
 from rankwise.errors import AttachError
+from rankwise.sites.coupling import Axis
 from rankwise.sites.spec import SiteSpec
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Site:
-    """One adaptable place of a live model: its :class:`SiteSpec` and the module that holds the weight."""
+    """One adaptable place of a live model: its :class:`SiteSpec`, the module that holds the weight, and ``coupled_axes``,
+    the axes whose units (head groups, an MLP's channels) other sites of the same group hold parts of."""
 
-    def __init__(self, spec: SiteSpec, module: nn.Module):
+    def __init__(self, spec: SiteSpec, module: nn.Module, coupled_axes: tuple[Axis, ...] = ()):
         self.spec = spec
         self.module = module
+        self.coupled_axes = coupled_axes
         self._op: Geometry | None = None
 
     @property
