@@ -47,6 +47,8 @@ def test_temperature_top_k_and_top_p_cut_as_documented() -> None:
     torch.testing.assert_close(two, torch.tensor([p[0], 0, 0, 0, p[4]]) / (p[0] + p[4]))
     nucleus = distribution(LOGITS, state(temperature=1.0, top_p=float(p[0]) + 1e-3))
     torch.testing.assert_close(nucleus, torch.tensor([p[0], 0, 0, 0, p[4]]) / (p[0] + p[4]))
+    assert distribution(LOGITS, state(temperature=1.0, top_p=1e-320)).tolist() == [1, 0, 0, 0, 0]
+    assert torch.isfinite(distribution(LOGITS, state(temperature=1e-5))).all()
     assert distribution(LOGITS, state(temperature=1.0, top_p=1e-6)).tolist() == [1, 0, 0, 0, 0]
 
 
@@ -69,7 +71,16 @@ def test_bias_and_penalties_change_the_choice_but_not_the_reported_log_probabili
 
 
 @pytest.mark.parametrize(
-    "field", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_tokens": 0}, {"logprobs": 21}, {"logit_bias": {1: math.inf}}]
+    "field",
+    [
+        {"temperature": -1},
+        {"temperature": 1e-300},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"logprobs": 21},
+        {"logit_bias": {1: math.inf}},
+    ],
 )
 def test_what_is_out_of_range_is_refused(field: dict) -> None:
     with pytest.raises(OptionError):

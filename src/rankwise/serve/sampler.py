@@ -78,7 +78,9 @@ def distribution(logits: Tensor, state: SamplerState) -> Tensor:
     if s.top_p < 1:
         ordered, index = p.sort(descending=True, stable=True)
         # a token stays while those before it hold less than top_p, so the likeliest always stays
-        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
+        cut = ordered.cumsum(-1) - ordered >= s.top_p
+        cut[0] = False  # also where top_p is 0 in fp32
+        ordered[cut] = 0
         p = torch.zeros_like(p).scatter_(0, index, ordered)
         p /= p.sum()
     return p

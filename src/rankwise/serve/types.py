@@ -81,7 +81,12 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature == 0 or 1e-5 <= self.temperature <= 100,
+                "0 (greedy), or from 0.00001 to 100",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
