@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from rankwise.errors import OptionError
 from rankwise.serve.assemble import Server
 from rankwise.serve.engine import collect, run_until_idle
+from rankwise.serve.plan import Role, Span, make_plan
 from rankwise.serve.sched.fcfs import Fcfs
 from rankwise.serve.timing import Coefficients
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
@@ -211,6 +213,66 @@ def test_a_listener_that_fails_does_not_end_the_others(made: Server) -> None:
     answer(made, Request("after", PROMPT, Sampling(max_tokens=1)))
 
 
+def test_a_mix_of_a_whole_head_and_a_gain_on_it_is_their_sum() -> None:
+    """Every change sees the base's own output, not what another change of the mix has made of it."""
+    from rankwise.serve.adapters.base import Manifest, Served
+    from tests.serve.rig import base_model
+
+    one = server(4, 30, 8, "reference", False, "fcfs")
+    path, vocabulary = one.runner.head_path, base_model().config.vocab_size
+    g = torch.Generator().manual_seed(5)
+    head, gain = torch.randn(vocabulary, 32, generator=g), torch.randn(vocabulary, generator=g)
+    served = Served(Manifest("mixed", "mixed", "", "mix", 0, 0, 0), {}, {path: (lambda x, y: y * gain,)}, {f"{path}.weight": head})
+    plan = make_plan([Span("r", PROMPT, 0, (0, 1, 2), 7, Role.PREFILL, 1)], one.runner.page)
+    got = one.runner.run(plan, {7: SimpleNamespace(cells=(), served=served)})[0]
+    model = base_model()
+    with torch.inference_mode():
+        x = model.model(input_ids=torch.tensor([PROMPT])).last_hidden_state[0, -1]
+        want = x @ head.T + (x @ model.lm_head.weight.T) * gain
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_sampled_ends_its_own_request(made: Server) -> None:
+    ill = put(made, Request("ill", PROMPT, Sampling(max_tokens=4, logit_bias={10**6: 1.0})))
+    well = put(made, Request("well", PROMPT, Sampling(max_tokens=4)))
+    run_until_idle(made.engine)
+    done = collect(ill)[1]
+    assert done is not None and done.outcome is Outcome.ERROR and "No token could be drawn" in done.message
+    assert len(collect(well)[0]) == 4
+    check_greedy(Request("well", PROMPT), collect(well)[0], ())
+
+
+def test_what_cannot_be_queued_ends_alone_and_a_failing_command_nobody(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = made.engine.queue.first_link
+    monkeypatch.setattr(made.engine.queue, "first_link", lambda r: 1 / 0 if r.id == "ill" else link(r))
+    well, ill = put(made, Request("well", PROMPT, Sampling(max_tokens=3))), put(made, Request("ill", PROMPT))
+    made.engine.call(lambda: 1 / 0)
+    run_until_idle(made.engine)
+    assert collect(ill)[1].outcome is Outcome.ERROR and "ill" not in made.engine._ids  # type: ignore[union-attr]
+    assert len(collect(well)[0]) == 3
+
+
+def test_full_cells_leave_the_prefixes_alone_and_short_memory_the_adapters() -> None:
+    """With a budget each, what is short of one sort gains nothing from giving up the other."""
+    small = server(4, 12, 1, "bags", True, "fcfs")
+    a, b = (small.cache.resolve(n).digest for n in ("one", "eight"))
+    answer(small, Request("before", PROMPT, Sampling(max_tokens=2)))
+    idle = len(small.engine.queue.index.idle)
+    assert idle
+    put(small, Request("holds", PROMPT, Sampling(max_tokens=6), a))
+    put(small, Request("waits", PROMPT, Sampling(max_tokens=2), b))
+    for _ in range(4):
+        small.engine.step()
+    assert "waits" in small.engine.queue.waiting and len(small.engine.queue.index.idle) == idle
+    run_until_idle(small.engine)
+    assert small.table.find(b) is not None
+    put(small, Request("long", PROMPT * 4, Sampling(max_tokens=8)))
+    put(small, Request("too", PROMPT * 4, Sampling(max_tokens=8)))
+    small.engine.step()
+    assert "too" in small.engine.queue.waiting and small.table.find(b) is not None
+    run_until_idle(small.engine)
+
+
 def test_guesses_that_come_true_save_steps_and_change_nothing(made: Server) -> None:
     prompt = (7, 7, 7, 7, 7, 7)
     plain, _ = answer(made, Request("p", prompt, Sampling(max_tokens=20)))
@@ -250,7 +312,8 @@ def test_a_thread_serves_what_other_threads_send(made: Server) -> None:
 
 def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is read the others get a token in every step; it enters when it is there, and answers as it should."""
-    digest = made.cache.resolve("xs").digest
+    digest, warm = (made.cache.resolve(n).digest for n in ("xs", "eight"))
+    made.cache.fetch(warm).result(60)
     made.cache._host.pop(digest, None)
     read, fetch = threading.Event(), made.cache.source.fetch
 
@@ -259,7 +322,7 @@ def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch
         return fetch(manifest)
 
     monkeypatch.setattr(made.cache.source, "fetch", slow)
-    mate = put(made, Request("mate", PROMPT, Sampling(max_tokens=9), made.cache.resolve("eight").digest))
+    mate = put(made, Request("mate", PROMPT, Sampling(max_tokens=9), warm))
     made.engine.step()
     cold = put(made, Request("cold", PROMPT, Sampling(max_tokens=4), digest))
     for n in range(2, 8):

@@ -73,6 +73,7 @@ def test_bias_and_penalties_change_the_choice_but_not_the_reported_log_probabili
 @pytest.mark.parametrize(
     "field",
     [
+        {"seed": 1 << 80},
         {"temperature": -1},
         {"temperature": 1e-300},
         {"top_p": 0},

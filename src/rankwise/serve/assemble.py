@@ -103,7 +103,7 @@ def assemble(
     cells = Cells(layout.groups, counts[ADAPTER], dtype)
     runner = NativeRunner(
         model, layout.groups, cells, make_op(op, cells, native), make_op(op, cells, native),
-        blocks=counts[KV], page=sizes.page, pack=pack,
+        blocks=counts[KV], page=sizes.page, pack=pack, max_rows=(options or EngineOptions()).max_running,
     )  # fmt: skip
     pool = BlockPool(
         {KV: Unit(runner.store.block_bytes, counts[KV]), ADAPTER: Unit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory

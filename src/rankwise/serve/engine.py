@@ -106,7 +106,7 @@ class Engine:
             if len(self._ids) >= self.options.max_waiting + self.options.max_running:
                 raise Overloaded(f"{len(self._ids)} requests are being served or waiting, as many as may; try again later.")
             self._ids.add(request.id)
-        self._do(lambda: self._enqueue(request, on_event))
+        self._do(lambda: self._take(request, on_event))
 
     def _check_length(self, request: Request) -> None:
         room = self.queue.total_blocks * self.runner.page
@@ -123,8 +123,16 @@ class Engine:
         self._do(lambda: self._cancel(request_id))
 
     def call(self, fn: Callable[[], object]) -> None:
-        """Run ``fn`` on the engine's thread between two steps."""
-        self._do(lambda: (fn(), None)[1])
+        """Run ``fn`` on the engine's thread between two steps; what it raises is logged and concerns no request."""
+
+        def run() -> None:
+            try:
+                fn()
+            except Exception as error:
+                self.counters["faults"] += 1
+                log.error("a command between two steps failed", exc_info=error)
+
+        self._do(run)
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -200,6 +208,18 @@ class Engine:
             while True:
                 self._commands.get_nowait()()
 
+    def _take(self, request: Request, emit: Callable[[Event], None]) -> None:
+        """Queue a request, or end it alone where that fails."""
+        try:
+            self._enqueue(request, emit)
+        except Exception as error:
+            log.error("request %s could not be queued", request.id, exc_info=error)
+            self.counters["faults"] += 1
+            self.queue.waiting.pop(request.id, None)
+            with self._lock:
+                self._ids.discard(request.id)
+            emit(Finished(request.id, Outcome.ERROR, len(request.prompt), 0, message="The engine could not queue the request."))
+
     def _enqueue(self, request: Request, emit: Callable[[Event], None]) -> None:
         now = self.clock()
         job = Job(
@@ -263,6 +283,10 @@ class Engine:
             at = mine.stop
             if not all(finite[mine]):
                 self._finish(seq, Outcome.ERROR, "The model's logits are not finite for this request.")
+                continue
+            fault = next((d.fault for d in drawn[mine] if d.fault), "")
+            if fault:
+                self._finish(seq, Outcome.ERROR, f"No token could be drawn for this request ({fault}).")
                 continue
             right = _verified(span, drawn[mine])
             seq.computed += len(span.tokens) - max(span.samples - 1, 0) + max(len(right) - 1, 0)

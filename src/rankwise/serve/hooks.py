@@ -62,7 +62,7 @@ class Bundle:
         self.together = False
         self.changed = False
         self.key: Tensor | None = None
-        self.flat: Tensor
+        self.flat = torch.empty(0)
         self.ys: list[Tensor | None] = []
         self.v: Tensor | None = None
         if all(type(m) is nn.Linear for m in modules):
@@ -126,6 +126,7 @@ class Bundle:
     def forget(self) -> None:
         """Let the step's tensors go."""
         self.key, self.v, self.ys = None, None, []
+        self.flat = torch.empty(0)
 
 
 class Hook:
@@ -147,16 +148,16 @@ class Hook:
     def _change(self, y: Tensor, changes: Changes) -> None:
         bundle, path = self.bundle, self.path
         x, bias = bundle.flat, bundle.bias[self.j]
-        for seg, weight in changes.whole.get(f"{path}.weight", ()):
-            rows = slice(seg.start, seg.end)
-            y[rows] = nn.functional.linear(x[rows], weight.to(x.dtype), bias)
-        for seg, offset in changes.whole.get(f"{path}.bias", ()):
-            y[seg.start : seg.end] += offset.to(y.dtype) - (0 if bias is None else bias)
         added = []
         for seg, loose in changes.loose.get(path, ()):  # every change sees the base's own output
             rows = slice(seg.start, seg.end)
             base = y[rows] if bias is None else y[rows] - bias
             added.append((rows, sum(fn(x[rows], base) for fn in loose)))
+        for seg, weight in changes.whole.get(f"{path}.weight", ()):
+            rows = slice(seg.start, seg.end)
+            y[rows] = nn.functional.linear(x[rows], weight.to(x.dtype), bias)
+        for seg, offset in changes.whole.get(f"{path}.bias", ()):
+            y[seg.start : seg.end] += offset.to(y.dtype) - (0 if bias is None else bias)
         if changes.op is not None and bundle.group.name in changes.groups:
             # a loose change reads the base's own output, which must not hold a sibling's call's changes yet
             bundle.change(changes.op, self.j, y, at_once=not (changes.loose or changes.whole))
@@ -177,14 +178,17 @@ class EmbeddingHook:
         if HERE.plan is None or changes is NOTHING:
             return y
         flat, out = ids.reshape(-1), y.reshape(-1, y.shape[-1])
+        added = []
+        for seg, loose in changes.loose.get(self.path, ()):  # every change sees the base's own output
+            rows = slice(seg.start, seg.end)
+            base = out[rows].clone()
+            added.append((rows, sum(fn(flat[rows], base) for fn in loose)))
         for seg, table in changes.whole.get(f"{self.path}.weight", ()):
             rows = slice(seg.start, seg.end)
             # a module may rescale what it looks up (Gemma): its own forward on the adapter's table
             out[rows] = _looked_up(self.plain, table, flat[rows])
-        for seg, loose in changes.loose.get(self.path, ()):
-            rows = slice(seg.start, seg.end)
-            base = out[rows]
-            out[rows] = base + sum(fn(flat[rows], base) for fn in loose)
+        for rows, change in added:
+            out[rows] += change
         return out.view_as(y)
 
 

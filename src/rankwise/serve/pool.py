@@ -102,6 +102,11 @@ class BlockPool:
         reserved = sum(max(self.floors[t], self._bytes(t)) for t in self.units if t != tag)
         return max(min(len(self._free[tag]), (self.budget - reserved - self._bytes(tag)) // unit.bytes), 0)
 
+    def ids(self, tag: str) -> int:
+        """Ids of ``tag`` that nobody holds, whatever the bytes allow."""
+        self._unit(tag)
+        return len(self._free[tag])
+
     # --- taking and giving back -------------------------------------------------------------------------------------
     def allocate(self, n: int, tag: str, owner: str = "") -> tuple[int, ...] | None:
         """``n`` ids for ``owner``, or None (and nothing taken) where there is no room."""

@@ -24,6 +24,8 @@ class Pool(Protocol):
 
     def room(self, tag: str) -> int: ...
 
+    def ids(self, tag: str) -> int: ...
+
 
 def salt(fields: Mapping[str, str]) -> bytes:
     """The first link of a chain: every field with its name and length, in sorted order."""
@@ -56,6 +58,10 @@ class PrefixIndex:
     def available(self) -> int:
         """Blocks that :meth:`take` could give now."""
         return self.pool.room(self.tag) + len(self.idle)
+
+    def ids(self) -> int:
+        """Blocks that there would be for :meth:`take` if memory were no question."""
+        return self.pool.ids(self.tag) + len(self.idle)
 
     def match(self, links: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known prefix of a chain; they are now held.  See :meth:`chain`."""

@@ -36,22 +36,28 @@ class SamplerState:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drawn:
+    """A token, or why there is none (``fault``): what a request asks for that its vocabulary or generator cannot give."""
+
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    fault: str = ""
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Drawn]:
-    """One token a row of logits: (S, vocabulary) fp32; ``states`` row by row (a request may own several, in order).
+    """One token or fault a row of logits: (S, vocabulary) fp32; ``states`` row by row (a request may own several, in order).
 
     Log-probabilities are those of the model's own distribution, before temperature, bias and penalties.
     """
     best = logits.argmax(-1).tolist() if any(s.plain for s in states) else []
     out = []
     for i, state in enumerate(states):
-        token = best[i] if state.plain else _draw(logits[i], state)
-        state.said[token] += 1
-        out.append(_reported(logits[i], token, state.sampling.logprobs))
+        try:
+            token = best[i] if state.plain else _draw(logits[i], state)
+            out.append(_reported(logits[i], token, state.sampling.logprobs))
+            state.said[token] += 1
+        except (IndexError, RuntimeError, ValueError) as error:  # one row's, which must not end the others
+            out.append(Drawn(-1, fault=f"{type(error).__name__}: {error}"))
     return out
 
 

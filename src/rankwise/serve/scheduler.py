@@ -138,10 +138,9 @@ class Scheduler:
             return False
         if not seq.blocks:
             self._match(seq)
-        wanted = -(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks)
-        # a block for each request that runs is left, so that one newly let in is not put back in the next step
-        spare = 0 if not self.running else len(self.running)
-        fits = self._room(wanted + spare)
+        # what running requests have yet to take, and a block more for each, so that one newly let in is not put back at once
+        spare = sum(self._lacking(s) + 1 for s in self.running.values())
+        fits = self._room(self._lacking(seq) + spare)
         slot: int | None = BASE
         if fits and served is not None:
             assert seq.request.adapter is not None
@@ -162,6 +161,10 @@ class Scheduler:
         self.counters["prefix_hit_tokens"] += seq.reused
         self.running[seq.request.id] = self.waiting.pop(seq.request.id)
         return True
+
+    def _lacking(self, seq: Sequence) -> int:
+        """Blocks that a request takes for the tokens it has and the next one."""
+        return max(-(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks), 0)
 
     def _waits_for_sibling(self, seq: Sequence) -> bool:
         """A sample of the same prompt is being computed, whose blocks this one will share."""
@@ -204,7 +207,9 @@ class Scheduler:
         return salt({"base": self.base, "adapter": r.adapter or "", "tenant": r.tenant, "salt": r.salt})
 
     def _room(self, blocks: int) -> bool:
-        """Whether ``blocks`` can be taken; idle adapters make way for them."""
+        """Whether ``blocks`` can be taken; idle adapters make way for them where both live on one budget."""
+        if self.index.ids() < blocks:
+            return False  # ids are short, which no adapter's memory makes more
         while self.index.available() < blocks:
             if not self.adapters.shrink():
                 return False

@@ -89,6 +89,7 @@ class Sampling:
             ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+            ("seed", self.seed, self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "an integer of 64 bits"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
             ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "from -2 to 2"),

@@ -144,3 +144,21 @@ def test_cells_come_back_when_writing_fails() -> None:
     with pytest.raises(OptionError, match="q takes A"):
         slots.ensure("bad", bad)
     assert sorted(pool.free) == [0, 1] and len(slots) == 0
+
+
+def test_what_takes_no_cell_goes_with_its_last_user() -> None:
+    """Nothing would ask for its place, so its numbers would stay for ever."""
+    slots, pool, _ = table()
+    for n in range(5):
+        number = slots.ensure(f"d{n}", adapter(0, n))
+        assert number is not None
+        slots.pin(number), slots.pin(number)
+        slots.unpin(number)
+        assert slots.find(f"d{n}") == number
+        slots.unpin(number)
+    assert len(slots) == 0 and slots.evictions["idle"] == 5
+    assert slots.ensure("d0", adapter(0, 0)) is not None
+    with_cells = slots.ensure("d9", adapter(3, 9))
+    assert with_cells is not None
+    slots.pin(with_cells), slots.unpin(with_cells)
+    assert slots.find("d9") == with_cells and len(pool.free) == 5

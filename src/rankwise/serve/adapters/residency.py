@@ -50,7 +50,8 @@ class Residency:
     def enter(self, digest: str, served: Served) -> int | None:
         """The slot, pinned; None where no room can be made now."""
         slot = self.table.ensure(digest, served)
-        while slot is None and self.make_room():
+        # cells that are short as such come from no cache block; memory does, where both live on one budget
+        while slot is None and self.pool.ids(ADAPTER) >= served.manifest.cells and self.make_room():
             slot = self.table.ensure(digest, served)
         if slot is not None:
             self.table.pin(slot)

@@ -60,7 +60,7 @@ class SlotTable:
 
     Attributes:
         cells: slot → its cells, as the delta operators take it; ``slots``: number → slot.
-        evictions: how many slots were emptied, by why (``room``, ``asked``).
+        evictions: how many slots were emptied, by why (``room``, ``asked``, ``idle``).
     """
 
     def __init__(self, cells: Cells, pool: CellAllocator, *, clock: Callable[[], float] = time.monotonic):
@@ -135,6 +135,8 @@ class SlotTable:
             raise OptionError(f"Slot {number} is unpinned more often than it was pinned.")
         slot.use.pins -= 1
         slot.use.last = self._clock()
+        if not slot.cells and not slot.use.pins:
+            self._evict(slot, "idle")  # it takes no cell, so nothing would ever ask for its place; entering again writes nothing
 
     def drop(self, digest: str) -> bool:
         """Empty the slot of a digest if nobody uses it; whether it is gone."""

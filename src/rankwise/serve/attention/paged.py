@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-from rankwise.serve.attention.rows import RowTables, Turn, cells_of
+from rankwise.serve.attention.rows import RowTables, Turn, cells_of, seen_keys
 from rankwise.serve.plan import Span, TokenPlan
 
 NAME = "rankwise_paged"
@@ -60,11 +60,7 @@ class Bucket:
 
     def mask(self, window: int | None) -> Tensor:
         """(n, 1, 1, C): which keys a row sees."""
-        at = torch.arange(self.C)
-        seen = at < self.lengths
-        if window is not None:
-            seen &= at >= self.lengths - window
-        return seen[:, None, None, :]
+        return seen_keys(self.lengths, self.C, window)
 
 
 class Step:

@@ -40,11 +40,7 @@ class Turn:
 
     def mask(self, window: int | None) -> Tensor:
         """(n, 1, 1, C): which keys a row sees."""
-        at = torch.arange(self.C)
-        seen = at < self.lengths
-        if window is not None:
-            seen &= at >= self.lengths - window
-        return seen[:, None, None, :]
+        return seen_keys(self.lengths, self.C, window)
 
     def update(self, layer: int, K: Tensor, V: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's (n, heads, C, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
@@ -144,6 +140,15 @@ class RowTables:
                 table = self.tables.setdefault(cap, Table(cap, self.count))
                 turns.append(table.turn(mine, page))
         return turns, rest
+
+
+def seen_keys(lengths: Tensor, C: int, window: int | None) -> Tensor:
+    """(n, 1, 1, C): the keys before each row's end (``lengths``: (n, 1)), and within ``window`` of it."""
+    at = torch.arange(C)
+    seen = at < lengths
+    if window is not None:
+        seen &= at >= lengths - window
+    return seen[:, None, None, :]
 
 
 def cells_of(s: Span, page: int) -> Tensor:
