@@ -60,6 +60,17 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards(made: Server) -> None
     assert answer(made, Request("r", PROMPT))[0] == collect(first)[0]
 
 
+def test_a_look_counts_what_no_step_has_seen_and_the_cells_in_use(made: Server) -> None:
+    put(made, Request("r", PROMPT, Sampling(max_tokens=2), made.cache.resolve("nine").digest))
+    assert (made.engine.stats().running, made.engine.stats().waiting) == (0, 1)
+    while not made.engine.stats().running:
+        made.engine.step()
+    s = made.engine.stats()
+    assert s.waiting == 0 and s.cells_total == 8 and s.cells_used >= 2
+    run_until_idle(made.engine)
+    assert (made.engine.stats().running, made.engine.stats().waiting) == (0, 0)
+
+
 def test_a_full_queue_turns_requests_away(made: Server) -> None:
     configure(made, max_waiting=1, max_running=1)
     put(made, Request("a", PROMPT))

@@ -143,10 +143,12 @@ class Engine:
         return self._wake.is_set()
 
     def stats(self) -> EngineStats:
+        """A look from any thread; what was submitted and not yet seen by a step is waiting too."""
         used = self.queue.total_blocks - self.queue.index.available()
+        running = len(self.queue.running)
         return EngineStats(
-            len(self.queue.running), len(self.queue.waiting), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
-            not self.error, self.error, dict(self.counters),
+            running, max(len(self._ids) - running, 0), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
+            not self.error, self.error, dict(self.counters), *self.adapters.cells_held(),
         )  # fmt: skip
 
     # --- life -----------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ class Residency(Protocol):
 
     def free_cells(self) -> int: ...
 
+    def cells_held(self) -> tuple[int, int]:
+        """(cells that adapters hold, cells there are)."""
+        ...
+
     def shrink(self) -> bool:
         """Give up one idle slot; False where there is none."""
         ...

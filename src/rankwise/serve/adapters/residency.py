@@ -69,6 +69,10 @@ class Residency:
     def free_cells(self) -> int:
         return self.pool.room(ADAPTER)
 
+    def cells_held(self) -> tuple[int, int]:
+        """(cells that adapters hold, cells there are)."""
+        return self.pool.used(ADAPTER), self.pool.units[ADAPTER].count
+
     def shrink(self) -> bool:
         """Empty one slot that nobody uses."""
         return self.table.shrink()
