@@ -70,10 +70,11 @@ class RandomSource:
         return Served(manifest, pairs)
 
 
-def server(model: Any, cells: int, *, native: bool = False, pack: bool | None = None) -> Server:
+def server(model: Any, cells: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
     return assemble(
         copy.deepcopy(model), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=cells),
-        options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, share_prefixes=False,
+        options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
+        share_prefixes=False,
     )  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def main() -> None:
     keep_freed_memory()  # for everybody in this process, `generate` too
     model = m2()
     plain, native = server(model, POOL), _native(model)
-    unpacked = server(model, 64, pack=False)
+    unpacked, modules = server(model, 64, pack=False), server(model, 64, loop=False)
     print(
         "packed:", sum(b.packed is not None for b in plain.runner.bundles), "of", len(plain.runner.bundles), "products", flush=True
     )
@@ -262,7 +263,9 @@ def main() -> None:
         "generate": generate(model),
         "base": closed(plain, None),
         "base, plain linears": closed(unpacked, None),
+        "base, by transformers' modules": closed(modules, None),
         "16 distinct, rank 8": closed(plain, [8] * BATCH),
+        "16 distinct, rank 8, by transformers' modules": closed(modules, [8] * BATCH),
         "16 distinct, rank 8, plain linears": closed(unpacked, [8] * BATCH),
         "ranks 64 32 16 8 × 4": closed(plain, mixed),
         "16 distinct, rank 64": closed(plain, large),

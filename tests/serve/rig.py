@@ -92,7 +92,7 @@ def check_greedy(request: Request, ids: list[int], adapters: tuple[tuple[str, fl
 
 
 @functools.cache
-def server(page: int, blocks: int, cells: int, op: str, pack: bool, policy: str) -> Server:
+def server(page: int, blocks: int, cells: int, op: str, pack: bool, policy: str, loop: bool | None = None) -> Server:
     """A server of these sizes; one for all scenarios that ask for the same."""
     sizes = Sizes(kv_tokens=blocks * page, page=page, cells=cells)
     return assemble(
@@ -101,6 +101,7 @@ def server(page: int, blocks: int, cells: int, op: str, pack: bool, policy: str)
         sizes=sizes,
         op=op,
         pack=pack,
+        loop=loop,
         policy=policy,
         base="rig",
         limits=Limits(),
@@ -129,14 +130,14 @@ class Run:
         return last
 
 
-#: (page, blocks, cells, operator, packed, policy): loose and tight, every page and operator at least once
+#: (page, blocks, cells, operator, packed, policy, by the loop): loose and tight, every page and operator at least once
 SERVERS = (
-    (1, 40, 6, "reference", False, "fcfs"),
-    (2, 22, 4, "bags", True, "default"),
-    (4, 12, 24, "auto", False, "fcfs"),
-    (8, 6, 6, "auto", True, "default"),
-    (4, 50, 4, "reference", True, "fcfs"),
-    (8, 25, 24, "bags", False, "default"),
+    (1, 40, 6, "reference", False, "fcfs", True),
+    (2, 22, 4, "bags", True, "default", False),
+    (4, 12, 24, "auto", False, "fcfs", False),
+    (8, 6, 6, "auto", True, "default", True),
+    (4, 50, 4, "reference", True, "fcfs", False),
+    (8, 25, 24, "bags", False, "default", True),
 )
 
 

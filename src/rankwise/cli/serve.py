@@ -46,6 +46,10 @@ def serve(
     set: Annotated[list[str] | None, typer.Option("--set", help="option=value of the policy (slo=6); repeatable.")] = None,
     op: Annotated[str, typer.Option(help="How adapters are computed: auto, bags, grouped, native, triton, reference …")] = "auto",
     native: Annotated[bool | None, typer.Option("--native/--no-native", help="Let auto build and use the C operator.")] = None,
+    loop: Annotated[
+        bool | None,
+        typer.Option("--loop/--no-loop", help="Run a Llama-like model by rankwise's own loop; default: where it gives its logits."),
+    ] = None,
     speculate: Annotated[int, typer.Option(min=0, help="Tokens guessed by prompt look-up and verified in a step.")] = 0,
     train: Annotated[
         str | None, typer.Option(help="Take fine-tuning jobs beside serving; they and their adapters are kept in this folder.")
@@ -95,7 +99,7 @@ def serve(
             max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
             step_seconds=step_seconds,
         ),
-        op=op, native=native, registry=registry, base=shown,
+        op=op, native=native, loop=loop, registry=registry, base=shown,
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("rankwise.serve").setLevel(logging.INFO)

@@ -77,6 +77,7 @@ def assemble(
     op: str = "auto",
     native: bool | None = None,
     pack: bool | None = None,
+    loop: bool | None = None,
     limits: Limits | None = None,
     registry: str | Path | None = None,
     base: str = "",
@@ -87,6 +88,7 @@ def assemble(
 
     Args:
         source: makes the adapters' source from the model's intake.
+        loop: whether steps run through :mod:`~rankwise.serve.loop`; None where it stands for the model.
         policy: a policy's name, or ``{"name": …, options…}``; ``op``: a delta operator's name.
         base: the base's fingerprint, part of every prefix salt.
 
@@ -103,7 +105,7 @@ def assemble(
     cells = Cells(layout.groups, counts[ADAPTER], dtype)
     runner = NativeRunner(
         model, layout.groups, cells, make_op(op, cells, native), make_op(op, cells, native),
-        blocks=counts[KV], page=sizes.page, pack=pack, max_rows=(options or EngineOptions()).max_running,
+        blocks=counts[KV], page=sizes.page, pack=pack, max_rows=(options or EngineOptions()).max_running, loop=loop,
     )  # fmt: skip
     pool = BlockPool(
         {KV: Unit(runner.store.block_bytes, counts[KV]), ADAPTER: Unit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory

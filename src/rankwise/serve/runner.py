@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -15,9 +16,11 @@ from rankwise.serve.adapters.base import Served
 from rankwise.serve.attention import paged
 from rankwise.serve.attention.rows import RowTables
 from rankwise.serve.hooks import NOTHING, Acting, Changes, hook_model
+from rankwise.serve.loop import loop_of
 from rankwise.serve.ops.base import Cells, DeltaOp, Group
 from rankwise.serve.plan import BASE, Role, Segment, Span, TokenPlan, make_plan, planned
 
+log = logging.getLogger("rankwise.serve")
 ROW_CAP = 4096  #: tokens of context up to which decoding rows are kept side by side
 
 
@@ -51,6 +54,8 @@ class NativeRunner:
         blocks, page: size of the key-value cache in blocks of ``page`` tokens.
         rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
         max_rows: decoding rows whose keys and values are kept side by side as well.
+        loop: False runs every step through the model's own modules, True asks for :mod:`~rankwise.serve.loop`, None takes
+            it where it is known to compute what the model does.
 
     Raises:
         AttachError: a model whose packed steps do not give its own logits (recurrent layers, attention of its own sort).
@@ -69,12 +74,16 @@ class NativeRunner:
         rows: int = 16,
         max_rows: int = 64,
         pack: bool | None = None,
+        loop: bool | None = None,
     ):
         self.model = model.eval()
         self.page = page
         self.cells, self.op, self.head_op = cells, op, head_op
         self.groups = {g.name: g for g in groups}
         self.acting = Acting()
+        self.loop = None if loop is False else loop_of(model)  # asked before anything is hooked
+        if loop and self.loop is None:
+            raise AttachError(f"No loop stands for {type(model).__name__}; leave loop out, and it runs through its modules.")
         expected = _own_logits(model, max(2, min(40, blocks // 2 * page)))
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_path = next((n for n, m in model.named_modules() if m is head), None)
@@ -88,10 +97,20 @@ class NativeRunner:
         self.rows = RowTables(max_rows, ROW_CAP)
         paged.install(model)
         self._narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._check(expected)
+        if self.loop is not None and self._gap(expected) > self._tolerance(expected):
+            log.warning("The loop for %s gives other logits here and is not used.", type(model).__name__)
+            self.loop = None
+        if self.loop is None and not (gap := self._gap(expected)) <= self._tolerance(expected):
+            raise AttachError(
+                f"{type(self.model).__name__} computes other logits in packed steps (off by {gap:.1e} of the largest): "
+                "some layer of it mixes tokens outside the attention interface, so it cannot be served."
+            )
 
-    def _check(self, expected: Tensor) -> None:
-        """Two chunks of one probe beside another request must give the model's own logits, or nothing is served."""
+    def _tolerance(self, expected: Tensor) -> float:
+        return 1e-3 if expected.dtype == torch.float32 and self.store.dtype == torch.float32 else 5e-2
+
+    def _gap(self, expected: Tensor) -> float:
+        """How far two chunks of one probe beside another request are from the model's own logits, as a share of the largest."""
         n, page = expected.shape[0], self.page
         ids = _probe_ids(self.model, n)
         blocks = tuple(range(-(-n // page)))
@@ -100,15 +119,8 @@ class NativeRunner:
         first = [Span("p", ids[:cut], 0, blocks, BASE, Role.PREFILL, cut), Span("q", ids, 0, other, BASE, Role.PREFILL, n)]
         one = self.run(make_plan(first, page), {})
         two = self.run(make_plan([Span("p", ids[cut:], cut, blocks, BASE, Role.PREFILL, n - cut)], page), {})
-        got = torch.cat([one[:cut], two])
-        tolerance = 1e-3 if expected.dtype == torch.float32 and self.store.dtype == torch.float32 else 5e-2
-        for what in (got, one[cut:]):
-            gap = float((what - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-            if not gap <= tolerance:
-                raise AttachError(
-                    f"{type(self.model).__name__} computes other logits in packed steps (off by {gap:.1e} of the largest): "
-                    "some layer of it mixes tokens outside the attention interface, so it cannot be served."
-                )
+        apart = torch.stack([torch.cat([one[:cut], two]) - expected, one[cut:] - expected])
+        return float(apart.abs().max() / expected.abs().max().clamp_min(1e-6))
 
     @torch.inference_mode()
     def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
@@ -116,17 +128,20 @@ class NativeRunner:
         used = {s.slot for s in plan.segments}
         self.acting.body = self._changes(plan.segments, plan, slots, self.op, used)
         self.acting.head = self._head_changes(plan, slots, used)
-        kwargs = {"logits_to_keep": plan.sample_rows} if self._narrow else {}
         try:
             with planned(plan), paged.attending(paged.Step(plan, self.rows), self.store):
-                out = self.model(input_ids=plan.tokens[None], position_ids=plan.positions[None], use_cache=False, **kwargs).logits[
-                    0
-                ]
+                return self._logits(plan).float()
         finally:
             for b in self.bundles:
                 b.forget()
             self.acting.body = self.acting.head = NOTHING
-        return (out if self._narrow else out[plan.sample_rows]).float()
+
+    def _logits(self, plan: TokenPlan) -> Tensor:
+        if self.loop is not None:
+            return self.loop(plan)
+        kwargs = {"logits_to_keep": plan.sample_rows} if self._narrow else {}
+        out = self.model(input_ids=plan.tokens[None], position_ids=plan.positions[None], use_cache=False, **kwargs).logits[0]
+        return out if self._narrow else out[plan.sample_rows]
 
     def _changes(
         self, segments: Sequence[Segment], plan: TokenPlan, slots: Mapping[int, Slot], op: DeltaOp, used: set[int]

@@ -27,6 +27,7 @@ class Turn:
         moves: (from, to) of rows that close a gap; ``fills``: (row, cells) of rows read from the pages.
         rows: (n,) rows of the packed step, in the order of the table's rows; ``at``: (n,) where each one's token goes.
         C: longest context; ``lengths``: (n, 1).
+        in_order: the table's rows are the step's own, one after the other.
     """
 
     table: Table
@@ -36,11 +37,8 @@ class Turn:
     at: Tensor
     lengths: Tensor
     C: int
+    in_order: bool
     _places: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """(n, 1, 1, C): which keys a row sees."""
-        return seen_keys(self.lengths, self.C, window)
 
     def update(self, layer: int, K: Tensor, V: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's (n, heads, C, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
@@ -53,8 +51,12 @@ class Turn:
                 own[row].zero_()  # what an earlier owner left behind may be NaN, and 0·NaN is NaN
                 own[row, :, : cells.shape[0]] = pages.index_select(0, cells).transpose(0, 1)
             heads, d = own.shape[1], own.shape[3]
-            own.view(-1, d).index_copy_(0, self.places(heads), new.index_select(0, self.rows).to(own.dtype).reshape(-1, d))
+            own.view(-1, d).index_copy_(0, self.places(heads), self.mine(new).to(own.dtype).reshape(-1, d))
         return held[0][:n, :, : self.C], held[1][:n, :, : self.C]
+
+    def mine(self, t: Tensor) -> Tensor:
+        """The rows of ``t`` (T, …) in the table's order."""
+        return t if self.in_order and t.shape[0] == self.rows.shape[0] else t.index_select(0, self.rows)
 
     def places(self, heads: int) -> Tensor:
         """(n·heads,): where each row's new token goes in a table seen as rows of d."""
@@ -106,9 +108,10 @@ class Table:
             order.append((row, at, s))
         order.sort(key=lambda x: x[0])
         lengths = torch.tensor([[s.end] for _, _, s in order])
+        rows = [at for _, at, _ in order]
         return Turn(
-            self, moves, fills, torch.tensor([at for _, at, _ in order]), torch.tensor([s.start for _, _, s in order]), lengths,
-            int(lengths.max()),
+            self, moves, fills, torch.tensor(rows), torch.tensor([s.start for _, _, s in order]), lengths,
+            int(lengths.max()), rows == list(range(len(rows))),
         )  # fmt: skip
 
 
@@ -143,12 +146,12 @@ class RowTables:
 
 
 def seen_keys(lengths: Tensor, C: int, window: int | None) -> Tensor:
-    """(n, 1, 1, C): the keys before each row's end (``lengths``: (n, 1)), and within ``window`` of it."""
+    """(n, C): the keys before each row's end (``lengths``: (n, 1)), and within ``window`` of it."""
     at = torch.arange(C)
     seen = at < lengths
     if window is not None:
         seen &= at >= lengths - window
-    return seen[:, None, None, :]
+    return seen
 
 
 def cells_of(s: Span, page: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -109,6 +109,10 @@ class Cells:
         """Those of ``cells`` that are not all zero at ``group``: an adapter that leaves it alone costs nothing there."""
         blank = self._blank[group]
         return tuple(c for c in cells if c not in blank)
+
+    def filled(self, group: str, cells: Set[int]) -> bool:
+        """Whether none of ``cells`` is all zero at ``group``."""
+        return self._blank[group].isdisjoint(cells)
 
     @torch.no_grad()
     def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:

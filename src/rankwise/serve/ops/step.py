@@ -35,24 +35,36 @@ class Step:
 
     def __init__(self, cells: Cells, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
         self.cells, self.segments, self.held = cells, segments, held
+        self._touched = frozenset(c for some in held for c in some)
+        self._whole: tuple[Run, ...] | None = None
         self._runs: dict[str, tuple[Run, ...]] = {}
         self._of_group: dict[str, Any] = {}
         self._shared: dict[Any, Any] = {}
         self.notes: dict[str, Any] = {}
 
     def runs(self, group: Group) -> tuple[Run, ...]:
-        """The rows that something acts on at ``group``, in order; empty where no adapter of the step touches it."""
+        """The rows that something acts on at ``group``, in order; empty where no adapter of the step touches it.
+
+        One object for all groups that every adapter of the step touches, which is most of them.
+        """
         if group.name not in self._runs:
-            used = [(s, self.cells.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
-            self._runs[group.name] = tuple(Run(s.start, s.end, c) for s, c in used if c and s.end > s.start)
+            whole = self.cells.filled(group.name, self._touched)
+            if whole and self._whole is not None:
+                self._runs[group.name] = self._whole
+            else:
+                used = [(s, self.cells.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
+                self._runs[group.name] = tuple(Run(s.start, s.end, c) for s, c in used if c and s.end > s.start)
+            if whole:
+                self._whole = self._runs[group.name]
         return self._runs[group.name]
 
     def kept(self, group: Group, make: Callable[[Group, tuple[Run, ...]], T]) -> T:
         """``make(group, runs)``, made once for all groups of equal shape and runs."""
         if group.name not in self._of_group:
-            key = (group.inp, group.outs, self.runs(group))
+            runs = self.runs(group)
+            key = (group.inp, group.outs, "all" if runs is self._whole else runs)
             if key not in self._shared:
-                self._shared[key] = make(group, self.runs(group))
+                self._shared[key] = make(group, runs)
             self._of_group[group.name] = self._shared[key]
         return self._of_group[group.name]
 
