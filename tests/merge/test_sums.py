@@ -81,3 +81,21 @@ def test_merged_values_attach_and_act() -> None:
     adapter.detach()
     attach_state(model, state)
     assert torch.allclose(logits(model, batch), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_crossed_sums_are_told_from_products_of_factors(near: bool) -> None:
+    """The distance of ``linear`` and its like from the weighted sum, against matrices written out; near ones in fp64."""
+    from rankwise.merge.stack import FactorStack
+
+    g = torch.Generator().manual_seed(0)
+    pairs = tuple(
+        (torch.randn(3, 9, generator=g, dtype=torch.float64), torch.randn(7, 3, generator=g, dtype=torch.float64)) for _ in range(4)
+    )
+    w = (0.5, -0.2, 1.0, 0.0)
+    C = torch.tensor(w, dtype=torch.float64).diag() + (1e-6 if near else 1.0) * torch.randn(4, 4, generator=g, dtype=torch.float64)
+    want = sum(C[s, t] * pairs[s][1] @ pairs[t][0] for s in range(4) for t in range(4))
+    whole = sum(x * B @ A for x, (A, B) in zip(w, pairs, strict=True))
+    ratio = float((want - whole).norm() / whole.norm())
+    assert FactorStack("x", w, pairs=pairs).crossed(C) == pytest.approx(ratio, rel=1e-4 if near else 1e-6)
+    assert FactorStack("x", (0.0,) * 4, pairs=pairs).crossed(C) == 1.0

@@ -21,7 +21,7 @@ from rankwise.delta import AdapterState, Delta, LowRank
 from rankwise.delta.lowrank import cut
 from rankwise.delta.solve import randomized_svd
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.stack import FactorStack, Pair, Stack, one_shape
+from rankwise.merge.stack import FAR, FactorStack, Pair, Stack, one_shape
 from rankwise.seeds import generator
 
 
@@ -265,10 +265,6 @@ def _factors(d: Delta | None, name: str) -> Pair | None:
         return A.double(), B.double()
     s = float(d.scale)
     return d.A.double() * abs(s) ** 0.5, d.B.double() * math.copysign(abs(s) ** 0.5, s)
-
-
-#: relative distance above which fp32 products tell it to five digits; what is nearer is told in fp64
-FAR = 0.3
 
 
 def distance(a: LowRank, b: LowRank) -> float:

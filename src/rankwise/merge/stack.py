@@ -19,6 +19,8 @@ from rankwise.delta import LowRank
 from rankwise.errors import MergeError
 
 Pair = tuple[Tensor, Tensor]
+#: relative distance above which fp32 products tell it to five digits; what is nearer is told in fp64
+FAR = 0.3
 #: bytes of one block of all sources, and the rows whose random draws are made together (blocks begin at multiples of it)
 BLOCK_BYTES, TILE = 16 * 2**20, 16
 
@@ -132,6 +134,28 @@ class FactorStack(Stack):
     def total(self) -> LowRank:
         """The weighted sum."""
         return self.combination(self.weights)
+
+    def crossed(self, C: Tensor) -> float:
+        """‖Σ C[s,t]·B_s·A_t − Σ w_t·ΔW_t‖/‖Σ w_t·ΔW_t‖ for C: T×T fp64, where all T have one rank; nothing out×in is made.
+
+        With G = AAᵀ and H = BᵀB of all factors stacked, ‖Σ C[s,t]·B_s·A_t‖² = ⟨H, (C⊗I)·G·(C⊗I)ᵀ⟩.
+        """
+        ratio = self._crossed(C, torch.float32)
+        return ratio if ratio > FAR and math.isfinite(ratio) else self._crossed(C, torch.float64)
+
+    def _crossed(self, C: Tensor, dtype: torch.dtype) -> float:
+        T, r = len(self.pairs), self.sources()[0][0].shape[0]
+        A = torch.cat([A for A, _, _ in self.sources()]).to(dtype)
+        B = torch.cat([B for _, B, _ in self.sources()], dim=1).to(dtype)
+        G, H = (A @ A.mT).double(), (B.mT @ B).double()
+        w = torch.tensor(self.weights, dtype=torch.float64)
+
+        def size(M: Tensor) -> Tensor:
+            half = (M @ G.view(T, -1)).view(T * r, T, r)
+            return (H.view(T * r, T, r) * (M @ half)).sum().clamp_min(0).sqrt()
+
+        gap, whole = size(C - w.diag()), size(w.diag())
+        return float(gap / whole) if whole > 0 else float(gap > 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,6 +66,9 @@ class Linear(Merge):
             raise MergeError(
                 f"The merge 'linear' adds factors, so every source needs {stack.name!r} at one rank; use 'cat' or 'svd'."
             )
-        A = torch.stack([math.copysign(math.sqrt(abs(w)), w) * A for A, _, w in sources]).sum(0)
-        B = torch.stack([math.sqrt(abs(w)) * B for _, B, w in sources]).sum(0)
-        return Merged(LowRank(A, B))
+        a, b = [math.copysign(math.sqrt(abs(w)), w) for w in stack.weights], [math.sqrt(abs(w)) for w in stack.weights]
+        A, B = torch.zeros_like(sources[0][0]), torch.zeros_like(sources[0][1])
+        for x, y, (A_t, B_t, _) in zip(a, b, sources, strict=True):
+            A.add_(A_t, alpha=x), B.add_(B_t, alpha=y)
+        crossed = torch.outer(torch.tensor(b, dtype=torch.float64), torch.tensor(a, dtype=torch.float64))
+        return Merged(LowRank(A, B), error=stack.crossed(crossed))
