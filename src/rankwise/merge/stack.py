@@ -195,9 +195,12 @@ class TensorStack(Stack):
 
     def combination(self, c: Sequence[float]) -> Tensor:
         """Σ c_t·x_t, out×in."""
-        made = torch.empty(self.size, dtype=self.dtype)
-        for rows in self.blocks():
-            made[rows] = (torch.tensor(c, dtype=self.dtype).view(-1, 1, 1) * self.at(rows)).sum(0)
+        made = torch.zeros(self.size, dtype=self.dtype)
+        for rows in self.blocks(copies=2):
+            mine = made[rows]
+            for t, x in enumerate(c):
+                if (source := self.read[t]) is not None:
+                    mine.add_(source().reshape(self.size)[rows] if self.base is None else self.block(t, rows), alpha=x)
         return made
 
 

@@ -23,8 +23,9 @@ from rankwise.merge.stack import FactorStack, Stack, TensorStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weighing(Merge):
-    """Base: ``rank`` cuts an adapter's result (default: the exact sum of rank Σ r_t)."""
+    """Base: ``rank`` cuts an adapter's result (default: the exact sum of rank Σ r_t); ``products``: it reads the inner products."""
 
+    products: ClassVar[bool] = True
     rank: int | None = None
 
     def coefficients(self, gram: Tensor, w: Tensor) -> Tensor:
@@ -32,12 +33,14 @@ class Weighing(Merge):
         raise NotImplementedError
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        c = self.coefficients(stack.gram(), torch.tensor(stack.weights, dtype=torch.float64)).tolist()
+        gram = stack.gram() if self.products else torch.empty(0)
+        c = self.coefficients(gram, torch.tensor(stack.weights, dtype=torch.float64)).tolist()
+        error = 0.0 if tuple(c) == stack.weights else None  # the weighted sum itself
         if isinstance(stack, FactorStack):
             made = stack.combination(c)
-            return Merged(made) if self.rank is None else truncated(made, self.rank)
+            return Merged(made, error=error) if self.rank is None else truncated(made, self.rank)
         assert isinstance(stack, TensorStack)
-        return Merged(stack.combination(c))
+        return Merged(stack.combination(c), error=error)
 
 
 def plain(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
@@ -148,9 +151,9 @@ def row(name: str, title: str, weigh: Callable[[Any, Tensor, Tensor], Tensor], *
     """A row of the table, registered: how it weighs, and its options with their defaults."""
     body = {
         "__doc__": doc, "__module__": __name__, "breaks": frozenset(breaks), "count": count, "works_on": works_on,
-        "uses_weights": uses_weights, "coefficients": lambda self, gram, w: weigh(self, gram, w),
+        "uses_weights": uses_weights, "products": weigh is not plain, "coefficients": lambda self, gram, w: weigh(self, gram, w),
         "__annotations__": {"breaks": ClassVar[frozenset[str]], "count": ClassVar[int | None], "works_on": ClassVar[str],
-                            "uses_weights": ClassVar[bool]},
+                            "uses_weights": ClassVar[bool], "products": ClassVar[bool]},
     }  # fmt: skip
     fields = [(k, type(v), dataclasses.field(default=v)) for k, v in options.items()]
     made = dataclasses.make_dataclass(
