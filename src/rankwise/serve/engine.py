@@ -6,20 +6,18 @@ step; prompts fill the rest of its token budget in chunks (:mod:`rankwise.serve.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from queue import Empty, SimpleQueue
-from typing import Protocol
 
 import torch
 
-from rankwise.errors import OptionError, RankwiseError
-from rankwise.serve.options import EngineOptions, EngineStats
-from rankwise.serve.pacing import Pace
+from rankwise.errors import RankwiseError
+from rankwise.serve.front import Front
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.pacing import Pace, Stream
 from rankwise.serve.plan import Role, Span, TokenPlan, make_plan
 from rankwise.serve.prefix import PrefixIndex
 from rankwise.serve.runner import Runner
@@ -27,25 +25,15 @@ from rankwise.serve.sampler import Drawn, SamplerState, sample
 from rankwise.serve.sched.base import Job, Policy
 from rankwise.serve.scheduler import Residency, Scheduler
 from rankwise.serve.sequence import Sequence
-from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, ServeError, Token
+from rankwise.serve.shortage import no_memory
+from rankwise.serve.speculate import verified
+from rankwise.serve.types import Event, Finished, Outcome, Request, ServeError, Token
 
 log = logging.getLogger("rankwise.serve")
 Observer = Callable[[str, float, Mapping[str, str]], None]
 
 
-class Stream(Protocol):
-    """Training in what a step leaves: see :mod:`rankwise.serve.train_stream`."""
-
-    def waiting(self) -> int:
-        """Tokens it would take now."""
-        ...
-
-    def run(self, tokens: int) -> int:
-        """Work on up to ``tokens`` tokens; how many it was."""
-        ...
-
-
-class Engine:
+class Engine(Front):
     """Serves requests over one runner.
 
     Args:
@@ -69,6 +57,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         stream: Stream | None = None,
     ):
+        super().__init__()
         options = options or EngineOptions()
         self.runner, self.adapters, self.policy, self.options, self.clock = runner, adapters, policy, options, clock
         self.stream = stream
@@ -81,75 +70,7 @@ class Engine:
         self.counters: Counter[str] = self.queue.counters
         self.steps = 0
         self.error = ""
-        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._wake = threading.Event()
-        self._lock = threading.Lock()
-        self._ids: set[str] = set()  # of all that live, so that a second one is refused at once
         self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
-        self._draining = False
-
-    # --- called from any thread -----------------------------------------------------------------------------------
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
-        """Queue a request; its events come on the engine's thread, :class:`Finished` last.
-
-        Raises:
-            OptionError: longer than a request may be; an id that is in use.
-            Overloaded: the queue is full, or the engine is going down.
-        """
-        self._check_length(request)
-        with self._lock:
-            if request.id in self._ids:
-                raise OptionError(f"A request with the id {request.id!r} is being served; give each its own.")
-            if self._draining or self._stopping.is_set():
-                raise Overloaded("The server is going down; try another one.", 5.0)
-            if len(self._ids) >= self.options.max_waiting + self.options.max_running:
-                raise Overloaded(f"{len(self._ids)} requests are being served or waiting, as many as may; try again later.")
-            self._ids.add(request.id)
-        self._do(lambda: self._take(request, on_event))
-
-    def _check_length(self, request: Request) -> None:
-        room = self.queue.total_blocks * self.runner.page
-        limit = room if self.options.max_context is None else min(room, self.options.max_context)
-        wanted = len(request.prompt) + request.sampling.max_tokens
-        if wanted > limit:
-            raise OptionError(
-                f"The prompt has {len(request.prompt)} tokens and max_tokens is {request.sampling.max_tokens}: {wanted} together, "
-                f"but a request may have {limit}; shorten one of them."
-            )
-
-    def cancel(self, request_id: str) -> None:
-        """End a request within a step; nothing happens where it has ended already."""
-        self._do(lambda: self._cancel(request_id))
-
-    def call(self, fn: Callable[[], object]) -> None:
-        """Run ``fn`` on the engine's thread between two steps; what it raises is logged and concerns no request."""
-
-        def run() -> None:
-            try:
-                fn()
-            except Exception as error:
-                self.counters["faults"] += 1
-                log.error("a command between two steps failed", exc_info=error)
-
-        self._do(run)
-
-    def _do(self, command: Callable[[], None]) -> None:
-        self._commands.put(command)
-        self._wake.set()
-
-    def wanted(self) -> bool:
-        """Whether anything has come in since this step began."""
-        return self._wake.is_set()
-
-    def stats(self) -> EngineStats:
-        """A look from any thread; what was submitted and not yet seen by a step is waiting too."""
-        used = self.queue.total_blocks - self.queue.index.available()
-        running = len(self.queue.running)
-        return EngineStats(
-            running, max(len(self._ids) - running, 0), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
-            not self.error, self.error, dict(self.counters), *self.adapters.cells_held(),
-        )  # fmt: skip
 
     # --- life -----------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -204,48 +125,42 @@ class Engine:
             self._serve(spans)
         return self._train(bool(spans)) or bool(spans)
 
-    def _drain_commands(self) -> None:
-        self._wake.clear()  # what comes in from here on is seen by this step or wakes the next one
-        with contextlib.suppress(Empty):
-            while True:
-                self._commands.get_nowait()()
-
     def _take(self, request: Request, emit: Callable[[Event], None]) -> None:
         """Queue a request, or end it alone where that fails."""
+        job = Job(
+            request.id, self.clock(), len(request.prompt), request.sampling.max_tokens, request.tenant, request.adapter,
+            deadline=request.deadline,
+        )  # fmt: skip
         try:
-            self._enqueue(request, emit)
+            first = self.queue.first_link(request)
+            state = SamplerState.of(request.sampling, self.options.seed, request.id)
+            seq = self.queue.waiting[request.id] = Sequence(request, emit, job, state, list(request.prompt), first)
+            self._fetch(seq)
         except Exception as error:
+            self._untaken(request, job, emit, error)
+
+    def _fetch(self, seq: Sequence) -> None:
+        """Have its adapter read."""
+        digest = seq.request.adapter
+        if digest is not None:
+            seq.fetched = self.adapters.fetch(digest)
+            seq.job.cells = self.adapters.cells(digest)
+            seq.fetched.add_done_callback(lambda _: self._wake.set())
+
+    def _untaken(self, request: Request, job: Job, emit: Callable[[Event], None], error: Exception) -> None:
+        seq = self.queue.waiting.get(request.id)
+        if seq is None:  # it did not come so far as to be one
+            seq = Sequence(request, emit, job, None, [], b"")  # type: ignore[arg-type]
+            seq.tokens = list(request.prompt)
+            self.queue.waiting[request.id] = seq
+        if isinstance(error, ServeError):
+            self._finish(seq, Outcome.REJECTED, str(error), error)
+        elif no_memory(error):
+            self.queue.turn_away(seq)
+        else:
             log.error("request %s could not be queued", request.id, exc_info=error)
             self.counters["faults"] += 1
-            self.queue.waiting.pop(request.id, None)
-            with self._lock:
-                self._ids.discard(request.id)
-            emit(Finished(request.id, Outcome.ERROR, len(request.prompt), 0, message="The engine could not queue the request."))
-
-    def _enqueue(self, request: Request, emit: Callable[[Event], None]) -> None:
-        now = self.clock()
-        job = Job(
-            request.id,
-            now,
-            len(request.prompt),
-            request.sampling.max_tokens,
-            request.tenant,
-            request.adapter,
-            deadline=request.deadline,
-        )
-        first = self.queue.first_link(request)
-        seq = Sequence(
-            request, emit, job, SamplerState.of(request.sampling, self.options.seed, request.id), list(request.prompt), first
-        )
-        self.queue.waiting[request.id] = seq
-        if request.adapter is not None:
-            try:
-                seq.fetched = self.adapters.fetch(request.adapter)
-            except ServeError as error:
-                self._finish(seq, Outcome.REJECTED, str(error), error)
-                return
-            job.cells = self.adapters.cells(request.adapter)
-            seq.fetched.add_done_callback(lambda _: self._wake.set())
+            self._finish(seq, Outcome.ERROR, "The engine could not queue the request.")
 
     def _cancel(self, request_id: str) -> None:
         seq = self.queue.running.get(request_id) or self.queue.waiting.get(request_id)
@@ -254,30 +169,42 @@ class Engine:
 
     # --- the forward ----------------------------------------------------------------------------------------------
     def _serve(self, spans: list[Span]) -> None:
-        start = self.clock()
-        plan = make_plan(spans, self.runner.page)
-        seqs = [self.queue.running[s.request] for s in plan.spans]
-        load = self.queue.load(spans)
+        start, load = self.clock(), self.queue.load(spans)
         try:
-            logits = self.runner.run(plan, self.adapters.slots)
-        except Exception as error:  # a fault of the model or a kernel: these requests end, the others go on
-            log.error("a step failed", exc_info=error)
-            self.error = f"{type(error).__name__}: {error}"
-            self.counters["faults"] += 1
-            for seq in seqs:
-                self._finish(seq, Outcome.ERROR, "The engine failed in a step; the request was not completed.")
+            plan = make_plan(spans, self.runner.page)
+            seqs = [self.queue.running[s.request] for s in plan.spans]
+            finite, drawn = self._drawn(plan, seqs)
+        except Exception as error:
+            self._failed([self.queue.running[s.request] for s in spans], load.tokens, error)
             return
         self.error = ""
-        self._advance(plan, seqs, logits)
+        self._advance(plan, seqs, finite, drawn)
+        self.queue.shortage.went_well(self.options.max_running, self.options.step_tokens)
         self.steps += 1
         self.queue.step_seconds = self.clock() - start
         self._report_step(plan, self.pace.served(load, self.queue.step_seconds))
 
-    def _advance(self, plan: TokenPlan, seqs: list[Sequence], logits: torch.Tensor) -> None:
-        """Tokens from logits, to their requests; a verified guess is a token like any other."""
+    def _failed(self, seqs: list[Sequence], tokens: int, error: Exception) -> None:
+        """A step did not come to its end, so none of its requests has moved."""
+        if no_memory(error):
+            self.queue.make_way(seqs, tokens)
+            return
+        # a fault of the model or a kernel: these requests end, the others go on
+        log.error("a step failed", exc_info=error)
+        self.error = f"{type(error).__name__}: {error}"
+        self.counters["faults"] += 1
+        for seq in seqs:
+            self._finish(seq, Outcome.ERROR, "The engine failed in a step; the request was not completed.")
+
+    def _drawn(self, plan: TokenPlan, seqs: list[Sequence]) -> tuple[list[bool], list[Drawn]]:
+        """For each sample row of the step: whether its logits are finite, and the token drawn from it."""
+        logits = self.runner.run(plan, self.adapters.slots)
         states = [seq.sampler for span, seq in zip(plan.spans, seqs, strict=True) for _ in range(span.samples)]
         finite = torch.isfinite(logits.sum(-1)).tolist() if states else []
-        drawn = sample(logits if all(finite) else torch.nan_to_num(logits), states)
+        return finite, sample(logits if all(finite) else torch.nan_to_num(logits), states)
+
+    def _advance(self, plan: TokenPlan, seqs: list[Sequence], finite: list[bool], drawn: list[Drawn]) -> None:
+        """Tokens to their requests; a verified guess is a token like any other."""
         produced: dict[str, int] = {}
         at = 0
         for span, seq in zip(plan.spans, seqs, strict=True):
@@ -290,7 +217,8 @@ class Engine:
             if fault:
                 self._finish(seq, Outcome.ERROR, f"No token could be drawn for this request ({fault}).")
                 continue
-            right = _verified(span, drawn[mine])
+            right = verified(span, drawn[mine])
+            seq.short = 0
             seq.computed += len(span.tokens) - max(span.samples - 1, 0) + max(len(right) - 1, 0)
             if span.role is not Role.VERIFY:
                 self._complete(seq)
@@ -383,17 +311,6 @@ class Engine:
     def _observe(self, name: str, value: float, **labels: str) -> None:
         if self.observer is not None:
             self.observer(name, value, labels)
-
-    def idle(self) -> bool:
-        return not self.queue.running and not self.queue.waiting and self._commands.empty()
-
-
-def _verified(span: Span, drawn: list[Drawn]) -> list[Drawn]:
-    """The tokens of a span that stand: each guess that is what was drawn before it, and the draw after the last of them."""
-    n = 0
-    while n < len(drawn) - 1 and drawn[n].id == span.tokens[len(span.tokens) - len(drawn) + 1 + n]:
-        n += 1
-    return drawn[: n + 1]
 
 
 def run_until_idle(engine: Engine, most: int = 100_000) -> int:

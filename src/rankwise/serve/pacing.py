@@ -7,11 +7,24 @@ tokens, so its price is a rate of its own; it takes what the limit of a step lea
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 from rankwise.serve.timing import Load, StepBudget, StepTime
 
 LEAST = 4  #: training tokens that are not worth a start below it
 MEMORY = 0.9  #: weight of what was known of the training rate at each new measurement
+
+
+class Stream(Protocol):
+    """Training in what a step leaves: see :mod:`rankwise.serve.train_stream`."""
+
+    def waiting(self) -> int:
+        """Tokens it would take now."""
+        ...
+
+    def run(self, tokens: int) -> int:
+        """Work on up to ``tokens`` tokens; how many it was."""
+        ...
 
 
 @dataclasses.dataclass(slots=True)

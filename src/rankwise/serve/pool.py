@@ -117,8 +117,9 @@ class BlockPool:
         free = self._free[tag]
         if self._shuffle is not None:
             self._shuffle.shuffle(free)
-        ids = tuple(free.pop() for _ in range(n))
+        ids = tuple(reversed(free[len(free) - n :]))
         self._hold(ids, tag, owner)
+        del free[len(free) - n :]
         self.peak = max(self.peak, self.used_bytes)
         return ids
 

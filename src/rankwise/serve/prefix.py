@@ -92,7 +92,10 @@ class PrefixIndex:
             return None
         while self.pool.room(self.tag) < n and self.idle:
             self._forget(self.idle.popitem(last=False)[0])
-        blocks = self.pool.allocate(n, self.tag)
+        try:
+            blocks = self.pool.allocate(n, self.tag)
+        except MemoryError:  # not even for the bookkeeping
+            return None
         if blocks is None:
             return None
         for b in blocks:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.seeds import generator
+from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import Sampling
 
 
@@ -47,17 +48,26 @@ class Drawn:
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Drawn]:
     """One token or fault a row of logits: (S, vocabulary) fp32; ``states`` row by row (a request may own several, in order).
 
-    Log-probabilities are those of the model's own distribution, before temperature, bias and penalties.
+    Log-probabilities are those of the model's own distribution, before temperature, bias and penalties.  Where memory runs
+    out that error is raised, and every generator is as it was.
     """
     best = logits.argmax(-1).tolist() if any(s.plain for s in states) else []
+    before = [None if s.sampling.temperature == 0 else s.generator.get_state() for s in states]
     out = []
     for i, state in enumerate(states):
         try:
             token = best[i] if state.plain else _draw(logits[i], state)
             out.append(_reported(logits[i], token, state.sampling.logprobs))
-            state.said[token] += 1
-        except (IndexError, RuntimeError, ValueError) as error:  # one row's, which must not end the others
-            out.append(Drawn(-1, fault=f"{type(error).__name__}: {error}"))
+        except (IndexError, RuntimeError, ValueError, MemoryError) as error:
+            if no_memory(error):
+                for s, was in zip(states, before, strict=True):
+                    if was is not None:
+                        s.generator.set_state(was)
+                raise
+            out.append(Drawn(-1, fault=f"{type(error).__name__}: {error}"))  # one row's, which must not end the others
+    for state, drawn in zip(states, out, strict=True):
+        if not drawn.fault:
+            state.said[drawn.id] += 1
     return out
 
 

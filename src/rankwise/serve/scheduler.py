@@ -6,6 +6,7 @@ kept, their keys and values found or computed again), so a step never fails for 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -19,10 +20,12 @@ from rankwise.serve.prefix import PrefixIndex, salt
 from rankwise.serve.runner import Slot
 from rankwise.serve.sched.base import Policy, State, Verdict
 from rankwise.serve.sequence import Sequence
+from rankwise.serve.shortage import TRIES, Shortage, no_memory
 from rankwise.serve.speculate import lookup
 from rankwise.serve.timing import Load
-from rankwise.serve.types import Outcome, Request
+from rankwise.serve.types import Outcome, Overloaded, Request
 
+log = logging.getLogger("rankwise.serve")
 #: (sequence, outcome, message, error): ends a request wherever it is
 Finish = Callable[[Sequence, Outcome, str, RankwiseError | None], None]
 
@@ -59,6 +62,10 @@ class Residency(Protocol):
         """Give up one idle slot; False where there is none."""
         ...
 
+    def relieve(self) -> None:
+        """Memory has run out: let go of every adapter that nobody uses."""
+        ...
+
 
 class Scheduler:
     """Requests between their arrival and their end.
@@ -87,6 +94,7 @@ class Scheduler:
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
+        self.shortage = Shortage()
         self.step_seconds = 0.0  # of the last step
         self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
         self._asked = 0
@@ -114,7 +122,7 @@ class Scheduler:
         While every place is taken only verdicts can change anything, so they are asked for every 16th step.
         """
         self._asked += 1
-        full = len(self.running) >= self.options.max_running
+        full = len(self.running) >= self._places()
         if not self.waiting or (full and self._asked % 16):
             return
         state = self._state()
@@ -135,7 +143,7 @@ class Scheduler:
 
     def _enter(self, seq: Sequence) -> bool:
         """Move a waiting request to the running ones, if there is room for it now."""
-        if len(self.running) >= self.options.max_running or self._waits_for_sibling(seq):
+        if len(self.running) >= self._places() or self._waits_for_sibling(seq):
             return False
         served = self._fetched(seq)
         if served is None and seq.request.adapter is not None:
@@ -147,11 +155,8 @@ class Scheduler:
         fits = self._room(self._lacking(seq) + spare)
         slot: int | None = BASE
         if fits and served is not None:
-            assert seq.request.adapter is not None
-            try:
-                slot = self.adapters.enter(seq.request.adapter, served)
-            except RankwiseError as error:  # it can never be in a slot
-                self.finish(seq, Outcome.REJECTED, str(error), error)
+            slot = self._slot(seq, served)
+            if seq.request.id not in self.waiting:
                 return False
         if not fits or slot is None:
             self._unmatch(seq)
@@ -165,6 +170,25 @@ class Scheduler:
         self.counters["prefix_hit_tokens"] += seq.reused
         self.running[seq.request.id] = self.waiting.pop(seq.request.id)
         return True
+
+    def _places(self) -> int:
+        return self.shortage.of_requests(self.options.max_running)
+
+    def _slot(self, seq: Sequence, served: Served) -> int | None:
+        """Its adapter's slot, or None where there is no room now; the request may have ended."""
+        assert seq.request.adapter is not None
+        try:
+            return self.adapters.enter(seq.request.adapter, served)
+        except RankwiseError as error:  # it can never be in a slot
+            self.finish(seq, Outcome.REJECTED, str(error), error)
+        except Exception as error:
+            if no_memory(error):
+                self._found_none(seq, not self.running)
+            else:
+                log.error("an adapter could not be put in a slot", exc_info=error)
+                self.counters["faults"] += 1
+                self.finish(seq, Outcome.ERROR, "The engine failed to place its adapter.", None)
+        return None
 
     def _lacking(self, seq: Sequence) -> int:
         """Blocks that a request takes for the tokens it has and the next one."""
@@ -230,6 +254,7 @@ class Scheduler:
         spans = [s for s in spans if s.request in self.running]
         waiting = sum(s.pending for s in self.running.values() if not s.decoding)
         budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
+        budget = self.shortage.of_tokens(budget)
         for seq in [s for s in self.running.values() if not s.decoding]:
             n = min(seq.pending, budget)
             if n and self._grow(seq, seq.computed + n, preempt=not spans):
@@ -269,11 +294,14 @@ class Scheduler:
                     return True
             if not preempt:
                 return False
-            youngest = max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
+            youngest = self._youngest()
             self._put_back(youngest)
             if youngest is seq:
                 return False
         return True
+
+    def _youngest(self) -> Sequence:
+        return max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
 
     def _put_back(self, seq: Sequence) -> None:
         """From running to waiting: its tokens stay, their keys and values will be computed (or found) again."""
@@ -289,3 +317,32 @@ class Scheduler:
         if seq.slot != BASE:
             self.adapters.leave(seq.slot)
             seq.slot = BASE
+
+    # --- when memory runs out -------------------------------------------------------------------------------------
+    def make_way(self, seqs: Iterable[Sequence], tokens: int) -> None:
+        """A step of ``seqs`` and ``tokens`` found no memory: what is idle goes, the younger half waits, and steps are smaller."""
+        seqs = list(seqs)
+        log.warning("memory ran out in a step of %d requests and %d tokens; the next are smaller", len(seqs), tokens)
+        self.shortage.failed(len(seqs), tokens)
+        if len(seqs) == 1:
+            self._found_none(seqs[0], True)
+        else:
+            self._relieve()
+        while len(self.running) > self._places():
+            self._put_back(self._youngest())
+
+    def _found_none(self, seq: Sequence, alone: bool) -> None:
+        """A request found no memory; it is tried again, unless it was ``alone`` and that often enough."""
+        self._relieve()
+        seq.short += alone
+        if seq.short >= TRIES:
+            self.turn_away(seq)
+
+    def _relieve(self) -> None:
+        self.counters["out_of_memory"] += 1
+        self.adapters.relieve()
+
+    def turn_away(self, seq: Sequence) -> None:
+        """End a request for which there is no memory, with the word to come back."""
+        error = Overloaded("The server has no memory left for this request; try again later.", 5.0)
+        self.finish(seq, Outcome.REJECTED, str(error), error)

@@ -25,6 +25,7 @@ class Sequence:
         chain: hash of the last full block that was entered in the index (its salt at first); ``full``: how many were.
         fetched: the adapter's numbers, while they are being read and after.
         reused: tokens found in the index when it entered; ``links``: the hashes they are looked up by.
+        short: times in a row that it found no memory, alone;
         last: when its last token came; ``serial``: a number that no other request ever has.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
     fetched: Future[Served] | None = None
     reused: int = 0
     links: list[bytes] = dataclasses.field(default_factory=list)
+    short: int = 0
     last: float | None = None
     serial: int = dataclasses.field(default_factory=_serials.__next__)
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rankwise.serve.plan import Span
+from rankwise.serve.sampler import Drawn
+
 GRAM = 3  #: tokens that must recur; shorter runs are tried where this one does not
 REACH = 1024  #: how far back is looked
 
@@ -24,3 +27,11 @@ def lookup(tokens: Sequence[int], most: int, gram: int = GRAM) -> tuple[int, ...
             if list(tokens[at : at + size]) == last:
                 return tuple(tokens[at + size : at + size + most])
     return ()
+
+
+def verified(span: Span, drawn: list[Drawn]) -> list[Drawn]:
+    """The tokens of a span that stand: each guess that is what was drawn before it, and the draw after the last of them."""
+    n = 0
+    while n < len(drawn) - 1 and drawn[n].id == span.tokens[len(span.tokens) - len(drawn) + 1 + n]:
+        n += 1
+    return drawn[: n + 1]

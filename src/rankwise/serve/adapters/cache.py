@@ -22,6 +22,7 @@ from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
+from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 
 
@@ -190,7 +191,12 @@ class AdapterCache:
             if digest not in self._loading:
                 future: Future[Served] = Future()
                 self._loading[digest] = future
-                self._threads.submit(self._load, manifest, future)
+                try:
+                    self._threads.submit(self._load, manifest, future)
+                except BaseException:  # no thread to be had: nobody may wait for it
+                    self._loading.pop(digest, None)
+                    raise
+                return future
             return self._loading[digest]
 
     def known(self, digest: str) -> Manifest:
@@ -231,6 +237,13 @@ class AdapterCache:
                 self._part(digest) if digest in self._leaving else None
                 self._idle.notify_all()
 
+    def relieve(self) -> None:
+        """Let go of all numbers in memory that nobody holds."""
+        with self._lock:
+            for digest in [d for d, kept in self._host.items() if not kept.use.pins]:
+                del self._host[digest]
+                self.tally.evictions["host"] += 1
+
     @property
     def nbytes(self) -> int:
         """Bytes of the host tier."""
@@ -245,13 +258,13 @@ class AdapterCache:
     def _load(self, manifest: Manifest, future: Future[Served]) -> None:
         start, what = self._clock(), manifest.meta.get("format", manifest.source)
         try:
-            served = self._made(manifest)
+            served = self._read(manifest)
             self._keep(served, self._clock() - start)
             outcome: tuple[str, Served | BaseException] = ("ok", served)
         except BaseException as error:
             outcome = ("refused" if isinstance(error, AdapterRefused) else "error", error)
         with self._lock:
-            del self._loading[manifest.digest]
+            self._loading.pop(manifest.digest, None)
             self.tally.loads[what, outcome[0]] += 1
         if self.on_load is not None:
             self.on_load(what, outcome[0], self._clock() - start)
@@ -259,6 +272,21 @@ class AdapterCache:
             future.set_exception(outcome[1])
         else:
             future.set_result(outcome[1])
+
+    def _read(self, manifest: Manifest) -> Served:
+        """The numbers; where memory runs out once more after every idle adapter has gone, whoever asked is to come back.
+
+        Raises:
+            Overloaded: there is no memory for it now.
+        """
+        for _ in range(2):
+            try:
+                return self._made(manifest)
+            except (MemoryError, RuntimeError) as error:
+                if not no_memory(error):
+                    raise
+                self.relieve()
+        raise Overloaded(f"There is no memory left to read the adapter {manifest.name!r}; try again later.", 5.0)
 
     def _made(self, manifest: Manifest) -> Served:
         if not manifest.parts:

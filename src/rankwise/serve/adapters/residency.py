@@ -18,7 +18,10 @@ class PoolCells:
         self.pool = pool
 
     def take(self, n: int) -> list[int] | None:
-        ids = self.pool.allocate(n, ADAPTER)
+        try:
+            ids = self.pool.allocate(n, ADAPTER)
+        except MemoryError:  # not even for the bookkeeping
+            return None
         return None if ids is None else list(ids)
 
     def give(self, ids: Sequence[int]) -> None:
@@ -42,7 +45,11 @@ class Residency:
     def fetch(self, digest: str) -> Future[Served]:
         """Hold the digest, and its numbers now or later; answered by one :meth:`release`."""
         self.cache.acquire(digest)
-        return self.cache.fetch(digest)
+        try:
+            return self.cache.fetch(digest)
+        except BaseException:
+            self.cache.release(digest)
+            raise
 
     def release(self, digest: str) -> None:
         self.cache.release(digest)
@@ -76,3 +83,9 @@ class Residency:
     def shrink(self) -> bool:
         """Empty one slot that nobody uses."""
         return self.table.shrink()
+
+    def relieve(self) -> None:
+        """Let go of every adapter that nobody uses, on the device and on the host."""
+        while self.table.shrink():
+            pass
+        self.cache.relieve()
