@@ -93,6 +93,12 @@ def test_unknown_fields_are_listed_or_refused(live: Live) -> None:
     assert r.status_code == 200
     assert r.headers["x-rankwise-ignored"] == "frobnicate, adapters.0.wieght"
     assert "x-rankwise-ignored" not in post(live, GOOD).headers
+    odd = ["", " a", "b\r\nx-evil: 1", "c\x00\x7f", "\u65e5\u672c", "%d", *(f"{i:03d}," + " " * 20 for i in range(40))]
+    for names in ([n] for n in odd), [odd]:
+        for some in names:
+            r = post(live, GOOD | dict.fromkeys(some, 1))
+            assert r.status_code == 200 and "x-evil" not in r.headers, some
+    assert r.headers["x-rankwise-ignored"].startswith('"", %20a, b%0D%0Ax-evil:%201, c%00%7F, %E6%97%A5%E6%9C%AC, %25d, 000')
     with serving(live.root, strict=True) as strict:
         refused(post(strict, body), 400, "unknown_field", "frobnicate")
         assert post(strict, GOOD).status_code == 200

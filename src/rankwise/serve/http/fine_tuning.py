@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from rankwise.errors import UnknownName
 from rankwise.serve.http.auth import Caller
 from rankwise.serve.http.errors import Refusal, bad
-from rankwise.serve.http.schemas import Body, Name, read
+from rankwise.serve.http.schemas import Body, Name, noted, read
 from rankwise.serve.http.service import Service, log
 from rankwise.serve.train_job import Job, Note, TrainSpec
 from rankwise.serve.train_stream import TrainStream
@@ -86,8 +86,7 @@ async def create(request: Request, service: Service, caller: Caller) -> Response
     samples = tuple(Sample(tuple(e.input_ids), tuple(e.labels)) for e in examples)
     job = await service.read(lambda: stream.submit(_spec(body, samples)))
     log.info("fine-tuning job %s queued: %s, %d samples, %d steps", job.id, body.suffix, len(samples), job.spec.total_steps)
-    headers = {"x-rankwise-ignored": ", ".join(ignored)[:1024]} if ignored else {}
-    return JSONResponse(_shown(job, service), headers=headers)
+    return JSONResponse(_shown(job, service), headers=noted(ignored))
 
 
 async def jobs(request: Request, service: Service, caller: Caller) -> Response:

@@ -20,7 +20,7 @@ from rankwise.serve.http.events import EventStream
 from rankwise.serve.http.replies import ChatReply, Reply, TextReply
 from rankwise.serve.http.sampling import choices as choices_of
 from rankwise.serve.http.sampling import sampling, stops
-from rankwise.serve.http.schemas import Chat, Completion, Generate, read
+from rankwise.serve.http.schemas import Chat, Completion, Generate, noted, read
 from rankwise.serve.http.service import Service, Target
 from rankwise.serve.http.stream import ClientGone, Generation, SlowReader
 from rankwise.serve.types import Finished, Outcome, Overloaded, Request
@@ -53,7 +53,7 @@ async def _answer(
     digest = target.digest
     reply = form(prefix + uuid.uuid4().hex, int(time.time()), body.model, f"rankwise-{digest[:16] if digest else 'base'}")
     work = Work(service, target, reply, _requests(reply.id, given, n, body, caller, digest, service), given, cut, n, body)
-    headers = {"x-request-id": reply.id} | ({"x-rankwise-ignored": ", ".join(ignored)[:1024]} if ignored else {})
+    headers = {"x-request-id": reply.id} | noted(ignored)
     return await (work.streamed(request, headers) if body.stream else work.whole(request, headers))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -129,6 +131,14 @@ async def read(request: Request, schema: type[B], settings: Settings) -> tuple[B
         known = ", ".join(f"{n!r} ({nearest(n.rsplit('.', 1)[-1], schema.model_fields)})" for n in ignored[:3])
         raise bad(f"Unknown field {known} This server refuses fields that it does not know.", ignored[0], "unknown_field")
     return body, ignored
+
+
+def noted(ignored: Sequence[str]) -> dict[str, str]:
+    """The header that names ignored fields, percent-encoded where a header could not hold what a client made up; {} for none."""
+    if not ignored:
+        return {}
+    names = (quote(n, safe="!#$&'()*+/:;=?@[]^`{|}<>", errors="replace") or '""' for n in ignored)
+    return {"x-rankwise-ignored": ", ".join(names)[:1024].rstrip(" ,")}
 
 
 def parse(raw: bytes, settings: Settings) -> dict[str, Any]:
