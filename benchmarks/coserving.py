@@ -32,7 +32,7 @@ from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, To
 from rankwise.serve.windows import Sample
 
 LENGTHS, SAMPLE = (4, 64), 256
-LOADS, LIMITS = (0.5, 0.75), (3.0, 10.0)
+LOADS, LIMITS = (0.25, 0.5, 0.75), (3.0, 10.0)
 
 
 def m0() -> Any:

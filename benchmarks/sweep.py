@@ -1,13 +1,14 @@
 """Eight small jobs trained together on one base beside the same jobs one after another, ours and PEFT's, interleaved.
 
-One thread, and the process's own time, which a busy neighbour does not count in; on a GPU the wall's.
+One thread, and the process's own time, which a busy neighbour does not count in; with more threads, and on a GPU, the wall's.
 
-python -m benchmarks.sweep [--jobs 8] [--rounds 5] [--dtypes float32 bfloat16] [--bases shipped 512x8]
+python -m benchmarks.sweep [--jobs 8] [--rounds 5] [--threads 1] [--dtypes float32 bfloat16] [--bases shipped 512x8]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from rankwise.train.data import Collator, Example
 from rankwise.train.together import Job, Running, step
 
 NOTE = (
-    "Time is the process's own, on one thread. One step of each of the eight jobs, in one batch or in turn; what a batch can gain is what a "
+    "Time is the process's own on one thread, the wall's on more. One step of each of the eight jobs, in one batch or in turn; what a batch can gain is what a "
     "small step loses to calls and thin products, so it shrinks as rows grow."
 )
 
@@ -78,13 +79,13 @@ def peft(base: str, dtype: torch.dtype, jobs: list[Job]) -> Callable[[], None]:
 def measure(base: str, dtype: str, batch: int, tokens: int, count: int, rounds: int) -> dict[str, Any]:
     recipe, rows, kind = Recipe(r=8), rows_of(tokens), getattr(torch, dtype)
     jobs = [Job(name=f"job {i}", recipe=recipe, rows=rows, lr=1e-4, steps=10_000, batch=batch, seed=i) for i in range(count)]
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
     together, apart = ours(base, kind, jobs)
     times = interleaved({"together": together, "apart": apart, "PEFT": peft(base, kind, jobs)}, rounds, clock=clock)
     ratio = lambda name: statistics.median(t / j for t, j in zip(times[name], times["together"], strict=True))
     middle = {n: statistics.median(t) for n, t in times.items()}
     return {
-        "base": base, "dtype": dtype, "jobs": count, "rows a job": batch, "tokens a row": tokens,
+        "base": base, "dtype": dtype, "threads": torch.get_num_threads(), "jobs": count, "rows a job": batch, "tokens a row": tokens,
         **{f"{n} ms": 1e3 * t for n, t in middle.items()},
         "tokens/s together": count * batch * tokens / middle["together"],
         "one after another / together": ratio("apart"), "PEFT one after another / together": ratio("PEFT"),
@@ -97,15 +98,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bases", nargs="*", default=["shipped", "512x8"])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1])
     a = parser.parse_args()
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for base in a.bases:
-        for dtype in a.dtypes:
-            for batch, tokens in ((1, 64), (1, 128), (2, 64)):
-                rows.append(measure(base, dtype, batch, tokens, a.jobs, a.rounds))
-                print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-                write("sweep", rows, note=NOTE)
+    for threads, base, dtype in itertools.product(a.threads, a.bases, a.dtypes):
+        torch.set_num_threads(threads)
+        for batch, tokens in ((1, 64), (1, 128), (2, 64)):
+            rows.append(measure(base, dtype, batch, tokens, a.jobs, a.rounds))
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            write("sweep", rows, note=NOTE)
 
 
 if __name__ == "__main__":
