@@ -8,6 +8,7 @@ plain class's forward, to the bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -209,15 +210,16 @@ class Block:
             tap.acted = True
         if replacing and not changing:
             tap, strength = replacing[0]
-            return wrapping(tap).block(base, args, kwargs, None, strength, view.rows or view.tokens)
-        y = base(*args, **kwargs)
+            return wrapping(tap).block(base, args, kwargs, None, strength, functools.partial(view.mask, tap.name, routed=False))
+        y = wrapping(replacing[0][0]).plain(base, args, kwargs) if replacing else base(*args, **kwargs)
         first, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
         total = first
         for tap, strength in acting:
             form = wrapping(tap)
-            change = form.block(base, args, kwargs, first, strength, False)
+            change = form.block(base, args, kwargs, first, strength, functools.partial(view.mask, tap.name, routed=False))
             if form.replaces:
-                change = (change[0] if isinstance(change, tuple) else change) - first
+                total = total + (change[0] if isinstance(change, tuple) else change) - first
+                continue
             mask = view.mask(tap.name, change, False)
             total = total + (change if mask is None else change * mask)
         return total if rest is None else (total, *rest)

@@ -213,10 +213,12 @@ class Roster(nn.Module):
         x = _main_input(module, args, kwargs)
         if x is not None:
             HERE.batch = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
+        mask = kwargs.get("attention_mask")
+        HERE.padding = mask if isinstance(mask, Tensor) and mask.shape == HERE.batch else None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
-            HERE.batch = None
+            HERE.batch = HERE.padding = None
 
     def check_acted(self, names: Iterable[str]) -> None:
         """Refuse to go on when a site of these adapters took no part in a forward that has run."""

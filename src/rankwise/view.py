@@ -32,7 +32,7 @@ class _Here(threading.local):
     batch: tuple[int, int] | None = None  # rows and tokens of the running root forward
     rows: Tensor | None = None  # the batch row of each row of x, inside a block that expanded its rows
     decisions: dict[str, Any] | None = None  # block → what its linears need to know of the rows they see
-    padding: Tensor | None = None  # (B, T): which tokens are real, for routers' records
+    padding: Tensor | None = None  # (B, T): which tokens of the running root forward are real, for routers
 
 
 HERE = _Here()
@@ -227,17 +227,17 @@ def view(
 
 
 def keep_view(fn: Callable[..., Any], chosen: View | None = None) -> Callable[..., Any]:
-    """``fn`` that always runs under today's view, batch and decisions: for another thread or a checkpoint of your own."""
+    """``fn`` that always runs under today's view, batch, decisions and padding: for another thread or a checkpoint of your own."""
     kept = chosen if chosen is not None else HERE.view
-    kept_here = HERE.batch, HERE.decisions, HERE.rows
+    kept_here = HERE.batch, HERE.decisions, HERE.rows, HERE.padding
 
     @functools.wraps(fn, assigned=("__doc__",))
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = HERE.view, HERE.batch, HERE.decisions, HERE.rows
-        HERE.view, (HERE.batch, HERE.decisions, HERE.rows) = kept, kept_here
+        before = HERE.view, HERE.batch, HERE.decisions, HERE.rows, HERE.padding
+        HERE.view, (HERE.batch, HERE.decisions, HERE.rows, HERE.padding) = kept, kept_here
         try:
             return fn(*args, **kwargs)
         finally:
-            HERE.view, HERE.batch, HERE.decisions, HERE.rows = before
+            HERE.view, HERE.batch, HERE.decisions, HERE.rows, HERE.padding = before
 
     return run

@@ -22,15 +22,25 @@ _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+Masks = Callable[[Tensor], Tensor | None]
+
 
 class BlockDelta(SiteDelta):
     """A form of block scope: ``block`` gives what is added to the block's first output (or stands in its place)."""
 
     replaces: ClassVar[bool] = False
 
-    def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masked: Any) -> Any:
-        """The change of ``y`` for the block's inputs; ``base`` is the plain block."""
+    def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masks: Masks) -> Any:
+        """The change of ``y`` for the block's inputs; ``base`` is the plain block.
+
+        The core masks what is added; what ``replaces`` asks ``masks`` (an output → its row mask or None) itself, for inside
+        it the sites have masked already.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say what it does to its block.")
+
+    def plain(self, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The block without this adapter; what ``replaces`` quietens its own sites inside."""
+        return base(*args, **kwargs)
 
 
 class Bottleneck(BlockDelta):
@@ -50,7 +60,7 @@ class Bottleneck(BlockDelta):
         self.B = nn.Parameter(torch.zeros(site.spec.out, r, device=site.device))
         self.b = nn.Parameter(torch.zeros(site.spec.out, device=site.device))
 
-    def block(self, base: Any, args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masked: Any) -> Tensor:
+    def block(self, base: Any, args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masks: Masks) -> Tensor:
         assert y is not None
         x = y if self.mode == "after" else (args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
         if x.shape[-1] != self.A.shape[-1] or y.shape[-1] != len(self.B):

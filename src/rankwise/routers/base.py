@@ -16,6 +16,7 @@ from rankwise.errors import RecipeError
 from rankwise.forms.base import Form, Plan, SiteDelta
 from rankwise.routers.decision import Decision, execute
 from rankwise.sites.site import Site
+from rankwise.view import HERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,15 @@ class RouterModule(nn.Module):
     def note(self, decision: Decision) -> None:
         """Keep a record, in the forward proper of training only."""
         if self.recording and self.training and torch.is_grad_enabled():
-            self.records.append(Record(decision, row_mask(decision)))
+            self.records.append(Record(decision, row_mask(decision.weight.shape[0], decision.weight.device)))
 
 
-def row_mask(decision: Decision) -> Tensor | None:
-    """Which rows are real tokens, from the token mask that the recorder was told; None: all."""
-    from rankwise.view import HERE
-
-    mask = getattr(HERE, "padding", None)
-    if mask is None or mask.numel() != decision.weight.shape[0]:
+def row_mask(n: int, device: torch.device) -> Tensor | None:
+    """(n,): which of a forward's n rows are real tokens, from its (B, T) attention mask; None where nothing tells: all."""
+    mask = HERE.padding
+    if mask is None or mask.numel() != n:
         return None
-    return mask.reshape(-1).bool().to(decision.weight.device)
+    return mask.reshape(-1).bool().to(device)
 
 
 class Routed(SiteDelta):

@@ -56,6 +56,14 @@ class Decision:
             return g
         return g.repeat_interleave(torch.tensor(list(self.sizes), device=g.device), dim=-1)
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, units, weights) of all that act, each (P,), sorted by unit; a row may have none."""
+        if self.index is None:
+            units, rows = (self.weight.mT != 0).nonzero(as_tuple=True)
+            return rows, units, self.weight[rows, units]
+        order = self.index.reshape(-1).argsort(stable=True)
+        return order // self.index.shape[-1], self.index.reshape(-1)[order], self.weight.reshape(-1)[order]
+
     def counts(self, mask: Tensor | None = None) -> Tensor:
         """How many rows chose each unit, (U,)."""
         chosen = self.dense() != 0 if self.index is None else None

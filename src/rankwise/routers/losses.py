@@ -17,7 +17,7 @@ def switch(records: Sequence[Record], *, per: Literal["choice", "row"] = "choice
     total = torch.zeros(())
     for r in records:
         d = r.decision
-        assert d.probs is not None and d.index is not None
+        assert d.probs is not None
         probs = d.probs if r.mask is None else d.probs[r.mask]
         counts = d.counts(r.mask)
         by = counts.sum() if per == "choice" else torch.tensor(float(max(len(probs), 1)), device=counts.device)

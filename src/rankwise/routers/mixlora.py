@@ -3,113 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError, TargetError
 from rankwise.forms.base import Plan, SiteDelta
-from rankwise.forms.bottleneck import BlockDelta
-from rankwise.routers.base import Record, Routed, Router, RouterModule
-from rankwise.routers.decision import Decision, execute
-from rankwise.routers.losses import switch
+from rankwise.routers.base import Router
+from rankwise.routers.blocks import ExpertBlock, ExpertSite
+from rankwise.routers.gates import Capped, Cumulative, Gate, TopK
 from rankwise.sites import block_site
 from rankwise.sites.site import Site
-from rankwise.view import HERE
 
 _IN_BLOCK = {"gate", "up", "down"}
 
 
-class Expanded(NamedTuple):
-    """Rows of a block's input, repeated for each chosen expert and sorted by expert."""
-
-    decision: Decision  # one expert a row, weight 1
-    x: Tensor  # (N·k, in) expanded rows
-    h: Tensor  # (N, in) the rows they came from
-    rows: Tensor  # (N·k,) indices into h
-
-
-class TopK(RouterModule):
-    """p = softmax(h·W_gᵀ) over E experts, top-k renormalised; the switch loss over its records."""
-
-    def __init__(self, inp: int, experts: int, k: int, weight: float, std: float, g: torch.Generator, device: torch.device):
-        super().__init__()
-        self.experts, self.k, self.coefficient = experts, k, weight
-        self.weight = nn.Parameter((torch.randn(experts, inp, generator=g) * std).to(device))
-
-    def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
-        logits = x.float() @ self.weight.float().mT
-        probs = logits.softmax(-1)
-        top = probs.topk(self.k, dim=-1)
-        return Decision(top.values / top.values.sum(-1, keepdim=True), self.experts, index=top.indices, logits=logits, probs=probs)
-
-    def losses(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        return {"switch": self.coefficient * switch(records, per="row")}
-
-
-class ExpertBlock(BlockDelta):
-    """The block's forward over (row, expert) pairs; its linears find their Decision through the row context."""
-
-    replaces: ClassVar[bool] = True
-    roles: ClassVar[Mapping[str, str]] = {}
-
-    def __init__(self, site: Site, router: TopK, key: str):
-        super().__init__(site)
-        self.router, self.key = router, key
-
-    def delta(self) -> Any:
-        from rankwise.delta import Gated, LowRank
-
-        return Gated(LowRank(torch.zeros(1, self.site.spec.inp), torch.zeros(self.site.spec.out, 1)), None)
-
-    def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masked: Any) -> Tensor:
-        h = args[0] if args else kwargs["hidden_states"]
-        flat = h.reshape(-1, h.shape[-1])
-        decision = self.router.route(flat)
-        self.router.note(decision)
-        assert decision.index is not None
-        chosen = decision.index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        rows = order // self.router.k
-        hard = Decision(torch.ones(len(rows), 1, device=h.device), self.router.experts, index=chosen[order][:, None])
-        x = flat[rows]
-        before = HERE.decisions, HERE.rows
-        HERE.decisions = {**(HERE.decisions or {}), self.key: Expanded(hard, x, flat, rows)}
-        HERE.rows = rows // max(flat.shape[0] // h.shape[0], 1)
-        try:
-            out = base(x)
-        finally:
-            HERE.decisions, HERE.rows = before
-        weight = decision.weight.reshape(-1)[order][:, None].to(out.dtype)
-        return (
-            torch.zeros(len(flat), out.shape[-1], dtype=out.dtype, device=out.device)
-            .index_add(0, rows, out * weight)
-            .reshape(*h.shape[:-1], -1)
-        )
-
-
-class ExpertSite(Routed):
-    """E LoRAs at one linear of an expert block: each expanded row meets its own expert's."""
-
-    def __init__(self, inner: SiteDelta, key: str, experts: int, scale: float):
-        super().__init__(inner, RouterModule(), scale)
-        self.key, self.experts = key, experts
-
-    def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
-        context = (HERE.decisions or {}).get(self.key)
-        if context is None:
-            raise TargetError(
-                f"{self.site.name!r} holds experts of the block {self.key.split('::')[1]!r}, but was called outside it."
-            )
-        d = self.low_rank()
-        A, B = (t.to(y.dtype) for t in d.factors())
-        decision = dataclasses.replace(context.decision, sizes=[A.shape[0] // self.experts] * self.experts)
-        rows = self.inner.drop(x).reshape(-1, x.shape[-1]).to(y.dtype)
-        return execute(rows, A, B, 1.0 if strength is None else strength, decision, plan="segments").reshape(*x.shape[:-1], -1)
+#: variant → its options and their defaults
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 2, "jitter": 0.0, "std": 0.02},
+    "dynamic": {"top_p": 0.8, "jitter": 0.0, "std": 0.02},
+    "switch": {"capacity": 32, "z": 0.001, "jitter": 0.01, "std": 1.0},
+}
+#: option → (whether a value holds beside E experts, what is wanted)
+RANGES: dict[str, tuple[Callable[[Any, int], bool], str]] = {
+    "experts": (lambda v, E: v >= 1, "≥ 1"),
+    "k": (lambda v, E: 1 <= v <= E, "from 1 to experts"),
+    "top_p": (lambda v, E: 0 < v <= 1, "in (0, 1]"),
+    "capacity": (lambda v, E: v >= 1, "≥ 1"),
+    "z": (lambda v, E: 0 <= v < math.inf, "≥ 0 and finite"),
+    "balance": (lambda v, E: 0 <= v < math.inf, "≥ 0 and finite"),
+    "jitter": (lambda v, E: 0 <= v < 1, "in [0, 1)"),
+    "std": (lambda v, E: 0 <= v < math.inf, "≥ 0 and finite"),
+}
 
 
 @register(
@@ -123,28 +53,61 @@ class ExpertSite(Routed):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixLoRA(Router):
-    """p = softmax(h·W_gᵀ) at the MLP's input h, top-k renormalised to w; y = Σ_{e∈I} w_e·F_e(h), F_e the MLP with ΔW_e.
+    """p = softmax(h·W_gᵀ) at the MLP's input h, a few experts I with weights w; y = Σ_{e∈I} w_e·F_e(h), F_e the MLP with ΔW_e.
 
     The activation stands between the linears, so mixing happens after the block.  The recipe's r is each expert's rank:
     sites gate, up and down hold E·r components, sites outside an MLP an ordinary pair of rank r.  The block runs on the
-    N·k (row, expert) pairs sorted by expert; base products of gate and up are made once for N rows and gathered.
-    Loss: ``balance``·switch, counted per row as in the public code (least k).  W_g: E×in ~ N(0, 0.02²), fp32.
+    (row, expert) pairs sorted by expert; base products of gate and up are made once for N rows and gathered.
 
-    Invariants: equal ΔW_e make the router irrelevant; B = 0 is the base; path ≡ naive per-expert sum.
-    Source: TUDB-Labs/MoE-PEFT, adapters/mixlora.  Errors: no MLP of gate/up/down linears among the targets; k > E.
+    ``variant`` (options it does not use are refused):
+        topk: the ``k`` (2) likeliest, w = p renormalised.
+        dynamic: the likeliest until their p exceed ``top_p`` (0.8), the crossing one included; w = p, not renormalised.
+        switch: the likeliest, w = p, for the first ``capacity`` (32) rows of each sequence that want it (padding takes none);
+            later rows pass the block unchanged, y = h.  Adds ``z`` (0.001)·mean logsumexp².
+    ``jitter`` (0; switch 0.01): in training the gate reads h ⊙ U(1 ± jitter).  W_g: E×in ~ N(0, ``std``²) (0.02; switch 1), fp32.
+    Loss: ``balance``·switch, counted per row as in the public code (topk: least k), summed over blocks.
+
+    Invariants: equal ΔW_e make topk's router irrelevant; B = 0 is Σw times the base (topk: the base); path ≡ naive sum.
+    Source: TUDB-Labs/MoE-PEFT, adapters/mixlora.  There topk and dynamic write the noise into the residual stream in place;
+    switch multiplies rows that pass by p as well, and returns its input at inference: none of these was built.
+    Errors: no MLP of gate/up/down linears among the targets; k > E; an option of another variant.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"r": 2, "router": {"name": "mixlora", "experts": 4}}
     experts: int = 8
-    k: int = 2
+    variant: Literal["topk", "dynamic", "switch"] = "topk"
+    k: int | None = None
+    top_p: float | None = None
+    capacity: int | None = None
+    z: float | None = None
     balance: float = 0.001
-    std: float = 0.02
+    jitter: float | None = None
+    std: float | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.experts or self.balance < 0:
-            raise OptionError(
-                f"The router 'mixlora' needs 1 ≤ k ≤ experts and balance ≥ 0; it got k = {self.k}, experts = {self.experts}, balance = {self.balance}."
-            )
+        if self.variant not in VARIANTS:
+            raise OptionError(f"The router 'mixlora' has the variants {', '.join(VARIANTS)}; it got {self.variant!r}.")
+        own = VARIANTS[self.variant]
+        for option in ("k", "top_p", "capacity", "z", "jitter", "std"):
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, own.get(option))
+            elif option not in own:
+                user = next(v for v, o in VARIANTS.items() if option in o)
+                raise OptionError(
+                    f"{option} = {getattr(self, option)} is an option of the variant {user!r} of 'mixlora', not of {self.variant!r}; drop it, or set variant."
+                )
+        for option, (holds, want) in RANGES.items():
+            value = getattr(self, option)
+            if value is not None and not holds(value, self.experts):
+                raise OptionError(f"The router 'mixlora' needs {option} {want}; it got {value} with experts = {self.experts}.")
+
+    def _gate(self, inp: int, path: str, plan: Plan, device: torch.device) -> Gate:
+        own: Any = self  # every option of the variant is a number by now
+        weight = torch.randn(self.experts, inp, generator=plan.generator("gate", path)) * own.std
+        common = weight.to(device), self.balance, own.jitter, plan.seed, path
+        if self.variant == "topk":
+            return TopK(own.k, *common)
+        return Cumulative(own.top_p, *common) if self.variant == "dynamic" else Capped(own.capacity, own.z, *common)
 
     def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
         inside = {s.name for members in self._blocks(sites).values() for s in members}
@@ -172,7 +135,11 @@ class MixLoRA(Router):
             key = f"{id(plan)}::{path}"
             site = block_site(model, path)
             inp = next((s.spec.inp for s in members if s.spec.role != "down"), site.spec.inp)
-            router = TopK(inp, self.experts, self.k, self.balance, self.std, plan.generator("gate", path), site.device)
+            if self.variant == "switch" and site.spec.inp != site.spec.out:
+                raise TargetError(
+                    f"The variant 'switch' lets rows pass {path!r} unchanged, but it takes {site.spec.inp} features and gives {site.spec.out}; use another variant."
+                )
+            router = self._gate(inp, path, plan, site.device)
             for s in members:
                 out[s.name] = ExpertSite(made[s.name], key, self.experts, plan.scales[s.name])
             out[path] = ExpertBlock(site, router, key)
