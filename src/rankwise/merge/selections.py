@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -36,22 +37,22 @@ class SCE(Entrywise):
             share("sce", "density", self.density)
             spread = torch.cat([stack.at(rows).var(0, unbiased=False).flatten() for rows in stack.blocks()])
             keep = _band(spread, 0, max(int(self.density * spread.numel()), 1))
-        mask = torch.ones(stack.shape, dtype=torch.bool)
-        if keep is not None:
-            for rows in stack.blocks():
-                mask[rows] = keep(stack.at(rows).var(0, unbiased=False), rows.start) != 0
         energy = torch.zeros(len(stack.weights), dtype=torch.float64)
         for rows in stack.blocks():
-            energy += (stack.at(rows) * mask[rows]).double().square().sum((1, 2))
+            energy += torch.linalg.vector_norm(_kept(stack, rows, keep), dim=(1, 2), dtype=torch.float64).square()
         total = energy.sum()
         w = (energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))).to(stack.dtype).view(-1, 1, 1)
         made = torch.empty(stack.shape, dtype=stack.dtype)
         for rows in stack.blocks():
-            kept = stack.at(rows) * mask[rows]
-            agree = kept * torch.where(kept.sum(0) >= 0, 1.0, -1.0) > 0
-            size = (w * agree).sum(0)
-            made[rows] = torch.where(size > 0, (w * kept * agree).sum(0) / size.clamp_min(1e-30), 0)
+            kept = _kept(stack, rows, keep)
+            agree = torch.where(kept.sum(0) >= 0, kept > 0, kept < 0) * w
+            made[rows] = (agree * kept).sum(0) / agree.sum(0).clamp_min(1e-30)  # where nobody agrees, 0
         return made
+
+
+def _kept(stack: Stack, rows: slice, keep: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+    x = stack.at(rows)
+    return x if keep is None else x * (keep(x.var(0, unbiased=False), rows.start) != 0)
 
 
 @register("merge", "nearswap", title="Nearswap: move only what is near", exports_to_peft=True)
