@@ -202,9 +202,9 @@ def _scale(part: Part, site: Site, r: int) -> float:
     from rankwise.forms.base import SCALES
 
     alpha = part.alpha_of(site.spec.module, site.spec.role)
-    if part.alpha is None and not part.alpha_pattern and part.scale == "alpha/r":
+    if part.alpha is None and not part.alpha_pattern and part.policy == "alpha/r":
         alpha = float(r)
-    return SCALES[part.scale](alpha, r)
+    return SCALES[part.policy](alpha, r)
 
 
 def _calibrate(

@@ -72,6 +72,11 @@ class Part(pydantic.BaseModel):
             raise OptionError(f"dropout = {self.dropout}; it lies in [0, 1).")
         return self
 
+    @property
+    def policy(self) -> str:
+        """The scale policy in force: the form's own where it stands for one, else ``scale``."""
+        return build("form", self.form).scaling() or self.scale
+
     def rank_of(self, path: str, role: str) -> int:
         """The rank at a place: the first pattern that is its role or matches the end of its path, else r."""
         return _by_pattern(self.rank_pattern, path, role, self.r)
@@ -195,6 +200,10 @@ class Recipe(Part):
         for part in self.all_parts():
             form = build("form", part.form)
             _form_options(part)
+            if form.scaling() not in (None, part.scale) and "scale" in part.model_fields_set:
+                raise RecipeError(
+                    f"The form {form.info.name!r} stands for scale = {form.scaling()!r}, but the recipe says {part.scale!r}; drop it, or use the form 'lora'."
+                )
             extra = form.info.needs
             for kind in ("init", "router"):
                 named = getattr(part, kind)

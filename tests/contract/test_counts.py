@@ -16,6 +16,7 @@ from tests.models import llama
 #: (out, in, r) → numbers a linear place trains
 COUNTS: dict[str, Callable[[int, int, int], int]] = {
     "lora": lambda m, n, r: r * (m + n),
+    "rslora": lambda m, n, r: r * (m + n),
     "dora": lambda m, n, r: r * (m + n) + m,
     "svd": lambda m, n, r: r * (m + n) + r,
     "lora_xs": lambda m, n, r: r * r,

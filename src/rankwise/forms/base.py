@@ -242,6 +242,10 @@ class Form:
         """See all sites at once; add banks and notes to ``plan``; refuse what cannot be met."""
         return plan
 
+    def scaling(self) -> str | None:
+        """The scale policy this form stands for; None: the recipe's."""
+        return None
+
     def build(self, site: Site, plan: Plan) -> SiteDelta:
         """The module for one site, with the form's own first values."""
         raise NotImplementedError(f"The form {type(self).__name__} must build its sites.")

@@ -37,6 +37,8 @@ class DenseForm(Form):
     What ``modules_to_save`` uses: every parameter of the named modules gets its own D, so two adapters can each have
     their own head on one base, which ``full`` cannot.  Trains as many numbers as the module has.  Weight decay pulls
     towards the base, not towards zero.  Merges exactly; leaves in PEFT's format as a saved module (W + D).
+
+    Source: PEFT's ``modules_to_save``, which keeps a copy of the module where this keeps a difference.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"fill:D", "constant"})

@@ -101,5 +101,8 @@ class DoRA(Form):
             )
         return Magnitude(site, form.build(site, plan))
 
+    def scaling(self) -> str | None:
+        return make("form", self.inner).scaling()  # type: ignore[no-any-return]
+
     def plan(self, sites: Any, plan: Plan) -> Plan:
         return make("form", self.inner).plan(sites, plan)

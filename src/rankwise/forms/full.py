@@ -75,6 +75,8 @@ class Full(Form):
     The degenerate form for optimisers and budgets over whole weights (GaLore, LISA).  ``keep="copy"`` holds the base's
     bits beside (as many numbers again), so views, detach and files work; ``keep="none"`` holds nothing: views that leave
     the adapter out, detach and save are refused.  One such adapter a weight.  Targets may be ``"all"``.
+
+    Source: plain fine-tuning; no paper's form.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"weight", "constant"})

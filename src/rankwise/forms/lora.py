@@ -48,12 +48,12 @@ class Pair(SiteDelta):
 @register("form", "lora", title="LoRA: a trained product of two thin matrices", paper="arXiv 2106.09685", exports_to_peft=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Form):
-    """y += s·(drop(x)·Aᵀ)·Bᵀ with A: r×in, B: out×r; s = α/r, or α/√r with ``scale="alpha/sqrt_r"`` (rsLoRA).
+    """y += s·(drop(x)·Aᵀ)·Bᵀ with A: r×in, B: out×r; s = α/r (``scale="alpha/sqrt_r"`` is the form rslora).
 
     A is Kaiming-uniform (a = √5), B zero; at an embedding A is zero and B standard normal.  Trains and stores
     r·(in + out) numbers a site.  Merges exactly as W + s·B·A.
 
-    Source: microsoft/LoRA, loralib/layers.py; rsLoRA: arXiv 2312.03732.
+    Source: microsoft/LoRA, loralib/layers.py.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
@@ -61,3 +61,24 @@ class LoRA(Form):
 
     def build(self, site: Site, plan: Plan) -> Pair:
         return Pair(site, plan.ranks[site.name], plan)
+
+
+@register(
+    "form",
+    "rslora",
+    title="rsLoRA: LoRA whose scale keeps a high rank learning",
+    paper="arXiv 2312.03732",
+    exports_to_peft=True,
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankStabilised(LoRA):
+    """LoRA with s = α/√r in place of α/r; A: r×in, B: out×r, counts, start and merging are LoRA's.
+
+    The first step's loss drop is lr·s²·r·‖G‖²/(3·in) in the mean over A: constant in r here, and falling as 1/r in LoRA.
+    Where no alpha is given it is r, so s = √r.  Exported, the scale is said as α/r, which every reader takes alike.
+
+    Source: Kalajdzievski 2023; PEFT's ``use_rslora``.  Errors: another ``scale`` beside it.
+    """
+
+    def scaling(self) -> str:
+        return "alpha/sqrt_r"

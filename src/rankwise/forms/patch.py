@@ -81,7 +81,7 @@ class Patch(Form):
     places (norms, biases, expert stacks) the parameter reads as W + strength·Δ.  A file holds each site's kind, tensors
     and meta.  Merges exactly; leaves in PEFT's format where every site is low-rank or a whole dense difference.
 
-    Errors: attached by a recipe alone (there is no value); a shape that is not the weight's; a change that x decides.
+    Source: none, the house's own.  Errors: attached by a recipe alone (there is no value); a shape that is not the weight's; a change that x decides.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"constant"})

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rankwise.catalogue import find
 from rankwise.delta import AdapterState, Delta, LowRank
 from rankwise.errors import ArtefactError, MergeError
 from rankwise.sites.spec import SiteSpec
@@ -246,7 +247,7 @@ def _of_adapter(folder: Path, head: Mapping[str, Any], tensors: set[str]) -> tup
     for entry in head["parts"]:
         form = entry["part"].get("form", "lora")
         form = form.get("name") if isinstance(form, dict) else form
-        if form != "lora":
+        if not {"pair", "lowrank"} <= find("form", str(form)).cls.gives:  # type: ignore[attr-defined]
             raise MergeError(
                 f"{folder} is of the form {form!r}, not plain low-rank factors; give the model, and it is read with that."
             )

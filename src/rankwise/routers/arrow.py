@@ -68,7 +68,7 @@ class Arrow(Router):
     start, which have not converged where σ₁ ≈ σ₂.  x is not normalised (as there), so the temperature acts on its norm.
     N·R memory; PEFT's layer keeps N·E·out.
 
-    Errors: fewer than one adapter; targets that no adapter has.
+    Source: HF PEFT, tuners/lora/arrow.py; Ostapenko et al. 2024.  Errors: fewer than one adapter; targets that no adapter has.
     """
 
     example: ClassVar[None] = None  # trains nothing and needs a library; its own tests run the laws

@@ -120,6 +120,7 @@ def run_recipe(
 #: what PEFT calls the parts that both have: (form, init) → fields of its LoraConfig
 PEFT_TWINS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("lora", None): {},
+    ("rslora", None): {},
     ("dora", None): {"use_dora": True},
     ("lora", "pissa"): {"init_lora_weights": "pissa"},
     ("lora", "olora"): {"init_lora_weights": "olora"},
@@ -143,7 +144,7 @@ def run_peft(
     twin = PEFT_TWINS.get((_named(recipe.form) or "lora", _named(recipe.init)))
     plain = recipe.budget is None and recipe.router is None and not recipe.losses and _named(recipe.optimizer) == "adamw"
     plain = plain and not (recipe.parts or recipe.modules_to_save or recipe.layers or recipe.rank_pattern or recipe.alpha_pattern)
-    plain = plain and not (recipe.exclude or recipe.dropout) and recipe.scale in ("alpha/r", "alpha/sqrt_r")
+    plain = plain and not (recipe.exclude or recipe.dropout) and recipe.policy in ("alpha/r", "alpha/sqrt_r")
     if twin is None or not plain:
         return None
     try:
@@ -153,7 +154,7 @@ def run_peft(
     torch.manual_seed(recipe.seed)
     alpha: Any = recipe.alpha if recipe.alpha is not None else recipe.r  # PEFT divides any number, though its hint says int
     config = peft.LoraConfig(
-        r=recipe.r, lora_alpha=alpha, target_modules=recipe.targets, use_rslora=recipe.scale == "alpha/sqrt_r", **twin
+        r=recipe.r, lora_alpha=alpha, target_modules=recipe.targets, use_rslora=recipe.policy == "alpha/sqrt_r", **twin
     )
     net = peft.get_peft_model(copy.deepcopy(model), config).train()
     params = [p for p in net.parameters() if p.requires_grad]
