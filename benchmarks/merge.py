@@ -152,14 +152,14 @@ def beside_mergekit(rounds: int, hidden: int) -> list[dict[str, Any]]:
                     p.add_(0.01 * i * torch.randn(p.shape, generator=g))
             net.save_pretrained(Path(spare) / n)
             where[n] = str(Path(spare) / n)
+        turn = itertools.count()
         options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
         for method, extra in WHOLE.items():
             data = _yaml(method, dict(extra), where)
-            turn = iter(range(10**6))
-            new = lambda who, turn=turn: str(Path(spare) / f"{who}{next(turn)}")
+            new = lambda who: str(Path(spare) / f"{who}{next(turn)}")
             runs = {
-                "rankwise": lambda d=data, new=new: merge_yaml(d, new("r")),
-                "mergekit": lambda d=data, new=new: run_merge(MergeConfiguration.model_validate(d), new("m"), options),
+                "rankwise": lambda d=data: merge_yaml(d, new("r")),
+                "mergekit": lambda d=data: run_merge(MergeConfiguration.model_validate(d), new("m"), options),
             }
             times = interleaved(runs, rounds, warm=1, clock=clock())
             share = ratios(times, "mergekit")

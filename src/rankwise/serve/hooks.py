@@ -145,6 +145,19 @@ class Hook:
             self._change(y, changes)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def joint(self, x: Tensor) -> Tensor | None:
+        """The outputs of this module and its siblings side by side, N×Σout, for x: N×in; None where they are made apart.
+
+        For who calls all of them anyway: no slices wait for anybody.  A change that is no pair of factors is made apart.
+        """
+        bundle, changes = self.bundle, self.acting.body
+        if not bundle.together or changes.loose or changes.whole:
+            return None
+        y = bundle._run(x)
+        if changes.op is not None and bundle.group.name in changes.groups:
+            changes.op.apply(bundle.group, x, y.split(bundle.group.outs, -1))
+        return y
+
     def _change(self, y: Tensor, changes: Changes) -> None:
         bundle, path = self.bundle, self.path
         x, bias = bundle.flat, bundle.bias[self.j]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.serve.attention.paged import attend
-from rankwise.serve.ops.step import joined
+from rankwise.serve.hooks import Hook
 from rankwise.serve.plan import TokenPlan
 
 #: folder of transformers' models → what its classes' names begin with
@@ -90,35 +90,62 @@ class Block:
         self.layer: int = a.layer_idx
         self.q, self.k, self.v, self.o = (getattr(a, f"{n}_proj") for n in "qkvo")
         self.gate, self.up, self.down, self.act = m.gate_proj, m.up_proj, m.down_proj, m.act_fn
+        self.qkv, self.gate_up = Siblings(self.q, self.k, self.v), Siblings(self.gate, self.up)
         self.before, self.after = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
         self.q_norm, self.k_norm = (_norm(n) if (n := getattr(a, f"{x}_norm", None)) is not None else None for x in "qk")
         self.d, self.scale = a.head_dim, a.scaling
+        self.heads, self.kv = a.q_proj.out_features // self.d, a.k_proj.out_features // self.d
         self.window: int | None = (
             a.config.sliding_window if type(a).__name__ == "MistralAttention" else getattr(a, "sliding_window", None)
         )
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """x: (T, width), changed in place."""
-        h = self.before(x)
-        q, k, v = self.q.forward(h), self.k.forward(h), self.v.forward(h)
-        q, k = self._rotated(q, k, turn)
-        y = attend(self.layer, q, k, v.view(v.shape[0], -1, self.d), self.scale, self.window)
+        q, k, v = self._heads(self.before(x), turn)
+        y = attend(self.layer, q, k, v, self.scale, self.window)
         x += self.o.forward(y.view(y.shape[0], -1))
         h = self.after(x)
-        gate, up = self.gate.forward(h), self.up.forward(h)
+        if (both := self.gate_up(h)) is None:
+            gate, up = self.gate.forward(h), self.up.forward(h)
+        else:
+            gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
         x += self.down.forward(self.act(gate).mul_(up))
         return x
 
-    def _rotated(self, q: Tensor, k: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(T, heads, d) and (T, kv heads, d), turned by their positions; at once where they lie side by side."""
-        T, heads = q.shape[0], q.shape[1] // self.d
+    def _heads(self, h: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, heads, d) of q and (T, kv heads, d) of k, turned by their positions, and of v."""
+        T, d, n = h.shape[0], self.d, self.heads
+        y = self.qkv(h)
+        if y is None:
+            q, k, v = (m.forward(h).view(T, -1, d) for m in (self.q, self.k, self.v))
+        else:
+            y = y.view(T, -1, d)
+            turned, v = y[:, : n + self.kv], y[:, n + self.kv :]
+            if self.q_norm is None:
+                turned = _rotate(turned, turn)
+                return turned[:, :n], turned[:, n:], v
+            q, k = turned[:, :n], turned[:, n:]
         if self.q_norm is not None and self.k_norm is not None:
-            return tuple(_rotate(n(t.view(T, -1, self.d)), turn) for n, t in ((self.q_norm, q), (self.k_norm, k)))  # type: ignore[return-value]
-        both = joined((q, k))
-        if both is None:
-            return _rotate(q.view(T, -1, self.d), turn), _rotate(k.view(T, -1, self.d), turn)
-        turned = _rotate(both.unflatten(-1, (-1, self.d)), turn)
-        return turned[:, :heads], turned[:, heads:]
+            q, k = self.q_norm(q), self.k_norm(k)
+        return _rotate(q, turn), _rotate(k, turn), v
+
+
+class Siblings:
+    """Modules that are given one input: their outputs side by side where they are one product in this order."""
+
+    def __init__(self, *modules: nn.Module):
+        self.modules = modules
+        self.hook: Hook | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """(T, Σ out), or None where each is to be called."""
+        if self.hook is None:  # hooks come after the loop is made
+            hooks = [m.forward for m in self.modules if isinstance(m.forward, Hook)]
+            first = hooks[0] if hooks else None
+            if first is None or [(h.bundle, h.j) for h in hooks] != [(first.bundle, j) for j in range(len(self.modules))]:
+                return None
+            self.hook = first
+        return self.hook.joint(x) if len(self.hook.bundle.group.outs) == len(self.modules) else None
 
 
 def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
