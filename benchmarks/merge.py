@@ -153,10 +153,10 @@ def beside_mergekit(rounds: int, hidden: int) -> list[dict[str, Any]]:
             net.save_pretrained(Path(spare) / n)
             where[n] = str(Path(spare) / n)
         turn = itertools.count()
+        new = lambda who: str(Path(spare) / f"{who}{next(turn)}")
         options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
         for method, extra in WHOLE.items():
             data = _yaml(method, dict(extra), where)
-            new = lambda who: str(Path(spare) / f"{who}{next(turn)}")
             runs = {
                 "rankwise": lambda d=data: merge_yaml(d, new("r")),
                 "mergekit": lambda d=data: run_merge(MergeConfiguration.model_validate(d), new("m"), options),
