@@ -82,12 +82,12 @@ def test_softcap_is_the_definitions() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1 << 30), st.sampled_from([None, 5]))
-def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int | None) -> None:
-    """Requests come, decode, pause, are put back, go, and outgrow a table; every step equals the definition."""
+@given(st.integers(0, 1 << 30), st.sampled_from([None, 5]), st.sampled_from([None, None, 0, 3 * LEAST, 7 * LEAST]))
+def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int | None, limit: int | None) -> None:
+    """Requests come, decode, pause, are put back, go, and outgrow a table; every step equals the definition, within the limit."""
     rnd, g = random.Random(seed), torch.Generator().manual_seed(seed % 1000)
     page, kv, heads, d = 4, 2, 4, 8
-    store, tables = paged.KvStore(200, page), RowTables(3, 2 * LEAST)
+    store, tables = paged.KvStore(200, page), RowTables(3, 2 * LEAST, limit)
     module = torch.nn.Module()
     module.layer_idx = 0
     K, V = store.of(0, *(torch.randn(1, kv, d, generator=g) for _ in range(2)))
@@ -117,6 +117,10 @@ def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int |
         with paged.attending(paged.Step(plan, tables), store):
             got, _ = paged.paged_attention(module, q, k, v, None, sliding_window=window)
         well = plan.T - (ill >= 0)
+        assert limit is None or tables.nbytes <= limit * 2 * kv * d * 4
+        if rnd.random() < 0.1:
+            tables.relieve()
+            assert tables.nbytes == 0
         torch.testing.assert_close(got[0, :well], paged.naive(q, K, V, plan, d**-0.5, window)[:well], rtol=1e-5, atol=1e-5)
         if ill >= 0:
             free += blocks.pop(ill)

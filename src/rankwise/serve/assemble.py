@@ -39,6 +39,8 @@ class Sizes:
         memory: bytes that both hold together, where they share one budget (each then grows into what the other leaves);
             None gives each its own.
         host_bytes: of adapters in host memory.
+        row_tokens: tokens of keys and values that decoding rows may keep side by side, a second time and beside ``memory``
+            (None: twice ``kv_tokens``; 0: none, each step gathers them from the pages).
     """
 
     kv_tokens: int = 16_384
@@ -46,11 +48,14 @@ class Sizes:
     cells: int = 64
     memory: int | None = None
     host_bytes: int = 4 << 30
+    row_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "page", "cells", "host_bytes"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
+        if self.row_tokens is not None and self.row_tokens < 0:
+            raise OptionError(f"row_tokens = {self.row_tokens}; it is 0 or more, or None for twice kv_tokens.")
         if self.kv_tokens % self.page:
             raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
 
@@ -107,6 +112,7 @@ def assemble(
         model, layout.groups, cells, make_op(op, cells, native), make_op(op, cells, native),
         blocks=counts[KV], page=sizes.page, pack=pack, max_rows=(options or EngineOptions()).max_running, loop=loop,
     )  # fmt: skip
+    runner.rows.limit = 2 * sizes.kv_tokens if sizes.row_tokens is None else sizes.row_tokens
     pool = BlockPool(
         {KV: Unit(runner.store.block_bytes, counts[KV]), ADAPTER: Unit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory
     )
@@ -117,7 +123,7 @@ def assemble(
     named = {"name": policy} if isinstance(policy, str) else dict(policy)
     engine = Engine(
         runner, index, residency, make("policy", named.pop("name"), **named), options,
-        total_blocks=counts[KV], base=base, clock=clock,
+        total_blocks=counts[KV], base=base, clock=clock, copies=runner.rows,
     )  # fmt: skip
     return Server(engine, cache, table, pool, runner, layout)
 

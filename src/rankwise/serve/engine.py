@@ -23,7 +23,7 @@ from rankwise.serve.prefix import PrefixIndex
 from rankwise.serve.runner import Runner
 from rankwise.serve.sampler import Drawn, SamplerState, sample
 from rankwise.serve.sched.base import Job, Policy
-from rankwise.serve.scheduler import Residency, Scheduler
+from rankwise.serve.scheduler import Copies, Residency, Scheduler
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.shortage import no_memory
 from rankwise.serve.speculate import verified
@@ -41,6 +41,7 @@ class Engine(Front):
         total_blocks: of the cache, for limits and statistics.
         base: fingerprint of the base, the first field of every prefix salt.
         clock: seconds; a virtual one makes every test instant.
+        copies: what the runner keeps a second time and can do without.
         stream: training beside serving, within what :class:`~rankwise.serve.pacing.Pace` leaves it.
     """
 
@@ -56,6 +57,7 @@ class Engine(Front):
         base: str = "",
         clock: Callable[[], float] = time.monotonic,
         stream: Stream | None = None,
+        copies: Copies | None = None,
     ):
         super().__init__()
         options = options or EngineOptions()
@@ -66,6 +68,7 @@ class Engine(Front):
         self.queue = Scheduler(
             runner.page, total_blocks, index, adapters, policy, options, base, clock, self.pace.prompt_tokens, self._finish
         )
+        self.queue.copies = copies
         self.queue.token_seconds = self.pace.token_seconds
         self.counters: Counter[str] = self.queue.counters
         self.steps = 0

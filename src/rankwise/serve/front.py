@@ -44,7 +44,7 @@ class Front:
             OptionError: longer than a request may be; an id that is in use.
             Overloaded: the queue is full, or the engine is going down.
         """
-        self._check_length(request)
+        self.queue.check_length(request)
         with self._lock:
             if request.id in self._ids:
                 raise OptionError(f"A request with the id {request.id!r} is being served; give each its own.")
@@ -54,16 +54,6 @@ class Front:
                 raise Overloaded(f"{len(self._ids)} requests are being served or waiting, as many as may; try again later.")
             self._ids.add(request.id)
             self._do(lambda: self._take(request, on_event))  # under the lock: what is let in here, stop() still finds
-
-    def _check_length(self, request: Request) -> None:
-        room = self.queue.total_blocks * self.runner.page
-        limit = room if self.options.max_context is None else min(room, self.options.max_context)
-        wanted = len(request.prompt) + request.sampling.max_tokens
-        if wanted > limit:
-            raise OptionError(
-                f"The prompt has {len(request.prompt)} tokens and max_tokens is {request.sampling.max_tokens}: {wanted} together, "
-                f"but a request may have {limit}; shorten one of them."
-            )
 
     def cancel(self, request_id: str) -> None:
         """End a request within a step; nothing happens where it has ended already."""
@@ -96,6 +86,7 @@ class Front:
         return EngineStats(
             running, max(len(self._ids) - running, 0), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
             not self.error, self.error, dict(self.counters), *self.adapters.cells_held(),
+            0 if self.queue.copies is None else self.queue.copies.nbytes,
         )  # fmt: skip
 
     def idle(self) -> bool:

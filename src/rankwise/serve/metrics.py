@@ -175,6 +175,7 @@ class Metrics:
             ("requests_running", "Sequences in the batch.", stats.running),
             ("requests_waiting", "Sequences that wait.", stats.waiting),
             ("kv_blocks_used_ratio", "Share of the cache blocks in use.", stats.kv_used / max(stats.kv_total, 1)),
+            ("kv_copies_bytes", "Keys and values kept a second time for rows that decode.", stats.copies_bytes),
             ("healthy", "1 while the engine steps.", float(stats.healthy)),
         )
         if stats.cells_total:

@@ -44,7 +44,7 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine; ``counters`` only grow."""
+    """A look at the engine; ``counters`` only grow.  ``copies_bytes``: keys and values kept a second time for decoding rows."""
 
     running: int
     waiting: int
@@ -57,3 +57,4 @@ class EngineStats:
     counters: Mapping[str, float]
     cells_used: int = 0
     cells_total: int = 0
+    copies_bytes: int = 0

@@ -102,6 +102,12 @@ class BlockPool:
         reserved = sum(max(self.floors[t], self._bytes(t)) for t in self.units if t != tag)
         return max(min(len(self._free[tag]), (self.budget - reserved - self._bytes(tag)) // unit.bytes), 0)
 
+    def most(self, tag: str, beside: Mapping[str, int]) -> int:
+        """How many units of ``tag`` there could be if nothing else were held but ``beside`` (units of other tags)."""
+        unit = self._unit(tag)
+        others = sum(max(self.floors[t], beside.get(t, 0) * u.bytes) for t, u in self.units.items() if t != tag)
+        return max(min(unit.count, (self.budget - others) // unit.bytes), 0)
+
     def ids(self, tag: str) -> int:
         """Ids of ``tag`` that nobody holds, whatever the bytes allow."""
         self._unit(tag)

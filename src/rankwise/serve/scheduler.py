@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.adapters.base import Served
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.plan import BASE, Role, Span
@@ -52,6 +52,10 @@ class Residency(Protocol):
 
     def cells(self, digest: str) -> int: ...
 
+    def most_blocks(self, digest: str | None) -> int:
+        """Cache blocks that a request of this adapter could have if it were alone."""
+        ...
+
     def free_cells(self) -> int: ...
 
     def cells_held(self) -> tuple[int, int]:
@@ -64,6 +68,17 @@ class Residency(Protocol):
 
     def relieve(self) -> None:
         """Memory has run out: let go of every adapter that nobody uses."""
+        ...
+
+
+class Copies(Protocol):
+    """Keys and values that the runner keeps a second time, which it can do without."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def relieve(self) -> None:
+        """Memory has run out: let go of them, and keep fewer from now on."""
         ...
 
 
@@ -95,6 +110,7 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
         self.shortage = Shortage()
+        self.copies: Copies | None = None
         self.step_seconds = 0.0  # of the last step
         self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
         self._asked = 0
@@ -146,7 +162,7 @@ class Scheduler:
         if len(self.running) >= self._places() or self._waits_for_sibling(seq):
             return False
         served = self._fetched(seq)
-        if served is None and seq.request.adapter is not None:
+        if (served is None and seq.request.adapter is not None) or not self._can_ever(seq):
             return False
         if not seq.blocks:
             self._match(seq)
@@ -193,6 +209,31 @@ class Scheduler:
     def _lacking(self, seq: Sequence) -> int:
         """Blocks that a request takes for the tokens it has and the next one."""
         return max(-(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks), 0)
+
+    def check_length(self, r: Request) -> None:
+        """Refuse a request that could not even run alone.
+
+        Raises:
+            OptionError: it is longer than the cache, its share beside its adapter, or the options' limit.
+        """
+        beside = self.adapters.most_blocks(r.adapter) * self.page
+        limit = beside if self.options.max_context is None else min(beside, self.options.max_context)
+        wanted = len(r.prompt) + r.sampling.max_tokens
+        if wanted > limit:
+            where = " beside its adapter" if limit == beside < self.total_blocks * self.page else ""
+            raise OptionError(
+                f"The prompt has {len(r.prompt)} tokens and max_tokens is {r.sampling.max_tokens}: {wanted} together, "
+                f"but a request may have {limit}{where}; shorten one of them."
+            )
+
+    def _can_ever(self, seq: Sequence) -> bool:
+        """Whether it could run alone, now that it is known what its adapter takes; it is ended where it could not."""
+        try:
+            self.check_length(seq.request)
+        except OptionError as error:
+            self.finish(seq, Outcome.REJECTED, str(error), error)
+            return False
+        return True
 
     def _waits_for_sibling(self, seq: Sequence) -> bool:
         """A sample of the same prompt is being computed, whose blocks this one will share."""
@@ -341,6 +382,8 @@ class Scheduler:
     def _relieve(self) -> None:
         self.counters["out_of_memory"] += 1
         self.adapters.relieve()
+        if self.copies is not None:
+            self.copies.relieve()
 
     def turn_away(self, seq: Sequence) -> None:
         """End a request for which there is no memory, with the word to come back."""

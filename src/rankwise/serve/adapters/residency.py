@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from rankwise.serve.adapters.base import Served
 from rankwise.serve.adapters.cache import AdapterCache
 from rankwise.serve.adapters.slots import Slot, SlotTable
-from rankwise.serve.pool import ADAPTER, BlockPool
+from rankwise.serve.pool import ADAPTER, KV, BlockPool
+from rankwise.serve.types import UnknownAdapter
 
 
 class PoolCells:
@@ -72,6 +73,14 @@ class Residency:
 
     def cells(self, digest: str) -> int:
         return self.cache.known(digest).cells
+
+    def most_blocks(self, digest: str | None) -> int:
+        """Cache blocks that a request of this adapter could have if it were alone (an unknown digest takes no cells)."""
+        try:
+            cells = 0 if digest is None else self.cells(digest)
+        except UnknownAdapter:
+            cells = 0
+        return self.pool.most(KV, {ADAPTER: cells})
 
     def free_cells(self) -> int:
         return self.pool.room(ADAPTER)

@@ -9,7 +9,7 @@ moves into the place of one that goes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -120,28 +120,54 @@ class RowTables:
 
     Args:
         count: most decoding rows at once; ``most``: largest cap, above which a row is gathered from its pages each step.
+        limit: tokens of all tables together (None: no limit); what they cannot take is gathered too.
     """
 
-    def __init__(self, count: int, most: int):
-        self.count, self.most = count, most
+    def __init__(self, count: int, most: int, limit: int | None = None):
+        self.count, self.most, self.limit = count, most, limit
         self.tables: dict[int, Table] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside; the system gives memory to those that have been written."""
+        layers = [t for table in list(self.tables.values()) for pair in list(table.layers.values()) for t in pair]
+        return sum(t.numel() * t.element_size() for t in layers)
+
+    def relieve(self) -> None:
+        """Let all tables go, and keep half as much as they were from now on."""
+        if self.tables:
+            self.limit = sum(self.tables) * self.count // 2
+        self.tables.clear()
+
+    def _table(self, cap: int, busy: Set[int]) -> Table | None:
+        """The table of ``cap``, for which those that are not ``busy`` make way; None where the limit leaves no room."""
+        while cap not in self.tables:
+            if self.limit is None or (sum(self.tables) + cap) * self.count <= self.limit:
+                self.tables[cap] = Table(cap, self.count)
+                break
+            idle = next((c for c in self.tables if c not in busy), None)
+            if idle is None:
+                return None
+            del self.tables[idle]
+        return self.tables[cap]
 
     def turns(self, spans: Sequence[tuple[int, Span]], page: int) -> tuple[list[Turn], list[int]]:
         """(what each table does, indices into ``spans`` that no table takes)."""
-        by_cap: dict[int, list[tuple[int, Span]]] = {}
+        by_cap: dict[int, list[int]] = {}
         rest: list[int] = []
-        for i, (at, s) in enumerate(spans):
+        for i, (_, s) in enumerate(spans):
             cap = max(LEAST, 1 << (s.end - 1).bit_length())
-            taken = by_cap.setdefault(cap, [])
-            if cap > self.most or s.serial < 0 or len(taken) >= self.count:
+            if cap > self.most or s.serial < 0 or len(by_cap.get(cap, ())) >= self.count:
                 rest.append(i)
             else:
-                taken.append((at, s))
+                by_cap.setdefault(cap, []).append(i)
         turns = []
-        for cap, mine in by_cap.items():
-            if mine:
-                table = self.tables.setdefault(cap, Table(cap, self.count))
-                turns.append(table.turn(mine, page))
+        for cap in sorted(by_cap):
+            table = self._table(cap, by_cap.keys())
+            if table is None:
+                rest += by_cap[cap]
+            else:
+                turns.append(table.turn([spans[i] for i in by_cap[cap]], page))
         return turns, rest
 
 
