@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from rankwise.errors import OptionError
-from rankwise.serve.assemble import Server
+from rankwise.serve.adapters.source import FolderSource
+from rankwise.serve.assemble import Server, Sizes, assemble
 from rankwise.serve.engine import collect, run_until_idle
 from rankwise.serve.plan import Role, Span, make_plan
 from rankwise.serve.sched.fcfs import Fcfs
 from rankwise.serve.timing import Coefficients
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
-from tests.serve.rig import check_greedy, configure, server
+from tests.serve.rig import base_model, check_greedy, configure, folder, server
 
 PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
 
@@ -349,3 +350,62 @@ def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch
     assert len(collect(mate)[0]) == before + 1 and len(collect(cold)[0]) == 1
     run_until_idle(made.engine)
     check_greedy(Request("cold", PROMPT), collect(cold)[0], (("xs", 1.0),))
+
+
+def test_a_chunk_that_is_not_finite_is_never_shared(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk in the middle of a prompt has no logits of its own; what it left in the cache is judged by those that follow."""
+    prompt, run = PROMPT[1:] * 3, type(made.runner).run
+
+    def poisoned(self: Any, plan: Any, slots: Any) -> Any:
+        logits = run(self, plan, slots)
+        for s, first in zip(plan.spans, plan.cu_q, strict=False):
+            if s.request == "ill" and not s.samples:
+                with torch.inference_mode():
+                    for _, V in self.store.layers.values():
+                        V[plan.cell[first : first + len(s.tokens)]] = torch.nan
+        return logits
+
+    monkeypatch.setattr(type(made.runner), "run", poisoned)
+    done = answer(made, Request("ill", prompt, Sampling(max_tokens=2)))[1]
+    assert done is not None and done.outcome is Outcome.ERROR and "not finite" in done.message
+    ids, done = answer(made, Request("well", prompt, Sampling(max_tokens=4)))
+    assert done is not None and done.outcome is Outcome.LENGTH and done.reused == 0
+    check_greedy(Request("well", prompt), ids, ())
+    assert answer(made, Request("again", prompt, Sampling(max_tokens=4)))[1].reused == 20  # type: ignore[union-attr]
+
+
+def test_what_was_put_back_takes_nothing_in_the_same_step(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, left = made.pool.allocate, [None]
+    monkeypatch.setattr(made.pool, "allocate", lambda *a: left.pop() if left else allocate(*a))
+    old, young = (put(made, Request(n, PROMPT[4 * i :], Sampling(max_tokens=3))) for i, n in enumerate(("old", "young")))
+    made.engine.step()
+    assert not left and list(made.engine.queue.running) == ["old"]
+    assert made.engine.queue.waiting["young"].blocks == []
+    run_until_idle(made.engine)
+    for i, (name, events) in enumerate((("old", old), ("young", young))):
+        check_greedy(Request(name, PROMPT[4 * i :]), collect(events)[0], ())
+
+
+def test_a_request_that_comes_while_the_engine_stops_is_refused_or_ended(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether requests are taken and the queue: whoever was let in is told how it ended."""
+    do, stopping = made.engine._do, threading.Thread(target=made.engine.stop)
+
+    def late(command: Any) -> None:
+        stopping.start()
+        stopping.join(0.3)
+        do(command)
+
+    monkeypatch.setattr(made.engine, "_do", late)
+    events = put(made, Request("r", PROMPT))
+    stopping.join(10)
+    assert [e.outcome for e in events if isinstance(e, Finished)] == [Outcome.CANCELLED]
+    made.engine._draining = False
+    made.engine._stopping.clear()
+
+
+def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
+    for policy in ("merge_mode", {"name": "chain", "rules": ["fcfs", "merge_mode"]}):
+        with pytest.raises(OptionError, match="is for the simulator: it wants the engine to merge an adapter"):
+            assemble(
+                base_model(), lambda intake: FolderSource(folder(), intake), sizes=Sizes(64, 4, 2), op="reference", policy=policy
+            )

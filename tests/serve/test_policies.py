@@ -103,7 +103,7 @@ def test_a_request_that_does_not_fit_is_passed_over_and_one_let_go_takes_no_room
 
     def fits(j) -> bool:  # type: ignore[no-untyped-def]
         asked.append(j.id)
-        return j.id != "big"
+        return {"big": False, "gone": None}.get(j.id, True)
 
     policy = Picky()
     assert [(j.id, v) for j, v in tried(policy, state(waiting), fits)] == [
@@ -112,6 +112,7 @@ def test_a_request_that_does_not_fit_is_passed_over_and_one_let_go_takes_no_room
     assert asked == ["a", "big", "b"]
     policy.blocking = True
     assert [j.id for j, _ in tried(policy, state(waiting), fits)] == ["a", "late"]
+    assert [j.id for j, _ in tried(policy, state([job("gone"), job("b")]), fits)] == ["b"], "what has ended blocks nobody"
 
 
 @pytest.mark.parametrize("peak", [True, False])

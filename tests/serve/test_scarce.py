@@ -242,7 +242,9 @@ def test_what_can_never_fit_beside_its_adapter_is_refused_at_once() -> None:
     made = shared(20, 2)
     assert made.pool.units["kv"].bytes == BLOCK
     digest, left = made.cache.resolve("nine").digest, 80  # "nine" has two cells
-    with pytest.raises(OptionError, match=rf"9 tokens and max_tokens is {left - 8}: {left + 1} together, but a request may have {left} beside"):
+    with pytest.raises(
+        OptionError, match=rf"9 tokens and max_tokens is {left - 8}: {left + 1} together, but a request may have {left} beside"
+    ):
         made.engine.submit(Request("long", PROMPT, Sampling(max_tokens=left - 8), digest), print)
     events: list[Event] = []
     made.cache.fetch(digest).result(60)

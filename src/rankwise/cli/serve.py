@@ -40,6 +40,10 @@ def serve(
     kv_tokens: Annotated[int, typer.Option(min=16, help="Tokens whose keys and values are kept; a multiple of 16.")] = 16_384,
     cells: Annotated[int, typer.Option(min=1, help="Ranks / 8 of all adapters that are resident at once.")] = 64,
     host_memory: Annotated[float, typer.Option(min=0.001, help="GB of adapters kept in memory beside the resident ones.")] = 4.0,
+    row_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens that decoding rows may keep a second time, side by side; default 2 x --kv-tokens."),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="Who is let in when: default, fcfs, vtc, cluster … (rankwise methods policy).")
     ] = "default",
@@ -94,7 +98,7 @@ def serve(
         train_roots=tuple(map(Path, train_data or ())),
     )  # fmt: skip
     behind = assemble(
-        net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9)), policy=_policy(policy, set or ()),
+        net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
         options=EngineOptions(
             max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
             step_seconds=step_seconds,

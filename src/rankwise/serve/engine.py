@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.front import Front
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.pacing import Pace, Stream
@@ -35,6 +35,9 @@ Observer = Callable[[str, float, Mapping[str, str]], None]
 
 class Engine(Front):
     """Serves requests over one runner.
+
+    Raises:
+        OptionError: a policy that only the simulator can follow.
 
     Args:
         runner, index, adapters, policy: see their modules.
@@ -60,6 +63,10 @@ class Engine(Front):
         copies: Copies | None = None,
     ):
         super().__init__()
+        if policy.unserved:
+            raise OptionError(
+                f"The policy {policy.name!r} is for the simulator: it wants the engine to {policy.unserved}; use 'default'."
+            )
         options = options or EngineOptions()
         self.runner, self.adapters, self.policy, self.options, self.clock = runner, adapters, policy, options, clock
         self.stream = stream
@@ -82,7 +89,8 @@ class Engine(Front):
 
     def stop(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Take no more requests; ``drain``: finish those that are here, for up to ``timeout`` seconds; cancel the rest."""
-        self._draining = True
+        with self._lock:
+            self._draining = True
         end = time.monotonic() + timeout
         while drain and self._ids and time.monotonic() < end and self._thread is not None and self._thread.is_alive():
             time.sleep(0.005)
@@ -223,8 +231,8 @@ class Engine(Front):
             right = verified(span, drawn[mine])
             seq.short = 0
             seq.computed += len(span.tokens) - max(span.samples - 1, 0) + max(len(right) - 1, 0)
-            if span.role is not Role.VERIFY:
-                self._complete(seq)
+            if span.samples and span.role is not Role.VERIFY:
+                self._complete(seq)  # not before logits that hang on all of its tokens have been seen to be finite
             for token in right:
                 if seq.request.id in self.queue.running:
                     self._publish(seq, token)

@@ -18,7 +18,7 @@ from rankwise.serve.options import EngineOptions
 from rankwise.serve.plan import BASE, Role, Span
 from rankwise.serve.prefix import PrefixIndex, salt
 from rankwise.serve.runner import Slot
-from rankwise.serve.sched.base import Policy, State, Verdict
+from rankwise.serve.sched.base import Job, Policy, State, Verdict, tried
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.shortage import TRIES, Shortage, no_memory
 from rankwise.serve.speculate import lookup
@@ -142,20 +142,20 @@ class Scheduler:
         if not self.waiting or (full and self._asked % 16):
             return
         state = self._state()
-        for job in self.policy.order(state):
-            seq = self.waiting[job.id]
-            verdict = self.policy.verdict(job, state)
+        for job, verdict in tried(self.policy, state, self._fits):
             if verdict is Verdict.ABORT:
-                self.finish(seq, Outcome.ABORTED, "Its first token would have come after its deadline.", None)
+                self.finish(self.waiting[job.id], Outcome.ABORTED, "Its first token would have come after its deadline.", None)
             elif verdict is Verdict.REJECT:
-                self.finish(seq, Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
-            elif verdict is Verdict.ADMIT:
-                if self._enter(seq):
-                    self.policy.admitted(job, state.now)
-                    state.running = [s.job for s in self.running.values()]
-                    state.free_blocks = self.index.available()
-                elif self.policy.blocking and seq.request.id in self.waiting:
-                    break
+                self.finish(self.waiting[job.id], Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
+            else:
+                self.policy.admitted(job, state.now)
+                state.running = [s.job for s in self.running.values()]
+                state.free_blocks = self.index.available()
+
+    def _fits(self, job: Job) -> bool | None:
+        """Whether it has entered; None where it has ended instead."""
+        entered = self._enter(self.waiting[job.id])
+        return None if not entered and job.id not in self.waiting else entered
 
     def _enter(self, seq: Sequence) -> bool:
         """Move a waiting request to the running ones, if there is room for it now."""
@@ -297,7 +297,7 @@ class Scheduler:
         budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
         budget = self.shortage.of_tokens(budget)
         for seq in [s for s in self.running.values() if not s.decoding]:
-            n = min(seq.pending, budget)
+            n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was put back for an earlier one
             if n and self._grow(seq, seq.computed + n, preempt=not spans):
                 spans.append(self._span(seq, n))
                 budget -= n

@@ -21,6 +21,7 @@ from rankwise.serve.adapters.cache import AdapterCache
 from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.memory import MemorySource
+from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import FolderSource, Sources
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 from tests.models import llama, logits
@@ -75,6 +76,29 @@ def test_unload_waits_for_pins_and_reports(tmp_path: Path) -> None:
         cache.release(digest)
     with pytest.raises(UnknownAdapter, match="no valid adapter name|known"):
         cache.unload("never")
+
+
+def test_nobody_sees_half_of_a_change_of_names(tmp_path: Path) -> None:
+    """A name that was loaded over a folder's and is taken away leads there or nowhere, never to the folder."""
+    model, root = folder_of(tmp_path, "a", "b")
+    cache = cache_of(model, root)
+    folders, loaded = cache.resolve("a").digest, cache.load("a", "b").digest
+    seen: list[str] = []
+
+    class Watched(Registry):
+        """Whoever looks at any moment of a change."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            with contextlib.suppress(UnknownAdapter):
+                seen.append(cache.resolve("a").digest)
+
+    cache._registry.__class__ = Watched
+    cache.unload("a")
+    with pytest.raises(UnknownAdapter):
+        cache.resolve("a")
+    assert cache.load("a", "b").digest == loaded
+    assert seen and {*seen} <= {loaded} and loaded != folders
 
 
 def test_an_unloaded_folder_is_unknown_until_it_is_loaded_again(tmp_path: Path) -> None:
@@ -177,6 +201,26 @@ def test_an_adapter_that_fails_to_load_harms_nobody(tmp_path: Path) -> None:
         file.write_bytes(sound)
     assert cache.fetch(digest).result(20).manifest.digest == digest
     assert cache.tally.loads == {("native", "ok"): 2, ("native", "refused"): 40}
+
+
+def test_a_listener_that_fails_keeps_nobody_from_an_adapter(tmp_path: Path) -> None:
+    model, root = folder_of(tmp_path, "a")
+    cache, told = cache_of(model, root), []
+    cache.on_load = lambda *a: (told.append(a), 1 / 0)  # type: ignore[assignment,return-value,func-returns-value]
+    assert fetched(cache, "a").manifest.name == "a"
+    cache.close()
+    assert [t[:2] for t in told] == [("native", "ok")]
+
+
+def test_a_thread_that_cannot_be_had_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, root = folder_of(tmp_path, "a")
+    cache = cache_of(model, root)
+    digest = cache.resolve("a").digest
+    with monkeypatch.context() as m:
+        m.setattr(cache._threads, "submit", lambda *a: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            cache.fetch(digest)
+    assert cache.fetch(digest).result(20).manifest.digest == digest
 
 
 # --- mixes ------------------------------------------------------------------------------------------------------

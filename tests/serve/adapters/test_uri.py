@@ -166,3 +166,33 @@ def test_loading_by_url_at_run_time(tmp_path: Path, bucket: str) -> None:
     assert cache.load("far", f"{bucket}/b").digest == cache.resolve("b").digest
     again = AdapterCache(cache.source, intake.layout, registry=tmp_path / "names.json")
     assert again.resolve("far").digest == cache.resolve("b").digest
+
+
+def test_many_files_are_bounded_together_and_a_size_that_lies_too(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root = folder_of(tmp_path, "a")
+    limits = Limits(nbytes=1 << 20)
+    source = UriSource(bucket, Intake(model, limits=limits), tmp_path / "copies", refresh=0)
+    put(root / "a", f"{bucket}/many")
+    fs = fsspec.core.url_to_fs(bucket)[0]
+    each = limits.most_in_files // 4
+    for i in range(4):
+        fs.pipe(f"{bucket}/many/part{i}.safetensors", bytes(each))
+    got: list[int] = []
+    read = type(fs).cat_file
+    monkeypatch.setattr(type(fs), "cat_file", lambda *a, **k: (got.append(len(found := read(*a, **k))), found)[1])
+    with pytest.raises(AdapterRefused, match="has files of"):
+        source.resolve("many")
+    assert not got, "they were read before they were refused"
+    listed = source._list
+
+    def lying(url: str, name: str) -> Any:
+        fs, files = listed(url, name)
+        return fs, [e | {"size": 10} for e in files]
+
+    monkeypatch.setattr(source, "_list", lying)
+    with pytest.raises(AdapterRefused, match="has files of"):
+        source.resolve("many")
+    assert 0 < sum(got) <= limits.most_in_files + 1
+    assert not list((tmp_path / "copies").iterdir())

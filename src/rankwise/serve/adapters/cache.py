@@ -7,6 +7,7 @@ numbers they began with.  Numbers are read in worker threads; whoever asks gets 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
 from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
+
+log = logging.getLogger("rankwise.serve")
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,10 +99,10 @@ class AdapterCache:
         Raises:
             UnknownAdapter, AdapterRefused: as the source says; a name that was unloaded is unknown.
         """
-        path, hidden = self._registry.names.get(name), name in self._registry.hidden
-        if path is not None:
-            return self._note(name, self._resolve_path(path, name))
-        if hidden:
+        paths, hidden = self._registry.state
+        if name in paths:
+            return self._note(name, self._resolve_path(paths[name], name))
+        if name in hidden:
             raise self._unknown(name)
         try:
             return self._note(name, self.source.resolve(name))
@@ -107,7 +110,8 @@ class AdapterCache:
             raise self._unknown(name) from None
 
     def names(self) -> Names:
-        return sorted(set(self._registry.names) | (set(self.source.names()) - self._registry.hidden))
+        paths, hidden = self._registry.state
+        return sorted(set(paths) | (set(self.source.names()) - hidden))
 
     def list(self) -> Listing:
         """Every name with what is known of it, without reading anything of it."""
@@ -266,12 +270,16 @@ class AdapterCache:
         with self._lock:
             self._loading.pop(manifest.digest, None)
             self.tally.loads[what, outcome[0]] += 1
-        if self.on_load is not None:
-            self.on_load(what, outcome[0], self._clock() - start)
+        seconds = self._clock() - start
         if isinstance(outcome[1], BaseException):
             future.set_exception(outcome[1])
         else:
             future.set_result(outcome[1])
+        if self.on_load is not None:
+            try:
+                self.on_load(what, outcome[0], seconds)
+            except Exception as error:  # who listens may not keep anybody from an adapter
+                log.error("the listener of adapter loads failed", exc_info=error)
 
     def _read(self, manifest: Manifest) -> Served:
         """The numbers; where memory runs out once more after every idle adapter has gone, whoever asked is to come back.

@@ -55,9 +55,14 @@ class Limits:
     rank: int = 512
     nbytes: int = 2 << 30
 
+    @property
+    def most_in_files(self) -> int:
+        """Bytes of the largest files: twice the limit (fp64 on disk), and their headers."""
+        return 2 * self.nbytes + HEADERS
+
     def check_file(self, name: str, size: int) -> None:
-        """Refuse a file before it is read: twice the limit (fp64 on disk) and its headers are the most it may have."""
-        most = 2 * self.nbytes + HEADERS
+        """Refuse files before they are read."""
+        most = self.most_in_files
         if size > most:
             raise AdapterRefused(f"The adapter {name!r} has files of {size:,} bytes; this server reads at most {most:,}.")
 

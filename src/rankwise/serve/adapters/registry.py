@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,10 @@ class _File(pydantic.BaseModel):
     hidden: list[str] = []
 
 
+#: (name → path, hidden names)
+State = tuple[Mapping[str, str], frozenset[str]]
+
+
 class Registry:
     """``names``: name → path it was loaded from; ``hidden``: names of the folders that were unloaded.  ``path`` None keeps nothing.
 
@@ -31,11 +35,18 @@ class Registry:
 
     def __init__(self, path: str | os.PathLike[str] | None):
         self.path = None if path is None else Path(path)
-        self.names: dict[str, str] = {}
-        self.hidden: set[str] = set()
+        self.state: State = ({}, frozenset())  # replaced as one, so that whoever reads it sees no half of a change
         if self.path is not None and self.path.exists():
             found = self._read(self.path)
-            self.names, self.hidden = found.names, set(found.hidden)
+            self.state = found.names, frozenset(found.hidden)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.state[0]
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        return self.state[1]
 
     def _read(self, path: Path) -> _File:
         try:
@@ -49,7 +60,7 @@ class Registry:
             ) from error
         return found
 
-    def set(self, names: Mapping[str, str], hidden: set[str]) -> None:
+    def set(self, names: Mapping[str, str], hidden: Set[str]) -> None:
         """Take these over, on disk first: what could not be written is not so.
 
         Raises:
@@ -58,4 +69,4 @@ class Registry:
         if self.path is not None:
             text = json.dumps(_File(names=dict(names), hidden=sorted(hidden)).model_dump(), sort_keys=True, indent=1)
             replace_file(self.path, text.encode())
-        self.names, self.hidden = dict(names), set(hidden)
+        self.state = dict(names), frozenset(hidden)

@@ -80,7 +80,8 @@ class Residency:
             cells = 0 if digest is None else self.cells(digest)
         except UnknownAdapter:
             cells = 0
-        return self.pool.most(KV, {ADAPTER: cells})
+        # more cells than there are is another refusal's to say (SlotTable.ensure)
+        return self.pool.most(KV, {ADAPTER: min(cells, self.pool.units[ADAPTER].count)})
 
     def free_cells(self) -> int:
         return self.pool.room(ADAPTER)

@@ -30,7 +30,7 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", 
 class UriSource:
     """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
 
-    Only plain files of one folder are copied, each within the intake's byte limit.  A store is asked at most every ``refresh``
+    Only plain files of one folder are copied, all of them together within the intake's byte limit, whatever the store says of them.  A store is asked at most every ``refresh``
     seconds whether an adapter is still what it was.  Credentials are the file system's own affair
     (its environment variables, or ``storage_options``).
     """
@@ -125,16 +125,17 @@ class UriSource:
             raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
 
     def _copy(self, fs: Any, files: list[dict[str, Any]], name: str) -> dict[str, bytes]:
+        wanted = [e for e in files if (leaf := _leaf(e["name"])) == CONFIG or leaf.endswith((".safetensors", ".gguf"))]
+        limits = self._intake.limits
+        limits.check_file(name, sum(e.get("size") or 0 for e in wanted))
         out: dict[str, bytes] = {}
-        for entry in files:
-            leaf = _leaf(entry["name"])
-            if leaf != CONFIG and not leaf.endswith((".safetensors", ".gguf")):
-                continue
-            self._intake.limits.check_file(name, entry.get("size") or 0)
+        for entry in wanted:
+            had = sum(map(len, out.values()))
             try:
-                out[leaf] = fs.cat_file(entry["name"])
+                out[_leaf(entry["name"])] = read = fs.cat_file(entry["name"], start=0, end=limits.most_in_files - had + 1)
             except OSError as error:
                 raise AdapterRefused(f"The adapter {name!r} cannot be read from its store: {type(error).__name__}.") from error
+            limits.check_file(name, had + len(read))
         if not out:
             raise AdapterRefused(f"The adapter {name!r} holds no .safetensors or .gguf file.")
         return out

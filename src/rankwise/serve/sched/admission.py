@@ -37,6 +37,9 @@ class PeakTest:
     Every request is assumed to run to ``multiplier()`` of its bound: 1 with ``learn`` unset (then nothing is ever
     put back), else the ``learn`` quantile of what the last ``window`` requests used of theirs.  Where that was too bold, the
     engine puts a request back and calls :meth:`preempted`: caution (0.1 each) is added and wears off with each request that ends.
+    For the simulator, and for engines where being put back is dear.  The server's own scheduler asks for a block more than each
+    running request has instead: what is put back there finds its keys and values in the prefix index, as far as nobody took the
+    blocks, and this test would leave room empty for bounds (``max_tokens``) that most requests do not reach.
     A prompt that is not computed yet comes late by as many steps as the pending prompts take in chunks, and is counted as
     having that many tokens more.
     """

@@ -90,6 +90,8 @@ class Policy(Protocol):
 
     name: str
     blocking: bool
+    #: what an engine would have to do for it and does not ("": nothing); such a policy is for the simulator alone
+    unserved: str
 
     def order(self, state: State) -> list[Job]:
         """The waiting jobs in the order in which they are to be tried (a subset where some must wait)."""
@@ -115,6 +117,7 @@ class Rule:
 
     name = "rule"
     blocking = False
+    unserved = ""
 
     def order(self, state: State) -> list[Job]:
         return list(state.waiting)
@@ -132,18 +135,21 @@ class Rule:
         """Nothing is remembered."""
 
 
-def tried(policy: Policy, state: State, fits: Callable[[Job], bool]) -> Iterator[tuple[Job, Verdict]]:
+def tried(policy: Policy, state: State, fits: Callable[[Job], bool | None]) -> Iterator[tuple[Job, Verdict]]:
     """One admission: every job with what becomes of it, as the policy says and room allows.
 
-    ``fits`` is asked of a job the policy lets in, in order, and takes the room where it says yes.  Jobs that wait on are not named.
+    ``fits`` is asked of a job the policy lets in, in order, and takes the room where it says yes (None: the job has ended, which
+    keeps nobody waiting).  Jobs that wait on are not named.
     """
     for job in policy.order(state):
         verdict = policy.verdict(job, state)
-        if verdict is Verdict.ADMIT and not fits(job):
-            if policy.blocking:
-                return
-        elif verdict is not Verdict.DEFER:
+        if verdict is Verdict.DEFER:
+            continue
+        room = fits(job) if verdict is Verdict.ADMIT else True
+        if room:
             yield job, verdict
+        elif room is not None and policy.blocking:
+            return
 
 
 def oldest_first(order: Sequence[Job], state: State, max_wait: float) -> tuple[list[Job], bool]:

@@ -29,6 +29,7 @@ class Chain(Rule):
         if not self.rules:
             raise OptionError("A chain got no rules; it needs at least one, for instance 'fcfs'.")
         self.parts: list[Policy] = [make(r) for r in self.rules]
+        self.unserved = next((p.unserved for p in self.parts if p.unserved), "")
 
     def order(self, state: State) -> list[Job]:
         jobs = list(state.waiting)

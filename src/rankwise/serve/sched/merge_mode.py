@@ -40,7 +40,9 @@ class MergeMode(Rule):
     requests a token costs q/q_n.  The hottest adapter is merged, or the merged one taken out, when :class:`Switch` at
     ``price`` says so.  Each step gives every request held back one credit for its adapter; an adapter with ``credit`` takes the
     merge back, so none is held back longer than ``credit`` steps plus those of the requests that run.
-    The engine may merge once only that adapter's requests run (:meth:`ready`).  The rule is a reconstruction: the paper's own was
+    An engine may merge once only that adapter's requests run (:meth:`ready`); this package's does not, and a server refuses the
+    policy: the parameters are also those that training beside serving reads and every other adapter's rows are computed with,
+    and keys and values made by merged weights differ in the last bits from those that the prefix index shares.  The rule is a reconstruction: the paper's own was
     not found in code.  On a CPU nothing is gained at usual ranks; on an accelerator a switch costs hundreds of steps' worth of bytes.
     """
 
@@ -48,6 +50,7 @@ class MergeMode(Rule):
     price: float = 20.0
     credit: float = 200.0
     name = "merge_mode"
+    unserved = "merge an adapter into the base's weights while others wait"
     mode: str | None = dataclasses.field(default=None, init=False)
     credits: Counter[str] = dataclasses.field(default_factory=Counter, init=False)
     _hot: str | None = dataclasses.field(default=None, init=False, repr=False)
