@@ -119,3 +119,74 @@ def test_more_to_choose_than_there_are_is_all_of_them(library: list[str]) -> Non
     adapter = rw.attach(llama(), {"targets": ["q_proj"], "router": {"name": "arrow", "adapters": library[:2], "top_k": 3}})
     gate = next(iter(adapter.sites.values())).router.route(torch.randn(5, 32)).dense()
     assert gate.shape == (5, 2) and torch.allclose(gate.sum(1), torch.ones(5), atol=1e-6) and (gate > 0).all()
+
+
+def _uneven(folder: Any, seed: int, r: int = 2, alpha: float = 4, targets: str = "q_proj") -> str:
+    """An exported adapter whose σ₁ stands clear of the others, so that a power iteration has converged."""
+    adapter = rw.attach(llama(), {"r": r, "alpha": alpha, "targets": [targets]})
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for d in adapter.sites.values():
+            d.A.copy_(torch.randn(r, 32, generator=g) * torch.tensor([3.0, *[0.1] * (r - 1)])[:, None])
+            d.B.copy_(torch.randn(d.B.shape, generator=g))
+    adapter.export(folder / f"{targets}{seed}")
+    return str(folder / f"{targets}{seed}")
+
+
+def test_general_knowledge_is_subtracted_as_peft_does(tmp_path: Any) -> None:
+    """Scales differ, so that a mean of B as stored and one of s·B part ways."""
+    peft = pytest.importorskip("peft")
+    tasks = [_uneven(tmp_path, i) for i in range(3)]
+    general = [_uneven(tmp_path, 7, alpha=6), _uneven(tmp_path, 8)]
+    model, batch = llama(), batch_for(llama())
+    router = {"name": "arrow", "adapters": tasks, "general": general, "top_k": 2}
+    rw.attach(model, {"targets": ["q_proj"], "router": router})
+    theirs = peft.create_arrow_model(
+        base_model=llama(),
+        task_specific_adapter_paths=tasks,
+        general_adapter_paths=general,
+        arrow_config=peft.ArrowConfig(top_k=2, use_gks=True, rng_seed=0),
+    )
+    ours = logits(model, batch)
+    assert torch.allclose(logits(theirs, batch), ours, atol=1e-4)
+    plain = llama()
+    rw.attach(plain, {"targets": ["q_proj"], "router": {**router, "general": []}})
+    assert (logits(plain, batch) - ours).abs().max() > 1e-2
+
+
+def test_general_adapters_must_fit_every_task(tmp_path: Any) -> None:
+    tasks = [_uneven(tmp_path, 0)]
+    for general, words in (
+        ([_uneven(tmp_path, 1, r=3)], r"ranks are \[2, 3\]"),
+        ([_uneven(tmp_path, 2, targets="k_proj")], "where 0 have a change"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            rw.attach(llama(), {"targets": ["q_proj"], "router": {"name": "arrow", "adapters": tasks, "general": general}})
+    with pytest.raises(OptionError, match="adapters as a list of folders"):
+        rw.Recipe(router={"name": "arrow", "adapters": tasks[0]})
+
+
+def test_experts_of_disjoint_subspaces_are_found_without_training(tmp_path: Any) -> None:
+    """The card's toy: each adapter has learnt on inputs of a subspace of its own."""
+    paths = []
+    for t in range(4):
+        model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        adapter = rw.attach(model, {"r": 2, "targets": ["0"]})
+        x = torch.zeros(64, 16)
+        x[:, 4 * t : 4 * t + 4] = torch.randn(64, 4, generator=torch.Generator().manual_seed(t))
+        y = torch.randn(64, 8, generator=torch.Generator().manual_seed(9 + t))
+        session = rw.Session(model, adapter, lr=1e-2, total_steps=60)
+        for _ in range(60):
+            session.step_begin()
+            (model(x) - y).square().mean().backward()
+            session.step()
+        adapter.export(tmp_path / str(t))
+        paths.append(str(tmp_path / str(t)))
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    adapter = rw.attach(model, {"targets": ["0"], "router": {"name": "arrow", "adapters": paths, "top_k": 1}})
+    hits = 0
+    for t in range(4):
+        x = torch.zeros(100, 16)
+        x[:, 4 * t : 4 * t + 4] = torch.randn(100, 4, generator=torch.Generator().manual_seed(50 + t))
+        hits += int((adapter.sites["0"].router.route(x).index == t).sum())
+    assert hits > 300, f"{hits} of 400 rows went to their own expert; 100 is chance"

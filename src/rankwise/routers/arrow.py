@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
+from rankwise.delta import LowRank
 from rankwise.errors import OptionError, TargetError
 from rankwise.forms.base import Plan, SiteDelta
 from rankwise.forms.lora import Pair
@@ -68,16 +69,26 @@ class Arrow(Router):
     start, which have not converged where σ₁ ≈ σ₂.  x is not normalised (as there), so the temperature acts on its norm.
     N·R memory; PEFT's layer keeps N·E·out.
 
-    Source: HF PEFT, tuners/lora/arrow.py; Ostapenko et al. 2024.  Errors: fewer than one adapter; targets that no adapter has.
+    ``general`` are folders of adapters of general knowledge (GenKnowSub): A_e ← A_e − mean A_g and B_e ← B_e − mean B_g, each
+    factor by itself and as stored, before prototypes are taken.  That is no difference of ΔW: a gauge (T·A, B·T⁻¹) gives another.
+
+    Source: HF PEFT, tuners/lora/arrow.py; Ostapenko et al. 2024.  Errors: fewer than one adapter; targets that no adapter has; general
+    adapters of another rank, or that leave a target out.
     """
 
     example: ClassVar[None] = None  # trains nothing and needs a library; its own tests run the laws
     adapters: tuple[str, ...] = ()
+    general: tuple[str, ...] = ()
     top_k: int = 3
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "adapters", tuple(self.adapters))
+        for option in ("adapters", "general"):
+            if isinstance(getattr(self, option), str):
+                raise OptionError(
+                    f"The router 'arrow' takes {option} as a list of folders; it got the one string {getattr(self, option)!r}."
+                )
+            object.__setattr__(self, option, tuple(getattr(self, option)))
         if self.top_k < 1 or not self.temperature > 0:
             raise OptionError(f"The router 'arrow' needs top_k ≥ 1 and temperature > 0; it got {self.top_k}, {self.temperature}.")
 
@@ -86,21 +97,16 @@ class Arrow(Router):
             raise OptionError("The router 'arrow' routes over adapters you have: give adapters=[folder, folder, …].")
 
     def _library(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        from rankwise.roster import roster_of
-        from rankwise.store.peft import read_peft
-
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
-        for folder in self.adapters:
-            state, _ = read_peft(folder, roster_of(model).known)
-            for name, d in state.sites.items():
-                if name in found:
-                    found[name].append(d.factors())  # type: ignore[attr-defined]
-        for name, experts in found.items():
+        tasks, general = ([_read(model, f) for f in folders] for folders in (self.adapters, self.general))
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for s in sites:
+            experts = [state[s.name] for state in tasks if s.name in state]
             if not experts:
-                have = sorted({n.rpartition(".")[2] for n in state.sites})
+                have = sorted({n.rpartition(".")[2] for n in tasks[-1]})
                 raise TargetError(
-                    f"The router 'arrow': no adapter has a change at {name!r}; set targets to what they adapt ({', '.join(have[:6])})."
+                    f"The router 'arrow': no adapter has a change at {s.name!r}; set targets to what they adapt ({', '.join(have[:6])})."
                 )
+            found[s.name] = [d.factors() for d in (less(experts, general, s.name) if general else experts)]
         return found
 
     def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
@@ -132,3 +138,23 @@ def dominant(A: Tensor, B: Tensor) -> Tensor:
     Qa, Ra = torch.linalg.qr(A.double().mT)
     _, _, Vh = torch.linalg.svd(Rb @ Ra.mT)
     return (Qa @ Vh[0]).float()
+
+
+def _read(model: nn.Module, folder: str) -> Mapping[str, LowRank]:
+    from rankwise.roster import roster_of
+    from rankwise.store.peft import read_peft
+
+    return read_peft(folder, roster_of(model).known)[0].sites  # type: ignore[return-value]
+
+
+def less(experts: Sequence[LowRank], general: Sequence[Mapping[str, LowRank]], name: str) -> list[LowRank]:
+    """The experts of site ``name`` without what is general: each factor less the mean of the general adapters'."""
+    there = [state[name] for state in general if name in state]
+    if len(there) < len(general) or any(g.A.shape != e.A.shape for g in there for e in experts):
+        ranks = sorted({len(d.A) for d in [*experts, *there]})
+        raise OptionError(
+            f"The router 'arrow' subtracts the factors of {len(general)} general adapters at {name!r}, where {len(there)} have a change and the "
+            f"ranks are {ranks}; it needs all of them there, with the rank of every task's adapter."
+        )
+    A, B = (torch.stack([getattr(g, t) for g in there]).mean(0) for t in "AB")
+    return [LowRank(e.A - A, e.B - B, e.scale) for e in experts]
