@@ -63,6 +63,50 @@ def test_a_split_or_layout_that_is_not_there(args: list[str], says: str, saved: 
     assert not (tmp_path / "run").exists()
 
 
+# --- preferences --------------------------------------------------------------------------------------------
+def margins(adapter: str, pairs: list[dict[str, str]]) -> list[float]:
+    """log π(chosen) − log π(rejected) of the adapted model less the base's, one pair after the other, by hand."""
+    import rankwise as rw
+    from rankwise.assets import load_base
+
+    model, tokenizer = load_base()
+    rw.load(model, adapter)
+
+    def told(record: dict[str, str], side: str) -> torch.Tensor:
+        prompt, answer = (tokenizer(record[k], add_special_tokens=False)["input_ids"] for k in ("prompt", side))
+        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logits.gather(-1, ids[0, len(prompt) :, None]).sum()
+
+    out = []
+    with torch.no_grad():
+        for record in pairs:
+            ours = told(record, "chosen") - told(record, "rejected")
+            with rw.view(model, {}):
+                out.append((ours - told(record, "chosen") + told(record, "rejected")).item())
+    return out
+
+
+def test_preferences_are_learnt_from_a_file(tmp_path: Path, capsys: Any) -> None:
+    """The first loss is ln 2, the base being its own reference; in the end the saved adapter prefers what was chosen."""
+    from rankwise.assets import tasks
+
+    pytest.importorskip("trl")
+    pairs = tasks.preference_task()[0][:6]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps(r) for r in pairs))
+    args = ["--stage", "dpo", "--set", "r=4", "--set", "targets=q_proj,v_proj,up_proj", "--steps", "6", "--batch", "3", "--lr", "0.01", "--max-length", "96"]  # fmt: skip
+    run = tmp_path / "run"
+    code, text, err = call(capsys, "train", "--model", "base", "--data", str(data), "--out", str(run), *args, "--json")
+    assert code == 0, err
+    got = json.loads(text)
+    assert got["first"]["loss"] == pytest.approx(0.6931, abs=1e-3) and got["last"]["loss"] < 0.6
+    learnt = margins(str(run / "adapter"), pairs)
+    assert all(m > 0 for m in learnt) and sum(learnt) / len(learnt) > 2, learnt
+    code, _, err = call(capsys, "train", "--model", "base", "--data", str(data), "--out", str(tmp_path / "cut"), *args[:-1], "8")
+    assert code == 2 and "tokens" in err and "--overlong" in err, err
+
+
 # --- images -------------------------------------------------------------------------------------------------
 def pngs(folder: Path, images: Any) -> Path:
     """scikit-learn's digits, 8×8 grey, a folder for each class."""
