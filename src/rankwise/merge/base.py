@@ -264,7 +264,10 @@ def _factors(d: Delta | None, name: str) -> Pair | None:
         A, B = d.factors()
         return A.double(), B.double()
     s = float(d.scale)
-    return d.A.double() * abs(s) ** 0.5, d.B.double() * math.copysign(abs(s) ** 0.5, s)
+    if s == 1.0:
+        return d.A.double(), d.B.double()
+    A, B = (t.to(torch.float64, copy=True) for t in (d.A, d.B))
+    return A.mul_(abs(s) ** 0.5), B.mul_(math.copysign(abs(s) ** 0.5, s))
 
 
 def distance(a: LowRank, b: LowRank) -> float:

@@ -145,8 +145,8 @@ class FactorStack(Stack):
 
     def _crossed(self, C: Tensor, dtype: torch.dtype) -> float:
         T, r = len(self.pairs), self.sources()[0][0].shape[0]
-        A = torch.cat([A for A, _, _ in self.sources()]).to(dtype)
-        B = torch.cat([B for _, B, _ in self.sources()], dim=1).to(dtype)
+        A = torch.cat([A.to(dtype) for A, _, _ in self.sources()])
+        B = torch.cat([B.to(dtype) for _, B, _ in self.sources()], dim=1)
         G, H = (A @ A.mT).double(), (B.mT @ B).double()
         w = torch.tensor(self.weights, dtype=torch.float64)
 
