@@ -173,7 +173,7 @@ def test_an_adapter_that_is_still_being_read_keeps_nobody_waiting(monkeypatch: p
 def test_a_policy_sees_what_prompts_will_cost(made: Server) -> None:
     answer(made, Request("r", PROMPT, Sampling(max_tokens=3)))
     made.engine.pace.model.coefficients = Coefficients(0.1, 0.002, 0.002)
-    state = made.engine.queue._state()
+    state = made.engine.queue._state(())
     assert state.chunk == 12 and state.seconds_per_prompt_token == pytest.approx(0.002)
     assert state.seconds(30) == pytest.approx(3 * state.step_seconds + 0.06)
 

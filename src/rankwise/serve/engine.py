@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from rankwise.errors import OptionError, RankwiseError
+from rankwise.serve.behind import Copies, Residency
 from rankwise.serve.front import Front
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.pacing import Pace, Stream
@@ -23,7 +24,7 @@ from rankwise.serve.prefix import PrefixIndex
 from rankwise.serve.runner import Runner
 from rankwise.serve.sampler import Drawn, SamplerState, sample
 from rankwise.serve.sched.base import Job, Policy
-from rankwise.serve.scheduler import Copies, Residency, Scheduler
+from rankwise.serve.scheduler import Scheduler
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.shortage import no_memory
 from rankwise.serve.speculate import verified
@@ -142,13 +143,21 @@ class Engine(Front):
             request.id, self.clock(), len(request.prompt), request.sampling.max_tokens, request.tenant, request.adapter,
             deadline=request.deadline,
         )  # fmt: skip
+        seq: Sequence | None = None
         try:
             first = self.queue.first_link(request)
             state = SamplerState.of(request.sampling, self.options.seed, request.id)
-            seq = self.queue.waiting[request.id] = Sequence(request, emit, job, state, list(request.prompt), first)
+            seq = Sequence(request, emit, job, state, list(request.prompt), first)
             self._fetch(seq)
         except Exception as error:
-            self._untaken(request, job, emit, error)
+            # it may not have come so far as to be one
+            self._untaken(seq or Sequence(request, emit, job, None, list(request.prompt), b""), error)  # type: ignore[arg-type]
+        else:
+            self.queue.waiting.push(seq)
+            if seq.fetched is not None:
+                seq.fetched.add_done_callback(
+                    lambda _: self._wake.set()
+                )  # after the queue's own, so that the step it wakes finds it
 
     def _fetch(self, seq: Sequence) -> None:
         """Have its adapter read."""
@@ -156,20 +165,16 @@ class Engine(Front):
         if digest is not None:
             seq.fetched = self.adapters.fetch(digest)
             seq.job.cells = self.adapters.cells(digest)
-            seq.fetched.add_done_callback(lambda _: self._wake.set())
 
-    def _untaken(self, request: Request, job: Job, emit: Callable[[Event], None], error: Exception) -> None:
-        seq = self.queue.waiting.get(request.id)
-        if seq is None:  # it did not come so far as to be one
-            seq = Sequence(request, emit, job, None, [], b"")  # type: ignore[arg-type]
-            seq.tokens = list(request.prompt)
-            self.queue.waiting[request.id] = seq
+    def _untaken(self, seq: Sequence, error: Exception) -> None:
+        """End a request that could not be queued, by why it could not."""
+        self.queue.waiting.push(seq)
         if isinstance(error, ServeError):
             self._finish(seq, Outcome.REJECTED, str(error), error)
         elif no_memory(error):
             self.queue.turn_away(seq)
         else:
-            log.error("request %s could not be queued", request.id, exc_info=error)
+            log.error("request %s could not be queued", seq.request.id, exc_info=error)
             self.counters["faults"] += 1
             self._finish(seq, Outcome.ERROR, "The engine could not queue the request.")
 
@@ -283,7 +288,7 @@ class Engine(Front):
     def _finish(self, seq: Sequence, outcome: Outcome, message: str = "", error: RankwiseError | None = None) -> None:
         r = seq.request
         was_running = self.queue.running.pop(r.id, None) is not None
-        if not was_running and self.queue.waiting.pop(r.id, None) is None:
+        if not was_running and self.queue.waiting.pop(r.id) is None:
             return
         self.queue.let_go(seq)
         if r.adapter is not None and seq.fetched is not None:

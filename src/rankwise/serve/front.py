@@ -10,9 +10,10 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from rankwise.errors import OptionError
+from rankwise.serve.behind import Residency
 from rankwise.serve.options import EngineOptions, EngineStats
 from rankwise.serve.runner import Runner
-from rankwise.serve.scheduler import Residency, Scheduler
+from rankwise.serve.scheduler import Scheduler
 from rankwise.serve.types import Event, Overloaded, Request
 
 log = logging.getLogger("rankwise.serve")

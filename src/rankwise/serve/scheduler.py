@@ -8,78 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.adapters.base import Served
+from rankwise.serve.behind import Copies, Residency
+from rankwise.serve.grams import Grams
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.plan import BASE, Role, Span
 from rankwise.serve.prefix import PrefixIndex, salt
-from rankwise.serve.runner import Slot
 from rankwise.serve.sched.base import Job, Policy, State, Verdict, tried
 from rankwise.serve.sequence import Sequence
 from rankwise.serve.shortage import TRIES, Shortage, no_memory
-from rankwise.serve.speculate import lookup
 from rankwise.serve.timing import Load
 from rankwise.serve.types import Outcome, Overloaded, Request
+from rankwise.serve.waiting import Waiting
 
+WINDOW = 64  #: waiting requests that a policy is shown, at least
+SWEPT = 32  #: waiting requests that are looked at in a step whether or not there is a place
 log = logging.getLogger("rankwise.serve")
 #: (sequence, outcome, message, error): ends a request wherever it is
 Finish = Callable[[Sequence, Outcome, str, RankwiseError | None], None]
-
-
-class Residency(Protocol):
-    """Adapters as the engine sees them: read in the background, put in slots between steps."""
-
-    @property
-    def slots(self) -> Mapping[int, Slot]: ...
-
-    def fetch(self, digest: str) -> Future[Served]:
-        """Pin the adapter and begin to read it; every call is answered by one :meth:`release`."""
-        ...
-
-    def enter(self, digest: str, served: Served) -> int | None:
-        """Its slot, held once more until :meth:`leave`; None where there is no room now."""
-        ...
-
-    def leave(self, slot: int) -> None: ...
-
-    def release(self, digest: str) -> None: ...
-
-    def resident(self, digest: str) -> bool: ...
-
-    def cells(self, digest: str) -> int: ...
-
-    def most_blocks(self, digest: str | None) -> int:
-        """Cache blocks that a request of this adapter could have if it were alone."""
-        ...
-
-    def free_cells(self) -> int: ...
-
-    def cells_held(self) -> tuple[int, int]:
-        """(cells that adapters hold, cells there are)."""
-        ...
-
-    def shrink(self) -> bool:
-        """Give up one idle slot; False where there is none."""
-        ...
-
-    def relieve(self) -> None:
-        """Memory has run out: let go of every adapter that nobody uses."""
-        ...
-
-
-class Copies(Protocol):
-    """Keys and values that the runner keeps a second time, which it can do without."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def relieve(self) -> None:
-        """Memory has run out: let go of them, and keep fewer from now on."""
-        ...
 
 
 class Scheduler:
@@ -106,14 +55,14 @@ class Scheduler:
         self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
         self.policy, self.options, self.base, self.clock, self.finish = policy, options, base, clock, finish
         self.prompt_tokens = prompt_tokens
-        self.waiting: dict[str, Sequence] = {}
+        self.waiting = Waiting()
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
         self.shortage = Shortage()
         self.copies: Copies | None = None
         self.step_seconds = 0.0  # of the last step
         self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
-        self._asked = 0
+        self._spare = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
     def take_queued(self) -> list[float]:
@@ -122,35 +71,50 @@ class Scheduler:
         return taken
 
     # --- admission ------------------------------------------------------------------------------------------------
-    def _state(self) -> State:
-        for s in self.waiting.values():
+    def _state(self, shown: Iterable[Sequence]) -> State:
+        """What a policy sees; ``shown``: of those that wait."""
+        shown = list(shown)
+        for s in shown:
             s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
             s.job.ready = s.fetched is None or s.fetched.done()
         chunk = max(self.options.step_tokens - self.options.max_running, 1)
         return State(
-            self.clock(), [s.job for s in self.running.values()], [s.job for s in self.waiting.values()],
+            self.clock(), [s.job for s in self.running.values()], [s.job for s in shown],
             self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds, self.token_seconds(), chunk,
         )  # fmt: skip
 
     def admit(self) -> None:
-        """Try the waiting requests in the policy's order.
-
-        While every place is taken only verdicts can change anything, so they are asked for every 16th step.
-        """
-        self._asked += 1
-        full = len(self.running) >= self._places()
-        if not self.waiting or (full and self._asked % 16):
+        """Try the first of the waiting requests in the policy's order; while every place is taken only verdicts change anything."""
+        if not self.waiting:
             return
-        state = self._state()
+        self._sweep()
+        if len(self.running) >= self._places():
+            return
+        self._spare = self._spared()
+        state = self._state(self.waiting.window(max(WINDOW, 2 * self.options.max_running)))
         for job, verdict in tried(self.policy, state, self._fits):
-            if verdict is Verdict.ABORT:
-                self.finish(self.waiting[job.id], Outcome.ABORTED, "Its first token would have come after its deadline.", None)
-            elif verdict is Verdict.REJECT:
-                self.finish(self.waiting[job.id], Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
+            if verdict is not Verdict.ADMIT:
+                self._let_go(self.waiting[job.id], verdict)
             else:
                 self.policy.admitted(job, state.now)
                 state.running = [s.job for s in self.running.values()]
                 state.free_blocks = self.index.available()
+                self._spare = self._spared()
+
+    def _sweep(self) -> None:
+        """A few of all that wait, whether any is to be let go."""
+        some = [s for s in self.waiting.sweep(SWEPT) if not self._lost(s)]
+        state = self._state(some)
+        for seq in some:
+            verdict = self.policy.verdict(seq.job, state)
+            if verdict in (Verdict.ABORT, Verdict.REJECT):
+                self._let_go(seq, verdict)
+
+    def _let_go(self, seq: Sequence, verdict: Verdict) -> None:
+        if verdict is Verdict.ABORT:
+            self.finish(seq, Outcome.ABORTED, "Its first token would have come after its deadline.", None)
+        else:
+            self.finish(seq, Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
 
     def _fits(self, job: Job) -> bool | None:
         """Whether it has entered; None where it has ended instead."""
@@ -161,14 +125,12 @@ class Scheduler:
         """Move a waiting request to the running ones, if there is room for it now."""
         if len(self.running) >= self._places() or self._waits_for_sibling(seq):
             return False
-        served = self._fetched(seq)
-        if (served is None and seq.request.adapter is not None) or not self._can_ever(seq):
+        if self._lost(seq) or (seq.fetched is not None and not seq.fetched.done()) or not self._can_ever(seq):
             return False
+        served = None if seq.fetched is None else seq.fetched.result()
         if not seq.blocks:
             self._match(seq)
-        # what running requests have yet to take, and a block more for each, so that one newly let in is not put back at once
-        spare = sum(self._lacking(s) + 1 for s in self.running.values())
-        fits = self._room(self._lacking(seq) + spare)
+        fits = self._room(self._lacking(seq) + self._spare)
         slot: int | None = BASE
         if fits and served is not None:
             slot = self._slot(seq, served)
@@ -184,8 +146,13 @@ class Scheduler:
             self.queued.append(now - seq.job.arrival)
         self.counters["prefix_query_tokens"] += len(seq.tokens)
         self.counters["prefix_hit_tokens"] += seq.reused
-        self.running[seq.request.id] = self.waiting.pop(seq.request.id)
+        self.waiting.pop(seq.request.id)
+        self.running[seq.request.id] = seq
         return True
+
+    def _spared(self) -> int:
+        """Blocks that running requests have yet to take, and one more for each, so that one newly let in is not put back at once."""
+        return sum(self._lacking(s) + 1 for s in self.running.values())
 
     def _places(self) -> int:
         return self.shortage.of_requests(self.options.max_running)
@@ -244,15 +211,13 @@ class Scheduler:
             and any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
         )
 
-    def _fetched(self, seq: Sequence) -> Served | None:
-        if seq.fetched is None or not seq.fetched.done():
-            return None
-        error = seq.fetched.exception()
-        if error is None:
-            return seq.fetched.result()
-        kind = error if isinstance(error, RankwiseError) else None
-        self.finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
-        return None
+    def _lost(self, seq: Sequence) -> bool:
+        """Whether its adapter could not be read, which ends it."""
+        error = seq.fetched.exception() if seq.fetched is not None and seq.fetched.done() else None
+        if error is not None:
+            kind = error if isinstance(error, RankwiseError) else None
+            self.finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
+        return error is not None
 
     def _match(self, seq: Sequence) -> None:
         if len(seq.links) * self.page + self.page < len(seq.tokens):
@@ -314,7 +279,8 @@ class Scheduler:
         most = min(self.options.speculate, seq.request.sampling.max_tokens - seq.generated - 1)
         if most < 1 or not seq.sampler.plain:
             return ()
-        guesses = lookup(seq.tokens, most)
+        seq.grams = seq.grams or Grams()
+        guesses = seq.grams.guess(seq.tokens, most)
         return guesses if guesses and self._grow(seq, len(seq.tokens) + len(guesses), preempt=False) else ()
 
     def _span(self, seq: Sequence, n: int, guesses: tuple[int, ...] = ()) -> Span:
@@ -350,7 +316,7 @@ class Scheduler:
         del self.running[seq.request.id]
         self.let_go(seq)
         self._reset(seq)
-        self.waiting = {seq.request.id: seq, **self.waiting}
+        self.waiting.push(seq, front=True)
 
     def let_go(self, seq: Sequence) -> None:
         self.index.release(seq.blocks)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from rankwise.serve.adapters.base import Served
+from rankwise.serve.grams import Grams
 from rankwise.serve.plan import BASE
 from rankwise.serve.sampler import SamplerState
 from rankwise.serve.sched.base import Job
@@ -26,6 +27,7 @@ class Sequence:
         fetched: the adapter's numbers, while they are being read and after.
         reused: tokens found in the index when it entered; ``links``: the hashes they are looked up by.
         short: times in a row that it found no memory, alone;
+        grams: where its runs of tokens stand, once guesses are made from them;
         last: when its last token came; ``serial``: a number that no other request ever has.
     """
 
@@ -43,6 +45,7 @@ class Sequence:
     reused: int = 0
     links: list[bytes] = dataclasses.field(default_factory=list)
     short: int = 0
+    grams: Grams | None = None
     last: float | None = None
     serial: int = dataclasses.field(default_factory=_serials.__next__)
 
