@@ -38,7 +38,7 @@ def loop_of(model: nn.Module) -> Loop | None:
     for name, modules in parts.items():
         if any(type(m).__name__ != KNOWN[folder] + name or "forward" in m.__dict__ for m in modules):
             return None
-    if inner.rotary_emb.rope_type not in FIXED:
+    if getattr(inner.rotary_emb, "rope_type", None) not in FIXED:
         return None
     return Loop(model)
 
