@@ -25,6 +25,9 @@ def run(*args: str) -> int:
     [
         (["--host", "0.0.0.0"], "needs --api-keys"),
         (["--host", "192.0.2.1", "--api-keys", "KEYS"], "Cannot listen on 192.0.2.1"),
+        (["--adapter-split", "split"], "give --tensor-parallel N"),
+        (["--tensor-parallel", "2", "--adapter-split", "both"], "No way to split adapters is called 'both'"),
+        (["--tensor-parallel", "2", "--train", "jobs"], "--train works on one device"),
         (["--adapters", "nowhere"], "'nowhere' is no folder"),
         (["--adapters", "s3://x", "--adapters", "."], "one sort of them"),
         (["--api-keys", "none.json"], "cannot be read"),

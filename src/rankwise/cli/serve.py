@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json as json_
 import logging
 import os
@@ -13,9 +15,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from rankwise.cli.common import _value, load_text_model, out
+from rankwise.cli.common import _value, err, load_text_model, out, quiet
 from rankwise.cli.plan import Model
-from rankwise.errors import OptionError, need
+from rankwise.errors import OptionError, need, unknown
 
 
 def add(app: typer.Typer) -> None:
@@ -62,6 +64,13 @@ def serve(
     step_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="What a step may take, with prompts and training filling what decoding leaves.")
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share the base, its cache and the adapters, each a slice of every layer.")
+    ] = 1,
+    adapter_split: Annotated[
+        str,
+        typer.Option(help="With several: adapters are cut like the base (split), by one side only (replicate), or by rank (auto)."),
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than list them in a header.")] = False,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Also name metrics as inference gateways do.")] = False,
     drain: Annotated[float, typer.Option(min=0.1, help="Seconds that running requests have after a terminate signal.")] = 30.0,
@@ -70,6 +79,7 @@ def serve(
 
     Example: rankwise serve --model base --adapters runs --port 8000
     Example: rankwise serve --model base --train jobs
+    Example: rankwise serve --model base --adapters runs --tensor-parallel 2
     """
     try:
         from rankwise.serve.assemble import Sizes, assemble
@@ -85,32 +95,70 @@ def serve(
     keys = Keys() if api_keys is None else Keys.read(Path(api_keys))
     if not keys and not is_loopback(host):
         raise OptionError(f"--host {host} is open to other machines, so it needs --api-keys FILE; or listen on 127.0.0.1.")
+    _check_devices(tensor_parallel, adapter_split, train)
     source = _source([*(adapters or ()), *_home(train, train_data or ())])
     registry = registry or (None if train is None else str(Path(train) / "names.json"))
     door = _bound(host, port)
     keep_freed_memory()
-    net, tokenizer = load_text_model(model)
-    shown = name or Path(model.rstrip("/")).name
-    context = min(getattr(net.config, "max_position_embeddings", None) or kv_tokens, kv_tokens)
-    ends, vocabulary = _ends(net, tokenizer), net.get_input_embeddings().weight.shape[0]
-    settings = Settings(
-        model=shown, context=context, vocabulary=vocabulary, root=model, ends=ends, strict=strict, aliases=vllm_metrics, drain_seconds=drain,
-        train_roots=tuple(map(Path, train_data or ())),
-    )  # fmt: skip
-    behind = assemble(
-        net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
-        options=EngineOptions(
-            max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
-            step_seconds=step_seconds,
-        ),
-        op=op, native=native, loop=loop, registry=registry, base=shown,
-    )  # fmt: skip
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("rankwise.serve").setLevel(logging.INFO)
-    stream = None if train is None else beside(behind, train, context=context)
-    app = make_app(behind.engine, behind.cache, tokenizer, settings, keys, stream)
-    Server(app, host, port, lambda: _greet(door, shown, behind.cache.names(), bool(keys))).run(sockets=[door])
-    behind.cache.close()
+    with contextlib.ExitStack() as ending:
+        team = _team(model, tensor_parallel, ending)
+        net, tokenizer = load_text_model(model)
+        shown = name or Path(model.rstrip("/")).name
+        context = min(getattr(net.config, "max_position_embeddings", None) or kv_tokens, kv_tokens)
+        ends, vocabulary = _ends(net, tokenizer), net.get_input_embeddings().weight.shape[0]
+        settings = Settings(
+            model=shown, context=context, vocabulary=vocabulary, root=model, ends=ends, strict=strict, aliases=vllm_metrics, drain_seconds=drain,
+            train_roots=tuple(map(Path, train_data or ())),
+        )  # fmt: skip
+        behind = assemble(
+            net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
+            options=EngineOptions(
+                max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
+                step_seconds=step_seconds,
+            ),
+            op=op, native=native, loop=loop, registry=registry, base=shown, team=team, adapter_split=adapter_split,
+        )  # fmt: skip
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("rankwise.serve").setLevel(logging.INFO)
+        stream = None if train is None else beside(behind, train, context=context)
+        app = make_app(behind.engine, behind.cache, tokenizer, settings, keys, stream)
+        server = Server(app, host, port, lambda: _greet(door, shown, behind.cache.names(), bool(keys)))
+        if team is not None:
+            team.when_lost(lambda why: setattr(server, "should_exit", True))
+        server.run(sockets=[door])
+        behind.cache.close()
+    if team is not None and team.lost:
+        err.print(f"[bold red]rankwise:[/] {escape(team.lost)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _check_devices(size: int, split: str, train: str | None) -> None:
+    """Raises UnknownName, OptionError: options that several devices do not take, or one."""
+    from rankwise.serve.parallel.device import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("way to split adapters", split, SPLITS)
+    if size == 1 and split != "auto":
+        raise OptionError(f"--adapter-split {split} is for several devices; give --tensor-parallel N too.")
+    if size > 1 and train is not None:
+        raise OptionError("--train works on one device, which holds the whole base; give either --train or --tensor-parallel.")
+
+
+def _team(model: str, size: int, ending: contextlib.ExitStack) -> Any:
+    """The other devices' processes, started and to be ended with ``ending``; None for one device."""
+    if size == 1:
+        return None
+    from rankwise.serve.parallel.processes import Processes
+
+    team = Processes(functools.partial(_base, model), size)
+    ending.callback(team.close)
+    return team
+
+
+def _base(name: str) -> Any:
+    """The model alone, read in another device's process."""
+    quiet()
+    return load_text_model(name)[0]
 
 
 def _home(train: str | None, data: Sequence[str]) -> list[str]:

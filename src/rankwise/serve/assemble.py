@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +20,13 @@ from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.residency import PoolCells, Residency
-from rankwise.serve.adapters.slots import SlotTable
+from rankwise.serve.adapters.slots import CellStore, SlotTable
 from rankwise.serve.engine import Engine
 from rankwise.serve.ops.base import WIDTH, Cells
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.options import EngineOptions
+from rankwise.serve.parallel.leader import Team, lead, refuse_loose
+from rankwise.serve.parallel.messages import Build
 from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
 from rankwise.serve.prefix import PrefixIndex
 from rankwise.serve.runner import NativeRunner
@@ -87,6 +90,8 @@ def assemble(
     registry: str | Path | None = None,
     base: str = "",
     share_prefixes: bool = True,
+    team: Team | None = None,
+    adapter_split: str = "auto",
     clock: Callable[[], float] = time.monotonic,
 ) -> Server:
     """Everything that serves ``model`` (which is taken over); the engine is not started.
@@ -96,6 +101,8 @@ def assemble(
         loop: whether steps run through :mod:`~rankwise.serve.loop`; None where it stands for the model.
         policy: a policy's name, or ``{"name": …, options…}``; ``op``: a delta operator's name.
         base: the base's fingerprint, part of every prefix salt.
+        team: other devices to share the model with (:mod:`rankwise.serve.parallel`); ``adapter_split``: how adapters are
+            shared (auto, split, replicate).
 
     Raises:
         AttachError, OptionError, UnknownName: a model that cannot be served; sizes, names or options that cannot be.
@@ -107,18 +114,28 @@ def assemble(
     layout = intake.layout
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     counts = _counts(model, layout, sizes, dtype)
-    cells = Cells(layout.groups, counts[ADAPTER], dtype)
-    runner = NativeRunner(
-        model, layout.groups, cells, make_op(op, cells, native), make_op(op, cells, native),
-        blocks=counts[KV], page=sizes.page, pack=pack, max_rows=(options or EngineOptions()).max_running, loop=loop,
-    )  # fmt: skip
-    runner.rows.limit = 2 * sizes.kv_tokens if sizes.row_tokens is None else sizes.row_tokens
+    row_tokens = 2 * sizes.kv_tokens if sizes.row_tokens is None else sizes.row_tokens
+    max_rows = (options or EngineOptions()).max_running
+    cells: CellStore
+    runner: NativeRunner
+    if team is not None:
+        build = Build(counts[KV], sizes.page, max_rows, counts[ADAPTER], adapter_split, op, native, pack, loop, row_tokens)
+        cells, runner = lead(team, model, layout, build)
+    else:
+        cells = own = Cells(layout.groups, counts[ADAPTER], dtype)
+        runner = NativeRunner(
+            model, layout.groups, own, make_op(op, own, native), make_op(op, own, native),
+            blocks=counts[KV], page=sizes.page, pack=pack, max_rows=max_rows, loop=loop,
+        )  # fmt: skip
+        runner.rows.limit = row_tokens
     pool = BlockPool(
         {KV: Unit(runner.store.block_bytes, counts[KV]), ADAPTER: Unit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory
     )
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
     table = SlotTable(cells, PoolCells(pool), clock=clock)
     cache = AdapterCache(source(intake), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
+    if team is not None:
+        cache.accept = functools.partial(refuse_loose, head=runner.head_path or "")
     residency = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
     named = {"name": policy} if isinstance(policy, str) else dict(policy)
     engine = Engine(

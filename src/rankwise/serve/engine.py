@@ -206,7 +206,7 @@ class Engine(Front):
             self.queue.make_way(seqs, tokens)
             return
         # a fault of the model or a kernel: these requests end, the others go on
-        log.error("a step failed", exc_info=error)
+        log.error("a step failed: %s", error, exc_info=None if isinstance(error, RankwiseError) else error)
         self.error = f"{type(error).__name__}: {error}"
         self.counters["faults"] += 1
         for seq in seqs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,21 @@ class Acting:
     head: Changes = dataclasses.field(default_factory=lambda: NOTHING)
 
 
+Finish = Callable[[Tensor], Tensor]
+
+
 class Bundle:
     """Modules that share an input, and their product, made once for all of them.
 
     Args:
         rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
+        finish: what becomes of a changed output (N×out) before it leaves: a sum over devices.
     """
 
-    def __init__(self, group: Group, modules: Sequence[nn.Module], rows: int = 16, pack: bool | None = None):
-        self.group = group
+    def __init__(
+        self, group: Group, modules: Sequence[nn.Module], rows: int = 16, pack: bool | None = None, finish: Finish | None = None
+    ):
+        self.group, self.finish = group, finish
         self.plain: list[Callable[[Tensor], Tensor]] = [m.forward for m in modules]
         self.bias = [b if isinstance(b := getattr(m, "bias", None), Tensor) else None for m in modules]
         self.packed: Tensor | None = None
@@ -143,6 +150,8 @@ class Hook:
         changes = self.acting.head if self.head else self.acting.body
         if changes is not NOTHING:
             self._change(y, changes)
+        if bundle.finish is not None:
+            y = bundle.finish(y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def joint(self, x: Tensor) -> Tensor | None:
@@ -224,9 +233,18 @@ class _Plain(nn.Module):
 
 
 def hook_model(
-    model: nn.Module, groups: Sequence[Group], acting: Acting, *, rows: int = 16, pack: bool | None = None
+    model: nn.Module,
+    groups: Sequence[Group],
+    acting: Acting,
+    *,
+    rows: int = 16,
+    pack: bool | None = None,
+    finish: Mapping[str, Finish] = MappingProxyType({}),
 ) -> list[Bundle]:
-    """Hook every module of ``groups``, the output head and the input embedding; returns the bundles."""
+    """Hook every module of ``groups``, the output head and the input embedding; returns the bundles.
+
+    ``finish``: group → see :class:`Bundle`.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     head_path = next(n for n, m in model.named_modules() if m is head)
     if not any(head_path in g.modules for g in groups):
@@ -234,7 +252,7 @@ def hook_model(
     bundles = []
     for g in groups:
         modules = [model.get_submodule(p) for p in g.modules]
-        bundle = Bundle(g, modules, rows, pack)
+        bundle = Bundle(g, modules, rows, pack, finish.get(g.name))
         for j, (path, m) in enumerate(zip(g.modules, modules, strict=True)):
             m.forward = Hook(path, bundle, j, acting, head=m is head)  # type: ignore[assignment]
         bundles.append(bundle)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from rankwise.errors import AttachError
 from rankwise.serve.adapters.base import Served
 from rankwise.serve.attention import paged
 from rankwise.serve.attention.rows import RowTables
-from rankwise.serve.hooks import NOTHING, Acting, Changes, hook_model
+from rankwise.serve.hooks import NOTHING, Acting, Changes, Finish, hook_model
 from rankwise.serve.loop import loop_of
 from rankwise.serve.ops.base import Cells, DeltaOp, Group
 from rankwise.serve.plan import BASE, Role, Segment, Span, TokenPlan, make_plan, planned
@@ -54,6 +55,8 @@ class NativeRunner:
         blocks, page: size of the key-value cache in blocks of ``page`` tokens.
         rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
         max_rows: decoding rows whose keys and values are kept side by side as well.
+        expected: the whole model's logits of the probe (:func:`own_logits`), where ``model`` is one device's part of it;
+            ``finish``: see :func:`~rankwise.serve.hooks.hook_model`.
         loop: False runs every step through the model's own modules, True asks for :mod:`~rankwise.serve.loop`, None takes
             it where it is known to compute what the model does.
 
@@ -75,6 +78,8 @@ class NativeRunner:
         max_rows: int = 64,
         pack: bool | None = None,
         loop: bool | None = None,
+        expected: Tensor | None = None,
+        finish: Mapping[str, Finish] = MappingProxyType({}),
     ):
         self.model = model.eval()
         self.page = page
@@ -84,14 +89,14 @@ class NativeRunner:
         self.loop = None if loop is False else loop_of(model)  # asked before anything is hooked
         if loop and self.loop is None:
             raise AttachError(f"No loop stands for {type(model).__name__}; leave loop out, and it runs through its modules.")
-        expected = _own_logits(model, max(2, min(40, blocks // 2 * page)))
+        expected = own_logits(model, blocks, page) if expected is None else expected
         head = model.get_output_embeddings()  # type: ignore[operator]
         self.head_path = next((n for n, m in model.named_modules() if m is head), None)
         if self.head_path is None:
             raise AttachError(
                 f"{type(model).__name__} has no output head over a vocabulary; only causal language models are served."
             )
-        self.bundles = hook_model(model, groups, self.acting, rows=rows, pack=pack)
+        self.bundles = hook_model(model, groups, self.acting, rows=rows, pack=pack, finish=finish)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.store = paged.KvStore(blocks, page, dtype)
         self.rows = RowTables(max_rows, ROW_CAP)
@@ -202,6 +207,7 @@ def _probe_ids(model: nn.Module, n: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def _own_logits(model: nn.Module, n: int) -> Tensor:
-    """The plain model's logits of a probe, before anything is hooked."""
+def own_logits(model: nn.Module, blocks: int, page: int) -> Tensor:
+    """The plain model's logits (n, vocabulary) of a probe that fits half the cache, before anything is hooked."""
+    n = max(2, min(40, blocks // 2 * page))
     return model(input_ids=torch.tensor([_probe_ids(model, n)]), use_cache=False).logits[0].float()

@@ -61,3 +61,14 @@ def test_wrong_writes_are_refused_and_change_nothing() -> None:
 def test_unknown_operator() -> None:
     with pytest.raises(UnknownName, match="'bags'"):
         make_op("bag", Cells(GROUPS, 1))
+
+
+def test_cells_that_were_left_act_nowhere_until_they_are_written_again() -> None:
+    cells = Cells(GROUPS, 2)
+    cells.write([0, 1], adapter(16))
+    before = cells.version
+    assert all(cells.used(g.name, (0, 1)) == (0, 1) for g in GROUPS)
+    cells.leave([1])
+    assert all(cells.used(g.name, (0, 1)) == (0,) for g in GROUPS) and cells.version > before
+    cells.write([1], adapter(8))
+    assert all(cells.used(g.name, (0, 1)) == (0, 1) for g in GROUPS)

@@ -81,6 +81,8 @@ class AdapterCache:
         self._registry = Registry(registry)
         self._lately = Lately(self.names)
         self._clock, self.on_load = clock, on_load
+        #: told every adapter that was read; raises AdapterRefused where the engine cannot serve that sort
+        self.accept: Callable[[Served], object] = lambda served: None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -298,10 +300,12 @@ class AdapterCache:
 
     def _made(self, manifest: Manifest) -> Served:
         if not manifest.parts:
-            return self.source.fetch(manifest)
-        parts = [(self.get(d) or self.source.fetch(self._manifest(d)), w) for d, w in manifest.parts]
-        served = mix_served(manifest, parts, self.layout)
-        self.limits.check(served.manifest)
+            served = self.source.fetch(manifest)
+        else:
+            parts = [(self.get(d) or self.source.fetch(self._manifest(d)), w) for d, w in manifest.parts]
+            served = mix_served(manifest, parts, self.layout)
+            self.limits.check(served.manifest)
+        self.accept(served)
         return served
 
     def _keep(self, served: Served, seconds: float) -> None:

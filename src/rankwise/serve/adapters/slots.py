@@ -20,7 +20,7 @@ from rankwise.errors import OptionError
 from rankwise.serve.adapters.base import Loose, Served
 from rankwise.serve.adapters.kinds import cells_for, rank_of
 from rankwise.serve.adapters.usage import Use, stalest
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.base import Pairs
 from rankwise.serve.types import AdapterRefused
 
 
@@ -33,6 +33,20 @@ class CellAllocator(Protocol):
 
     def give(self, ids: Sequence[int]) -> None:
         """Take back what :meth:`take` gave."""
+        ...
+
+
+class CellStore(Protocol):
+    """Where adapters' numbers are written: this device's cells, or those of several."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def cell_bytes(self) -> int: ...
+
+    def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
+        """Fill ``cells`` with one adapter (:meth:`rankwise.serve.ops.base.Cells.write`)."""
         ...
 
 
@@ -63,7 +77,7 @@ class SlotTable:
         evictions: how many slots were emptied, by why (``room``, ``asked``, ``idle``).
     """
 
-    def __init__(self, cells: Cells, pool: CellAllocator, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, cells: CellStore, pool: CellAllocator, *, clock: Callable[[], float] = time.monotonic):
         self._cells, self._pool, self._clock = cells, pool, clock
         self._numbers = itertools.count()
         self._by_digest: dict[str, Slot] = {}

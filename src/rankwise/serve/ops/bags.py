@@ -80,9 +80,13 @@ class Bags(Op):
         if x.dtype != self.cells.dtype:
             x = x.to(self.cells.dtype)
         weights = x if at.token is None else x.index_select(0, at.token)
-        v = _bags(self.cells.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1))
+        v = self._summed(group, _bags(self.cells.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1)))
         weights = v.view(-1, WIDTH).index_select(0, at.pick)
         return at, _bags(self.cells.packed[group.name], at.expand, at.expand_at, weights.view(-1)).view(at.hi - at.lo, -1)
+
+    def _summed(self, group: Group, v: Tensor) -> Tensor:
+        """v (P, WIDTH·m) of all components and inputs; devices that share these override it."""
+        return v
 
     def _index(self, group: Group, runs: tuple[Run, ...]) -> Index:
         return make_index(group, runs, self.cells.count)

@@ -81,18 +81,29 @@ class Cells:
     of the outputs, the chunks of all modules one after the other.  ``expand[g][j]`` is the same memory seen as
     (count, chunks_j, WIDTH, chunk) for module j.
 
+    Args:
+        across: group → components of each A that are held here, where devices share a cell's (default: all WIDTH).
+
     Attributes:
         version: changes with every write, for whoever keeps what depends on the contents.
     """
 
-    def __init__(self, groups: Sequence[Group], count: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        count: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        across: Mapping[str, int] | None = None,
+    ):
         self.groups = {g.name: g for g in groups}
         self.count = count
         self.dtype = dtype
         self.version = 0
         # left unwritten on purpose: the system gives memory to the cells that are used
         empty = functools.partial(torch.empty, dtype=dtype, device=device)
-        self.shrink = {g.name: empty(count * g.inp, WIDTH * len(g.modules)) for g in groups}
+        self.across = {g.name: (across or {}).get(g.name, WIDTH) for g in groups}
+        self.shrink = {g.name: empty(count * g.inp, self.across[g.name] * len(g.modules)) for g in groups}
         self.packed = {g.name: empty(count * sum(g.chunks) * WIDTH, g.chunk) for g in groups}
         self.expand = {g.name: self._by_module(g) for g in groups}
         self._blank: dict[str, set[int]] = {g.name: set() for g in groups}
@@ -103,7 +114,14 @@ class Cells:
 
     @property
     def cell_bytes(self) -> int:
-        return sum(g.cell_numel for g in self.groups.values()) * self.dtype.itemsize
+        spared = sum((WIDTH - self.across[n]) * g.inp * len(g.modules) for n, g in self.groups.items())
+        return (sum(g.cell_numel for g in self.groups.values()) - spared) * self.dtype.itemsize
+
+    def leave(self, cells: Sequence[int]) -> None:
+        """From now on these act nowhere here (their adapter is held in another way); nothing is written."""
+        self.version += 1
+        for blank in self._blank.values():
+            blank.update(cells)
 
     def used(self, group: str, cells: Sequence[int]) -> tuple[int, ...]:
         """Those of ``cells`` that are not all zero at ``group``: an adapter that leaves it alone costs nothing there."""
@@ -126,26 +144,29 @@ class Cells:
             if name not in self.groups:
                 raise unknown("group of modules", name, self.groups)
         for name, g in self.groups.items():
-            _check(g, pairs.get(name), len(cells))
+            check_pairs(g, pairs.get(name), len(cells), self.across[name])
         if wrong := [c for c in cells if not 0 <= c < self.count]:
             raise OptionError(f"Cell {wrong[0]} is not one of the {self.count} cells 0 to {self.count - 1}.")
         self.version += 1
         for name, g in self.groups.items():
             mine = pairs.get(name) or [None] * len(g.modules)
             for k, c in enumerate(cells):
-                filled = self._write_one(g, c, k * WIDTH, mine)
+                filled = self._write_one(g, c, k, mine)
                 (self._blank[name].discard if filled else self._blank[name].add)(c)
 
-    def _write_one(self, g: Group, c: int, first: int, pairs: Pairs) -> bool:
+    def _write_one(self, g: Group, c: int, k: int, pairs: Pairs) -> bool:
+        """Cell ``c``, the adapter's k-th; whether anything of the adapter falls into it, here or on another device."""
         rows = self.shrink[g.name][c * g.inp : (c + 1) * g.inp]
-        counts = [0 if p is None else max(0, min(WIDTH, p[0].shape[0] - first)) for p in pairs]
+        across, first = self.across[g.name], k * WIDTH
+        counts = [0 if p is None else max(0, min(WIDTH, p[1].shape[1] - first)) for p in pairs]
         for j, (pair, n) in enumerate(zip(pairs, counts, strict=True)):
-            at = rows[:, j * WIDTH : (j + 1) * WIDTH]
+            at = rows[:, j * across : (j + 1) * across]
             out = self.expand[g.name][j][c]
-            at[:, n:] = 0
+            A = None if pair is None or not n else pair[0][k * across : (k + 1) * across]
+            at[:, 0 if A is None else A.shape[0] :] = 0
             out[:, n:] = 0
-            if pair is not None and n:
-                at[:, :n] = pair[0][first : first + n].t()
+            if pair is not None and A is not None:
+                at[:, : A.shape[0]] = A.t()
                 B = pair[1][:, first : first + n].t()
                 if short := out.shape[0] * g.chunk - B.shape[1]:
                     B = torch.nn.functional.pad(B, (0, short))
@@ -160,7 +181,8 @@ class Cells:
         return A, B[: g.outs[j]]
 
 
-def _check(g: Group, pairs: Pairs | None, cells: int) -> None:
+def check_pairs(g: Group, pairs: Pairs | None, cells: int, across: int = WIDTH) -> None:
+    """Raises OptionError where one adapter's factors do not fit a group and so many cells; ``across``: see :class:`Cells`."""
     if pairs is None:
         return
     if len(pairs) != len(g.modules):
@@ -169,9 +191,11 @@ def _check(g: Group, pairs: Pairs | None, cells: int) -> None:
         if pair is None:
             continue
         A, B = pair
-        if A.shape[0] > WIDTH * cells:
-            raise OptionError(f"A rank of {A.shape[0]} does not fit {cells} cells of {WIDTH} components.")
-        if A.shape[1:] != (g.inp,) or B.shape != (out, A.shape[0]):
+        if A.shape[0] > across * cells:
+            raise OptionError(f"A rank of {A.shape[0]} does not fit {cells} cells of {across} components.")
+        rank = A.shape[0] if across == WIDTH else B.shape[-1]
+        rows = rank if across == WIDTH else -(-rank // WIDTH) * across
+        if A.shape != (rows, g.inp) or B.shape != (out, rank):
             raise OptionError(
                 f"{module} takes A r×{g.inp} and B {out}×r, but the factors are {'×'.join(map(str, A.shape))} "
                 f"and {'×'.join(map(str, B.shape))}."

@@ -1,0 +1,90 @@
+"""A device that is not the first: it holds its slices and does in each step what it is told, until it hears no more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.ops.base import Cells
+from rankwise.serve.parallel.comm import Communicator
+from rankwise.serve.parallel.cutting import cut_model
+from rankwise.serve.parallel.device import DeviceCells
+from rankwise.serve.parallel.messages import Acts, Build, Said, Step, Stop, Write, hear, tell
+from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.plan import TokenPlan, make_plan
+from rankwise.serve.runner import NativeRunner
+
+R = TypeVar("R", bound=NativeRunner)
+_NOBODY = Manifest("", "", "", "", 0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Held:
+    """A slot as a follower knows it."""
+
+    cells: tuple[int, ...]
+    served: Served
+
+
+def device_of(
+    model: nn.Module, share: Share, comm: Communicator, build: Build, runner: Callable[..., R], expected: Tensor
+) -> tuple[DeviceCells, R]:
+    """One device's cells and its runner, made by ``runner`` (a :class:`NativeRunner`).  Raises AttachError, OptionError."""
+    local = cut_model(model, share)
+    dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
+    cells = DeviceCells(share, comm, build.cells, dtype, build.split, build.op, build.native)
+    finish = {g.name: comm.all_reduce for g in share.groups if share.row_parallel(g.name)}
+    first: Cells = next(iter(cells.stores.values()))
+    made = runner(
+        local, share.groups, first, cells.operator(), cells.operator(), blocks=build.blocks, page=build.page,
+        max_rows=build.max_rows, pack=build.pack, loop=build.loop, expected=expected, finish=finish,
+    )  # fmt: skip
+    made.rows.limit = build.row_tokens
+    return cells, made
+
+
+class Follower(NativeRunner):
+    """The runner of such a device: it computes no logits, and what is right the first device judges."""
+
+    def _gap(self, expected: Tensor) -> float:
+        return 0.0
+
+    def step(self, step: Step) -> None:
+        plan = make_plan(step.spans, self.page)
+        self.run(_unsampled(plan), {n: Held(a.cells, _touching(a)) for n, a in step.slots.items()})
+
+
+def _unsampled(plan: TokenPlan) -> TokenPlan:
+    return dataclasses.replace(plan, sample_rows=torch.empty(0, dtype=torch.int64))
+
+
+def _touching(acts: Acts) -> Served:
+    return Served(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())))
+
+
+def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
+    """Build what the first message says, then write and step as told, until :class:`Stop`.
+
+    Raises:
+        EOFError: the first device is gone. PeerLost: another is. Anything that a step raises.
+    """
+    build = hear(pipe)
+    if isinstance(build, Stop):
+        return
+    share = shares(model, Layout(model), comm.size)[comm.rank]
+    cells, runner = device_of(model, share, comm, build, Follower, torch.empty(0))
+    del model  # the slices are copies: the whole weights go
+    tell(pipe, Said("ready"))
+    while not isinstance(message := hear(pipe), Stop):
+        if isinstance(message, Write):
+            cells.write(message.cells, message.split, message.pairs)
+        else:
+            runner.step(message)

@@ -1,0 +1,128 @@
+"""The first device: it has the engine, the adapters and the head, and tells the others what each step is.
+
+The engine sees one runner and one store of cells.  Every step is told before it is run, every adapter that enters
+cells is cut once for each device and sent to it.  A step that fails leaves the devices at different collectives,
+so it ends the team.  Errors: PeerLost from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rankwise.serve.adapters.base import Served
+from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.ops.base import Pairs, check_pairs
+from rankwise.serve.parallel.comm import Communicator
+from rankwise.serve.parallel.device import DeviceCells, slices
+from rankwise.serve.parallel.follower import device_of
+from rankwise.serve.parallel.messages import Acts, Build, Step, Write
+from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.plan import TokenPlan
+from rankwise.serve.runner import NativeRunner, Slot, own_logits
+from rankwise.serve.types import AdapterRefused
+
+
+class Team(Protocol):
+    """The other devices, as the first one reaches them."""
+
+    comm: Communicator
+    size: int
+
+    def join(self) -> None:
+        """Meet the others, who have read the base too; ``comm`` is there from then on.  Raises PeerLost."""
+        ...
+
+    def tell(self, rank: int, message: Any) -> None:
+        """Raises PeerLost."""
+        ...
+
+    def ready(self) -> None:
+        """Wait until every device has built what it was told.  Raises PeerLost."""
+        ...
+
+    def broken(self, error: BaseException) -> Exception:
+        """A step failed; returns what to raise: why the team cannot go on."""
+        ...
+
+
+class SharedCells:
+    """The cells of all devices behind the slot table's questions."""
+
+    def __init__(self, team: Team, made: Sequence[Share], cells: DeviceCells):
+        self.team, self.shares, self.cells = team, made, cells
+
+    @property
+    def count(self) -> int:
+        return self.cells.count
+
+    @property
+    def cell_bytes(self) -> int:
+        """Of the first device's part."""
+        return self.cells.cell_bytes
+
+    def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
+        """See :meth:`rankwise.serve.ops.base.Cells.write`."""
+        for name, g in self.shares[0].whole.items():
+            check_pairs(g, pairs.get(name), len(cells))
+        split = self.cells.splits(pairs)
+        for share in self.shares[1:]:
+            self.team.tell(share.rank, Write(tuple(cells), split, _owned(slices(pairs, share, split))))
+        self.cells.write(cells, split, slices(pairs, self.shares[0], split))
+
+
+def _owned(pairs: Mapping[str, Pairs]) -> dict[str, Pairs]:
+    """Copies: a view would be sent with all of the memory it looks into."""
+    return {name: tuple(p and (p[0].clone(), p[1].clone()) for p in those) for name, those in pairs.items()}
+
+
+class Leader(NativeRunner):
+    """The first device's runner."""
+
+    def __init__(self, *args: Any, team: Team, **more: Any):
+        self.team = team  # first: a runner takes its first steps, the probe's, while it is made
+        super().__init__(*args, **more)
+
+    def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
+        acts = {s.slot: Acts(tuple(slots[s.slot].cells), tuple(slots[s.slot].served.pairs)) for s in plan.segments}
+        for rank in range(1, self.team.size):
+            self.team.tell(rank, Step(plan.spans, acts))
+        try:
+            return super().run(plan, slots)
+        except Exception as error:
+            raise self.team.broken(error) from error
+
+
+def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[SharedCells, Leader]:
+    """Have every device build its part; the first one's runner has checked the team's logits against the model's own.
+
+    ``model`` and ``layout`` are the plain whole base's, which stays as it is, in the host's memory: adapters are read against it.
+
+    Raises:
+        AttachError, OptionError: a model that cannot be cut so; logits that are not the model's. PeerLost: a device ended.
+    """
+    made = shares(model, layout, team.size)
+    expected = own_logits(model, build.blocks, build.page)
+    team.join()
+    for rank in range(1, team.size):
+        team.tell(rank, build)
+    team.ready()
+    cells, runner = device_of(model, made[0], team.comm, build, functools.partial(Leader, team=team), expected)
+    return SharedCells(team, made, cells), runner
+
+
+def refuse_loose(served: Served, head: str) -> None:
+    """Adapters on several devices are low-rank pairs, beside which the head may be changed in any way.
+
+    Raises:
+        AdapterRefused: anything else.
+    """
+    elsewhere = [m for m in served.loose if m != head] + [p for p in served.whole if p.rpartition(".")[0] != head]
+    if elsewhere:
+        raise AdapterRefused(
+            f"The adapter {served.manifest.name!r} changes {elsewhere[0]!r} by more than a low-rank pair, which is not served on several "
+            "devices; serve it without --tensor-parallel."
+        )

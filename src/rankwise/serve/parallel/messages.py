@@ -1,0 +1,76 @@
+"""What the first device tells the others between collectives: plain values, pickled over a pipe between our own processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rankwise.serve.ops.base import Pairs
+from rankwise.serve.plan import Span
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Build:
+    """Sizes and choices of the cache and the cells; ``split``, ``op``, ``native``: see :class:`.device.DeviceCells`."""
+
+    blocks: int
+    page: int
+    max_rows: int
+    cells: int
+    split: str
+    op: str
+    native: bool | None
+    pack: bool | None
+    loop: bool | None
+    row_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Write:
+    """An adapter enters ``cells``; ``pairs`` are the receiver's slices."""
+
+    cells: tuple[int, ...]
+    split: bool
+    pairs: Mapping[str, Pairs]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Acts:
+    """What acts on one slot's rows: its cells, and the groups its adapter touches."""
+
+    cells: tuple[int, ...]
+    groups: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One step: its spans in packed order, and each slot in it."""
+
+    spans: tuple[Span, ...]
+    slots: Mapping[int, Acts]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing more comes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Said:
+    """From another device to the first: ``loaded``, ``ready`` or, with why, ``failed``."""
+
+    what: str
+    why: str = ""
+
+
+def tell(to: Connection, message: Any) -> None:
+    """Send; a tensor goes by value.  OSError where nobody is there to receive."""
+    to.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+def hear(source: Connection) -> Any:
+    """The next message; EOFError where none can come any more."""
+    return pickle.loads(source.recv_bytes())

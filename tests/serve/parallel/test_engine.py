@@ -1,0 +1,157 @@
+"""The engine on simulated devices: requests under different adapters answer as the model merged with each, alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.errors import OptionError
+from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.adapters.source import FolderSource
+from rankwise.serve.assemble import Sizes, assemble
+from rankwise.serve.engine import run_until_idle
+from rankwise.serve.options import EngineOptions
+from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
+from rankwise.serve.parallel.device import DeviceCells
+from rankwise.serve.parallel.shares import shares
+from rankwise.serve.plan import Role, Span, make_plan
+from rankwise.serve.types import AdapterRefused, Outcome
+from tests.serve import rig
+from tests.serve.parallel.team import Threads
+
+#: those of the rig's adapters that are pairs
+PAIRS = ("one", "three", "eight", "nine", "rs")
+
+
+def made(team: Any, split: str, **more: Any) -> Any:
+    return assemble(
+        rig.base_model(), lambda intake: FolderSource(rig.folder(), intake), sizes=Sizes(kv_tokens=160, page=4, cells=8), policy="fcfs",
+        base="rig", team=team, adapter_split=split, options=EngineOptions(max_running=6, step_tokens=8, speculate=2), pack=False, **more,
+    )  # fmt: skip
+
+
+def ask(server: Any, seed: int, names: tuple[str, ...], n: int = 8) -> rig.Run:
+    """Random prompts under random adapters, mixes among them, some arriving later; run to their end."""
+    rnd = random.Random(seed)
+    run, due = rig.Run(), []
+    for k in range(n):
+        chosen: tuple[tuple[str, float], ...] = () if rnd.random() < 0.2 else ((rnd.choice(names), 1.0),)
+        if rnd.random() < 0.2:
+            chosen = tuple((name, rnd.choice([0.5, -0.3])) for name in sorted(rnd.sample(names, 2)))
+        prompt = rnd.choice(rig.STARTS) + tuple(rnd.randrange(rig.VOCAB) for _ in range(rnd.randrange(1, 9)))
+        request = rig.Request(
+            f"r{k}", prompt, rig.Sampling(max_tokens=rnd.randrange(2, 9), ignore_eos=True), rig.digest_of(server, chosen)
+        )
+        run.requests[request.id], run.adapters[request.id] = request, chosen
+        due.append((rnd.randrange(6), request))
+    rig.drive(server, run, due, random.Random(1))
+    return run
+
+
+@pytest.mark.parametrize("split", ["split", "replicate", "auto"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_answer_is_that_of_the_merged_model_alone(size: int, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.serve.parallel.device.SPLIT_FROM", 8)  # so that "auto" holds adapters both ways in one step
+    team = Threads(rig.base_model, size)
+    server = made(team, split)
+    rig.check(ask(server, 3 * size, PAIRS), server)
+    team.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_step_sends_what_the_formula_says(size: int) -> None:
+    """One request under an adapter of rank 8 at q, k, v, o alone: 2(N−1)Th/N a reduction, 5(N−1)Tr/N an attention, on each device."""
+    team = Threads(rig.base_model, size)
+    server = made(team, "split")
+    model, (layers, h) = rig.base_model(), (2, 32)
+    everywhere = server.cache.fetch(server.cache.resolve("eight").digest).result()
+    only = {name: those for name, those in everywhere.pairs.items() if "self_attn" in name}
+    server.table.ensure("attention", dataclasses.replace(everywhere, pairs=only))
+    before = team.sent("base")
+    ids = tuple(range(3, 3 + 24))
+    server.engine.runner.run(plan_of(ids, server.table.find("attention")), server.table.slots)
+    attention = attention_traffic(len(ids), h, 8, size)
+    assert [b - a for a, b in zip(before, team.sent("base"), strict=True)] == [2 * layers * attention[0]] * size
+    assert team.sent("adapter") == [layers * attention[1]] * size
+    assert model.config.num_hidden_layers == layers and model.config.hidden_size == h
+    team.close()
+
+
+def plan_of(ids: tuple[int, ...], slot: int) -> Any:
+    return make_plan([Span("r", ids, 0, tuple(range(-(-len(ids) // 4))), slot, Role.PREFILL, 1)], 4)
+
+
+def test_a_device_holds_its_part_of_cells_and_cache() -> None:
+    """Of cells, an N-th where the sides divide; of keys and values its heads'; all of both with one device."""
+    alone = assemble(
+        rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, cells=8), pack=False
+    )
+    team = Threads(rig.base_model, 2)
+    server = made(team, "split")
+    assert 2 * server.runner.store.block_bytes == alone.runner.store.block_bytes
+    held, whole = server.table._cells.cells.stores[True], alone.runner.cells
+    for name, g in whole.groups.items():
+        own = held.groups[name]
+        if server.table._cells.shares[0].row_parallel(name):
+            assert (own.inp, own.outs, held.across[name]) == (g.inp // 2, (g.outs[0] // 2,), 8)
+        else:
+            assert (own.inp, own.outs, held.across[name]) == (g.inp, tuple(o // 2 for o in g.outs), 4)
+    assert held.cell_bytes < whole.cell_bytes
+    team.close()
+
+
+def test_the_head_may_be_anything_but_other_changes_are_refused() -> None:
+    team = Threads(rig.base_model, 2)
+    server = made(team, "auto")
+    rig.check(ask(server, 5, ("headed", "three"), 4), server)
+    with pytest.raises(AdapterRefused, match="'dora' changes 'model.layers.0.* serve it without --tensor-parallel"):
+        server.cache.fetch(server.cache.resolve("dora").digest).result()
+    request = rig.Request("d", (3, 4), rig.Sampling(max_tokens=2), server.cache.resolve("dora").digest)
+    run = rig.Run()
+    server.engine.submit(request, run.events["d"].append)
+    run_until_idle(server.engine)
+    assert run.outcome("d").outcome is Outcome.REJECTED
+    team.close()
+
+
+def test_a_fault_on_any_device_ends_the_step_and_the_team() -> None:
+    team = Threads(rig.base_model, 2)
+    server = made(team, "replicate")
+    run = rig.Run()
+    server.engine.submit(rig.Request("r", (3, 4, 5), rig.Sampling(max_tokens=20, ignore_eos=True)), run.events["r"].append)
+    server.engine.step()
+    team.tell(1, "not a step")  # the other device fails in what it is told next
+    run_until_idle(server.engine)
+    assert run.outcome("r").outcome is Outcome.ERROR
+    assert isinstance(team.failures[0], AttributeError)
+
+
+def test_a_fault_on_the_first_device_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    team = Threads(rig.base_model, 2)
+    server = made(team, "replicate")
+
+    def fault(plan: Any) -> Any:
+        raise ZeroDivisionError("here")
+
+    monkeypatch.setattr(server.runner, "_logits", fault)
+    run = rig.Run()
+    server.engine.submit(rig.Request("r", (3, 4, 5), rig.Sampling(max_tokens=20, ignore_eos=True)), run.events["r"].append)
+    run_until_idle(server.engine)
+    assert run.outcome("r").outcome is Outcome.ERROR
+    team.threads[0].join(5)
+    assert [type(f) for f in team.failures] == [PeerLost], "the other device still waits for the step's sums"
+
+
+def test_wrong_ways_are_refused() -> None:
+    share = shares(rig.base_model(), Layout(rig.base_model()), 1)[0]
+    with pytest.raises(OptionError, match="'auto', 'split' or 'replicate'; 'both' came"):
+        DeviceCells(share, Alone(), 1, torch.float32, "both")
+    with pytest.raises(OptionError, match="give --op auto"):
+        DeviceCells(share, Alone(), 1, torch.float32, "split", op="triton")
+    cells = DeviceCells(share, Alone(), 1, torch.float32, "auto")
+    few, many = ({share.groups[0].name: ((torch.zeros(r, 32), torch.zeros(32, r)), None, None)} for r in (63, 64))
+    assert not cells.splits(few) and cells.splits(many)
