@@ -213,8 +213,7 @@ class Roster(nn.Module):
         x = _main_input(module, args, kwargs)
         if x is not None:
             HERE.batch = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
-        mask = kwargs.get("attention_mask")
-        HERE.padding = mask if isinstance(mask, Tensor) and mask.shape == HERE.batch else None
+        HERE.padding = _real(kwargs, HERE.batch)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -273,6 +272,19 @@ def _main_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     given = [t for t in args if isinstance(t, Tensor) and t.dim()][:1]
     given = given or [t for t in kwargs.values() if isinstance(t, Tensor) and t.dim()]
     return max(given, key=lambda t: t.shape[0], default=None)
+
+
+def _real(kwargs: Mapping[str, Any], shape: tuple[int, int] | None) -> Tensor | None:
+    """(B, T): which tokens are no padding, by the attention mask, or in packed rows by positions; None where neither tells.
+
+    The collator gives each token of padding position 0, as a document of its own; a document that has but one is taken for padding.
+    """
+    mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        return mask
+    if isinstance(position, Tensor) and position.shape == shape:
+        return (position > 0) | (nn.functional.pad(position[:, 1:], (0, 1)) == 1)
+    return None
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankwise.routers.base import Record
+import rankwise as rw
+from rankwise.routers.base import Record, recording, routers_in
 from rankwise.routers.decision import Decision
 from rankwise.routers.losses import switch, z_loss
+from tests.models import llama
 
 
 def test_switch_loss_is_k_at_uniform_and_trains_the_router() -> None:
@@ -29,3 +31,21 @@ def test_padding_changes_neither_losses_nor_other_rows() -> None:
     part = Decision(torch.ones(6, 2), 4, index=index[:6], probs=probs[:6], logits=probs[:6].log())
     assert torch.allclose(switch([Record(whole, mask)]), switch([Record(part)]))
     assert torch.allclose(z_loss([Record(whole, mask)]), z_loss([Record(part)]))
+
+
+@pytest.mark.parametrize("attention", ["mask", "varlen"])
+def test_a_routers_records_know_the_padding_of_packed_rows(attention: str) -> None:
+    from rankwise.train.data.collate import Collator
+    from rankwise.train.data.packing import Packed
+
+    rows = [Packed([5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [3, 2]), Packed([5, 6, 7], [5, 6, 7], [3])]
+    batch = Collator(0, attention)(rows)
+    model = llama()
+    adapter = rw.attach(model, {"r": 2, "router": {"name": "mixlora", "experts": 2}})
+    model.train()
+    with recording(adapter.module):
+        model(**batch)
+    records = [r for router in routers_in(adapter.module) for r in router.records]
+    assert len(records) == 2
+    for record in records:
+        assert record.mask is not None and record.mask.view(2, 5).tolist() == [[True] * 5, [True] * 3 + [False] * 2]

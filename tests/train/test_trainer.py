@@ -59,6 +59,11 @@ def test_a_run_learns_and_leaves_its_files(records: list, tmp_path: Path) -> Non
     [
         {"r": 4, "dropout": 0.1},
         {"preset": "adalora", "r": 4, "budget": {"name": "adalora", "target_r": 2, "every": 1, "warmup": 1, "final": 2}},
+        {
+            "r": 2,
+            "targets": ["up_proj", "down_proj"],
+            "router": {"name": "mixlora", "experts": 2, "variant": "switch", "jitter": 0.2},
+        },
     ],
 )
 def test_resume_equals_not_stopping(records: list, tmp_path: Path, recipe: Any) -> None:
@@ -71,6 +76,8 @@ def test_resume_equals_not_stopping(records: list, tmp_path: Path, recipe: Any) 
     resumed = run(records, tmp_path / "b", recipe, max_steps=6, resume=True)
     for k, t in whole.adapter.tensors().items():
         assert torch.equal(resumed.adapter.tensors()[k], t), k
+    steps = {int(t) for k, t in whole.adapter.tensors().items() if k.endswith("steps")}
+    assert steps == ({6} if "router" in recipe else set()), "moved once an optimiser step"
 
 
 def test_resume_refuses_what_is_not_there(records: list, tmp_path: Path) -> None:
