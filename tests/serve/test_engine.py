@@ -403,6 +403,30 @@ def test_a_request_that_comes_while_the_engine_stops_is_refused_or_ended(made: S
     made.engine._stopping.clear()
 
 
+def test_faults_of_training_beside_end_no_request_and_lasting_ones_the_training(
+    made: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        calls = 0
+
+        def waiting(self) -> int:
+            self.calls += 1
+            if self.calls in (2, 4, 5, 6):  # one alone, then three in a row
+                raise OSError("no space left")
+            return 0
+
+        def run(self, tokens: int) -> int:
+            return 0
+
+    stream = Broken()
+    monkeypatch.setattr(made.engine, "stream", stream)
+    faults = made.engine.counters["faults"]
+    ids, done = answer(made, Request("r", PROMPT, Sampling(max_tokens=9, ignore_eos=True)))
+    assert done is not None and done.outcome is Outcome.LENGTH
+    check_greedy(Request("r", PROMPT), ids, ())
+    assert made.engine.stream is None and stream.calls == 6 and made.engine.counters["faults"] == faults + 4
+
+
 def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
     for policy in ("merge_mode", {"name": "chain", "rules": ["fcfs", "merge_mode"]}):
         with pytest.raises(OptionError, match="is for the simulator: it wants the engine to merge an adapter"):

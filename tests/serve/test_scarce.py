@@ -185,7 +185,7 @@ def test_any_one_allocation_may_fail(made: Server, place: str, how: str) -> None
     assert made.engine.counters["faults"] == 0
 
 
-@pytest.mark.parametrize("every", [61, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [127, pytest.param(1, marks=pytest.mark.soak)])
 def test_any_tensor_of_a_step_may_fail(made: Server, every: int) -> None:
     count = Failing()
     check(made, served(made, count, "tensor"))

@@ -30,6 +30,7 @@ from rankwise.serve.shortage import no_memory
 from rankwise.serve.speculate import verified
 from rankwise.serve.types import Event, Finished, Outcome, Request, ServeError, Token
 
+TRAIN_FAULTS = 3  #: in a row, after which training beside serving is ended
 log = logging.getLogger("rankwise.serve")
 Observer = Callable[[str, float, Mapping[str, str]], None]
 
@@ -79,7 +80,7 @@ class Engine(Front):
         self.queue.copies = copies
         self.queue.token_seconds = self.pace.token_seconds
         self.counters: Counter[str] = self.queue.counters
-        self.steps = 0
+        self.steps = self._train_faults = 0
         self.error = ""
         self._thread: threading.Thread | None = None
 
@@ -135,7 +136,7 @@ class Engine(Front):
         spans = self.queue.spans()
         if spans:
             self._serve(spans)
-        return self._train(bool(spans)) or bool(spans)
+        return self._beside(bool(spans)) or bool(spans)
 
     def _take(self, request: Request, emit: Callable[[Event], None]) -> None:
         """Queue a request, or end it alone where that fails."""
@@ -302,6 +303,21 @@ class Engine(Front):
         self._emit(seq, Finished(r.id, outcome, seq.prompt, seq.generated, seq.reused, message, error))
 
     # --- training and reports -------------------------------------------------------------------------------------
+    def _beside(self, served: bool) -> bool:
+        """:meth:`_train`, whose faults concern no request; one that lasts ends the training."""
+        try:
+            trained = self._train(served)
+        except Exception as error:
+            log.error("training beside serving failed", exc_info=error)
+            self.counters["faults"] += 1
+            self._train_faults += 1
+            if self._train_faults >= TRAIN_FAULTS:
+                log.error("training beside serving has failed %d times in a row and is ended; serving goes on", TRAIN_FAULTS)
+                self.stream = None
+            return False
+        self._train_faults = 0
+        return trained
+
     def _train(self, served: bool) -> bool:
         """Training in what this step left; True where some was done."""
         waiting = self.stream.waiting() if self.stream is not None else 0

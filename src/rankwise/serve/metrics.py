@@ -151,7 +151,7 @@ class Metrics:
         yield from self._state(stats)
         yield from self._adapters(adapters)
         gone = CounterMetricFamily("rankwise_adapter_evictions", "Adapters put out to make room.", labels=["model", "tier"])
-        for tier, n in cache.tally.evictions.items():
+        for tier, n in dict(cache.tally.evictions).items():  # others count on
             gone.add_metric([self.model, tier], n)
         yield gone
         taken = self._own | set(self._made)

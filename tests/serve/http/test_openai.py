@@ -265,6 +265,21 @@ def test_a_defect_is_a_500_that_tells_nothing(client: Any, live: Live, monkeypat
     assert caught.value.code == "internal_error"
 
 
+def test_no_memory_for_a_request_is_a_429_and_for_an_adapter_too(client: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> Any:
+        raise MemoryError
+
+    for owner, name in ((live.cache, "resolve"), (live.cache.source, "fetch")):
+        live.cache.relieve()
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, none)
+            with pytest.raises(openai.RateLimitError, match="no memory left") as caught:
+                client.completions.create(model="ada", prompt=PROMPT, max_tokens=4, temperature=0)
+            assert int(caught.value.response.headers["retry-after"]) == 5
+    got = client.completions.create(model="ada", prompt=PROMPT, max_tokens=4, temperature=0)
+    assert got.choices[0].text == expected(4, (live.root / "ada", 1.0))
+
+
 def test_a_fault_outside_the_forward_ends_requests_and_not_the_engine(client: Any, live: Live) -> None:
     plain = live.engine.queue.policy
     live.engine.queue.policy = None  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rankwise.errors import RankwiseError
+from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import Overloaded, ServeError
 
 log = logging.getLogger("rankwise.serve")
@@ -110,5 +111,7 @@ async def on_http(request: Request, error: Exception) -> Response:
 
 
 async def on_unforeseen(request: Request, error: Exception) -> Response:
-    """A defect: logged with its trace, answered without."""
+    """A defect: logged with its trace, answered without.  Want of memory is none: the client is to come back."""
+    if no_memory(error):
+        return response_of(Overloaded("The server has no memory left for this request; try again later.", 5.0))
     return response_of(error)
