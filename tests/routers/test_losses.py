@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rankwise as rw
-from rankwise.routers.base import Record, recording, routers_in
+from rankwise.routers.base import Record, collect_losses, recording, routers_in
 from rankwise.routers.decision import Decision
 from rankwise.routers.losses import switch, z_loss
 from tests.models import llama
@@ -49,3 +49,21 @@ def test_a_routers_records_know_the_padding_of_packed_rows(attention: str) -> No
     assert len(records) == 2
     for record in records:
         assert record.mask is not None and record.mask.view(2, 5).tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+
+
+def test_a_pool_of_routers_has_one_loss_over_all_its_rows() -> None:
+    """Two blocks that lean to opposite experts are balanced together, as the public code counts them, and not one by one."""
+    n = 50
+    sides = [torch.tensor([[0.9, 0.1]]).expand(n, 2), torch.tensor([[0.1, 0.9]]).expand(n, 2)]
+    records = [Record(Decision(torch.ones(n, 1), 2, index=p.argmax(-1, keepdim=True), probs=p, logits=p.log())) for p in sides]
+    assert switch(records[:1]).item() == pytest.approx(2 * 0.9) and switch(records).item() == pytest.approx(1.0)
+    model = llama()
+    adapter = rw.attach(model, {"r": 2, "router": {"name": "mixlora", "experts": 2, "k": 1, "balance": 1.0}})
+    first, second = (r for r in routers_in(adapter.module) if getattr(r, "pool", None) is not None)
+    for router, record in zip((first, second), records, strict=True):
+        router.records.append(record)
+    assert collect_losses(adapter.module)["switch"].item() == pytest.approx(1.0)
+    first.pool = None  # a router by itself
+    for router in (first, second):
+        router._read = 0
+    assert collect_losses(adapter.module)["switch"].item() == pytest.approx(3.6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,8 @@ class Record:
 
 class RouterModule(nn.Module):
     """A router's tensors at one site (or block).  ``route`` writes nothing; ``records`` fill only while ``recording``."""
+
+    pool: Hashable = None  # routers of one pool have their losses over all their records together; None: each over its own
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,13 +138,17 @@ def recording(module: nn.Module) -> Iterator[None]:
 
 
 def collect_losses(module: nn.Module) -> dict[str, Tensor]:
-    """The routers' losses over the records of the micro-batch, summed by name; records stay for ``after_step``."""
-    total: dict[str, Tensor] = {}
+    """The losses of routers and their pools over the records of the micro-batch, summed by name; records stay for ``after_step``."""
+    pools: dict[Hashable, tuple[RouterModule, list[Record]]] = {}
     for r in routers_in(module):
         fresh = r.records[r._read :]
         r._read = len(r.records)
-        for name, value in (r.losses(fresh) if fresh else {}).items():
-            total[name] = total[name] + value if name in total else value
+        if fresh:
+            pools.setdefault(r if r.pool is None else r.pool, (r, []))[1].extend(fresh)
+    total: dict[str, Tensor] = {}
+    for r, records in pools.values():
+        for name, value in r.losses(records).items():
+            total[name] = total[name] + value.to(total[name].device) if name in total else value
     return total
 
 

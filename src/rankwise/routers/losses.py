@@ -12,24 +12,28 @@ from rankwise.routers.base import Record
 
 
 def switch(records: Sequence[Record], *, per: Literal["choice", "row"] = "choice") -> Tensor:
-    """E·Σ_e f_e·P_e, f_e the share of choices of expert e (``per="choice"``, least 1 when uniform; ``"row"`` divides by
-    rows, least k), P_e its mean probability."""
-    total = torch.zeros(())
-    for r in records:
-        d = r.decision
-        assert d.probs is not None
-        probs = d.probs if r.mask is None else d.probs[r.mask]
-        counts = d.counts(r.mask)
-        by = counts.sum() if per == "choice" else torch.tensor(float(max(len(probs), 1)), device=counts.device)
-        total = total.to(probs.device) + d.units * ((counts / by.clamp_min(1)) * probs.mean(0)).sum()
-    return total / max(len(records), 1)
+    """E·Σ_e f_e·P_e over the rows of all records together, f_e the share of choices of expert e (``per="choice"``, least 1
+    when uniform; ``"row"`` divides by rows, least k), P_e its mean probability."""
+    units = records[0].decision.units
+    probs = _together([_probs(r) for r in records], [r.mask for r in records])
+    counts = torch.stack([r.decision.counts(r.mask).to(probs.device) for r in records]).sum(0)
+    by = counts.sum() if per == "choice" else counts.new_tensor(float(len(probs)))
+    return units * ((counts / by.clamp_min(1)) * (probs.sum(0) / max(len(probs), 1))).sum()
 
 
 def z_loss(records: Sequence[Record]) -> Tensor:
-    """Mean of logsumexp(logits)²."""
-    values = []
-    for r in records:
-        logits = r.decision.logits
-        assert logits is not None
-        values.append(torch.logsumexp(logits if r.mask is None else logits[r.mask], -1))
-    return torch.cat(values).square().mean()
+    """Mean of logsumexp(logits)² over the rows of all records together."""
+    logits = [r.decision.logits for r in records]
+    assert all(t is not None for t in logits)
+    values = _together(logits, [r.mask for r in records]).logsumexp(-1)  # type: ignore[arg-type]
+    return values.square().sum() / max(len(values), 1)
+
+
+def _probs(record: Record) -> Tensor:
+    assert record.decision.probs is not None
+    return record.decision.probs
+
+
+def _together(rows: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """The unmasked rows of all, on the first one's device."""
+    return torch.cat([(t if m is None else t[m]).to(rows[0].device) for t, m in zip(rows, masks, strict=True)])

@@ -65,7 +65,7 @@ class MixLoRA(Router):
         switch: the likeliest, w = p, for the first ``capacity`` (32) rows of each sequence that want it (padding takes none);
             later rows pass the block unchanged, y = h.  Adds ``z`` (0.001)·mean logsumexp².
     ``jitter`` (0; switch 0.01): in training the gate reads h ⊙ U(1 ± jitter).  W_g: E×in ~ N(0, ``std``²) (0.02; switch 1), fp32.
-    Loss: ``balance``·switch, counted per row as in the public code (topk: least k), summed over blocks.
+    Loss: ``balance``·switch, over the rows of all blocks together, counted per row as in the public code (topk: least k).
 
     Invariants: equal ΔW_e make topk's router irrelevant; B = 0 is Σw times the base (topk: the base); path ≡ naive sum.
     Source: TUDB-Labs/MoE-PEFT, adapters/mixlora.  There topk and dynamic write the noise into the residual stream in place;
@@ -106,8 +106,13 @@ class MixLoRA(Router):
         weight = torch.randn(self.experts, inp, generator=plan.generator("gate", path)) * own.std
         common = weight.to(device), self.balance, own.jitter, plan.seed, path
         if self.variant == "topk":
-            return TopK(own.k, *common)
-        return Cumulative(own.top_p, *common) if self.variant == "dynamic" else Capped(own.capacity, own.z, *common)
+            gate: Gate = TopK(own.k, *common)
+        elif self.variant == "dynamic":
+            gate = Cumulative(own.top_p, *common)
+        else:
+            gate = Capped(own.capacity, own.z, *common)
+        gate.pool = repr(self)
+        return gate
 
     def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
         inside = {s.name for members in self._blocks(sites).values() for s in members}
