@@ -160,7 +160,7 @@ class Hook:
         For who calls all of them anyway: no slices wait for anybody.  A change that is no pair of factors is made apart.
         """
         bundle, changes = self.bundle, self.acting.body
-        if not bundle.together or changes.loose or changes.whole:
+        if not bundle.together or bundle.finish is not None or changes.loose or changes.whole:
             return None
         y = bundle._run(x)
         if changes.op is not None and bundle.group.name in changes.groups:
