@@ -62,7 +62,7 @@ class Scheduler:
         self.copies: Copies | None = None
         self.step_seconds = 0.0  # of the last step
         self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
-        self._spare = 0
+        self._asked = self._spare = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
     def take_queued(self) -> list[float]:
@@ -84,11 +84,15 @@ class Scheduler:
         )  # fmt: skip
 
     def admit(self) -> None:
-        """Try the first of the waiting requests in the policy's order; while every place is taken only verdicts change anything."""
+        """Try the first of the waiting requests in the policy's order.
+
+        While every place is taken nobody can enter, and the order is asked for every 16th step, for policies that learn from it.
+        """
         if not self.waiting:
             return
         self._sweep()
-        if len(self.running) >= self._places():
+        self._asked += 1
+        if len(self.running) >= self._places() and self._asked % 16:
             return
         self._spare = self._spared()
         state = self._state(self.waiting.window(max(WINDOW, 2 * self.options.max_running)))
@@ -334,21 +338,22 @@ class Scheduler:
         if len(seqs) == 1:
             self._found_none(seqs[0], True)
         else:
-            self._relieve()
+            self._relieve(copies=True)
         while len(self.running) > self._places():
             self._put_back(self._youngest())
 
     def _found_none(self, seq: Sequence, alone: bool) -> None:
         """A request found no memory; it is tried again, unless it was ``alone`` and that often enough."""
-        self._relieve()
+        self._relieve(copies=alone)
         seq.short += alone
         if seq.short >= TRIES:
             self.turn_away(seq)
 
-    def _relieve(self) -> None:
+    def _relieve(self, *, copies: bool) -> None:
+        """Let go of what is idle, and of the runner's ``copies``, which decoding rows would miss."""
         self.counters["out_of_memory"] += 1
         self.adapters.relieve()
-        if self.copies is not None:
+        if copies and self.copies is not None:
             self.copies.relieve()
 
     def turn_away(self, seq: Sequence) -> None:
