@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,3 +197,27 @@ def test_many_files_are_bounded_together_and_a_size_that_lies_too(
         source.resolve("many")
     assert 0 < sum(got) <= limits.most_in_files + 1
     assert not list((tmp_path / "copies").iterdir())
+
+
+def test_copies_are_bounded_on_disk_and_come_again(tmp_path: Path, bucket: str) -> None:
+    model, root = folder_of(tmp_path, "a", "b", "c")
+    for name in "abc":
+        put(root / name, f"{bucket}/{name}")
+    size = sum(f.stat().st_size for f in (root / "a").iterdir())
+    make = lambda keep: UriSource(bucket, Intake(model, keep=0), tmp_path / "copies", refresh=60, keep_bytes=keep)
+    source, times = make(2 * size + 100), iter(range(1000, 2000))
+
+    def used(name: str) -> set[str]:
+        """The folders after ``name`` was asked for, which is now the one last of use."""
+        assert source.fetch(source.resolve(name)).manifest.name == name
+        version = source._asked[f"{bucket}/{name}"][1]
+        os.utime(tmp_path / "copies" / str(version), (0, next(times)))
+        return {p.name for p in (tmp_path / "copies").iterdir()}
+
+    first, second, third = used("a"), used("b"), used("c")
+    assert len(first) == 1 and len(second) == 2 and len(third) == 2 and not first & third
+    assert used("b") == third
+    again = used("a")
+    assert first < again and len(again) == 2, "c, or b, made room for a"
+    source = make(1)  # another process, with less room: what it asks for stays
+    assert len(used("c")) == 1

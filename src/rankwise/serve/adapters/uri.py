@@ -31,7 +31,8 @@ class UriSource:
     """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
 
     Only plain files of one folder are copied, all of them together within the intake's byte limit, whatever the store says of them.  A store is asked at most every ``refresh``
-    seconds whether an adapter is still what it was.  Credentials are the file system's own affair
+    seconds whether an adapter is still what it was.  All copies together take at most ``keep_bytes`` of the disk (one alone may be
+    larger): those longest out of use go first, and are copied again when they are asked for.  Credentials are the file system's own affair
     (its environment variables, or ``storage_options``).
     """
 
@@ -42,13 +43,14 @@ class UriSource:
         cache: str | os.PathLike[str],
         *,
         refresh: float = 2.0,
+        keep_bytes: int = 64 << 30,
         **storage_options: Any,
     ):
         self.roots = tuple(r.rstrip("/") for r in ([roots] if isinstance(roots, str) else roots))
         self.cache = Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
         self._local = FolderSource(self.cache, intake)
-        self._intake, self._options, self.refresh = intake, storage_options, refresh
+        self._intake, self._options, self.refresh, self.keep_bytes = intake, storage_options, refresh, keep_bytes
         self._locks, self._guard = Locks(), threading.Lock()
         self._asked: dict[str, tuple[float, str | None]] = {}  # url of a folder → when it was last asked for, its version here
         self._copied: dict[str, list[str]] = {}  # url of a folder → its last two versions here
@@ -91,7 +93,8 @@ class UriSource:
     def _version(self, url: str, name: str) -> Manifest | None:
         with self._locks(url), refusing(name):
             asked, version = self._asked.get(url, (-math.inf, None))
-            if time.monotonic() - asked >= self.refresh:
+            gone = version is not None and not (self.cache / version).is_dir()  # others' copies needed its room
+            if gone or time.monotonic() - asked >= self.refresh:
                 version = self._newest(url, name)
                 if len(self._asked) > 10_000:  # names that nobody has can be made up without end
                     self._asked.clear()
@@ -112,6 +115,8 @@ class UriSource:
                 if _version_of(url, self._list(url, name)[1]) != version:
                     continue  # some of its files were replaced while the others were copied
                 write_folder(self.cache / version, content)
+                self._make_room(version)
+            os.utime(self.cache / version)  # when it was last of use
             self._forget_older(url, version)
             return version
         raise AdapterRefused(f"The adapter {name!r} is being written to; ask for it again when it is whole.")
@@ -139,6 +144,18 @@ class UriSource:
         if not out:
             raise AdapterRefused(f"The adapter {name!r} holds no .safetensors or .gguf file.")
         return out
+
+    def _make_room(self, version: str) -> None:
+        """Remove the copies longest out of use until the others fit, whatever process made them; ``version`` stays."""
+        with self._guard:
+            copies = [
+                (p.stat().st_mtime, sum(f.stat().st_size for f in p.iterdir()), p) for p in self.cache.iterdir() if p.is_dir()
+            ]
+            total = sum(size for _, size, _ in copies)
+            for _, size, folder in sorted(copies):
+                if total > self.keep_bytes and folder.name != version:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    total -= size
 
     def _forget_older(self, url: str, version: str) -> None:
         """Keep one version back, for a load that was asked for before the change; remove what is older."""
