@@ -25,7 +25,8 @@ from rankwise.serve.engine import Engine
 from rankwise.serve.ops.base import WIDTH, Cells
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.options import EngineOptions
-from rankwise.serve.parallel.leader import Team, lead, refuse_loose
+from rankwise.serve.parallel.leader import SharedCells, Team, lead
+from rankwise.serve.parallel.loose import check
 from rankwise.serve.parallel.messages import Build
 from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
 from rankwise.serve.prefix import PrefixIndex
@@ -134,8 +135,8 @@ def assemble(
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
     table = SlotTable(cells, PoolCells(pool), clock=clock)
     cache = AdapterCache(source(intake), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
-    if team is not None:
-        cache.accept = functools.partial(refuse_loose, head=runner.head_path or "")
+    if isinstance(cells, SharedCells):
+        cache.accept = functools.partial(check, share=cells.shares[0], head=runner.head_path or "")
     residency = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
     named = {"name": policy} if isinstance(policy, str) else dict(policy)
     engine = Engine(

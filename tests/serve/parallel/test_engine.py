@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from rankwise.delta import Dense, Scale
 from rankwise.errors import OptionError
+from rankwise.serve.adapters.base import Manifest, Served
 from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.adapters.loose import Constant, Offset, Weighted
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.assemble import Sizes, assemble
 from rankwise.serve.engine import run_until_idle
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
 from rankwise.serve.parallel.device import DeviceCells
+from rankwise.serve.parallel.loose import local
 from rankwise.serve.parallel.shares import shares
-from rankwise.serve.plan import Role, Span, make_plan
+from rankwise.serve.plan import BASE, Role, Span, make_plan
 from rankwise.serve.types import AdapterRefused, Outcome
 from tests.serve import rig
 from tests.serve.parallel.team import Threads
 
-#: those of the rig's adapters that are pairs
-PAIRS = ("one", "three", "eight", "nine", "rs")
+#: those of the rig's adapters that are served on several devices: pairs, and a gain beside a pair
+SERVED = ("one", "three", "eight", "nine", "rs", "dora")
 
 
 def made(team: Any, split: str, **more: Any) -> Any:
@@ -58,7 +63,7 @@ def test_every_answer_is_that_of_the_merged_model_alone(size: int, split: str, m
     monkeypatch.setattr("rankwise.serve.parallel.device.SPLIT_FROM", 8)  # so that "auto" holds adapters both ways in one step
     team = Threads(rig.base_model, size)
     server = made(team, split)
-    rig.check(ask(server, 3 * size, PAIRS), server)
+    rig.check(ask(server, 3 * size, SERVED), server)
     team.close()
 
 
@@ -104,18 +109,73 @@ def test_a_device_holds_its_part_of_cells_and_cache() -> None:
     team.close()
 
 
-def test_the_head_may_be_anything_but_other_changes_are_refused() -> None:
+def test_the_head_may_be_anything_but_what_needs_a_whole_weight_is_refused() -> None:
     team = Threads(rig.base_model, 2)
     server = made(team, "auto")
-    rig.check(ask(server, 5, ("headed", "three"), 4), server)
-    with pytest.raises(AdapterRefused, match="'dora' changes 'model.layers.0.* serve it without --tensor-parallel"):
-        server.cache.fetch(server.cache.resolve("dora").digest).result()
-    request = rig.Request("d", (3, 4), rig.Sampling(max_tokens=2), server.cache.resolve("dora").digest)
+    rig.check(ask(server, 5, ("headed", "dora", "three"), 6), server)
+    dense = server.cache.fetch(server.cache.resolve("dora").digest).result()
+    module = "model.layers.0.self_attn.q_proj"
+    site = server.layout.sites[module]
+    for change in (Constant(site, Dense(torch.zeros(32, 32))), Constant(site, Scale(torch.ones(32), axis="in"))):
+        odd = dataclasses.replace(dense, loose={module: (Weighted(change, 0.5),)})
+        with pytest.raises(AdapterRefused, match=rf"'dora' changes '{module}' .* serve it without --tensor-parallel"):
+            server.cache.accept(odd)
+    with pytest.raises(AdapterRefused, match="changes 'model.embed_tokens.weight'"):
+        server.cache.accept(dataclasses.replace(dense, whole={"model.embed_tokens.weight": torch.zeros(64, 32)}))
+    team.close()
+
+
+def test_a_loose_change_of_the_head_is_the_first_devices_alone() -> None:
+    team = Threads(rig.base_model, 2)
+    server = made(team, "auto")
+    offset = torch.randn(rig.VOCAB, generator=torch.Generator().manual_seed(0))
+    served = Served(Manifest("h", "h", "", "", 0, 0, 0), {}, {"lm_head": (Offset(offset),)})
+    server.cache.accept(served)
+    slot = server.table.ensure("h", served)
+    base, changed = (server.runner.run(plan_of((3, 4, 5), at), server.table.slots) for at in (BASE, slot))
+    assert torch.allclose(changed, base + offset, atol=1e-5)
+    team.close()
+
+
+def test_a_refusal_reaches_the_one_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.serve.parallel.loose.is_affine", lambda change: False)
+    team = Threads(rig.base_model, 2)
+    server = made(team, "auto")
     run = rig.Run()
+    request = rig.Request("d", (3, 4), rig.Sampling(max_tokens=2), server.cache.resolve("dora").digest)
     server.engine.submit(request, run.events["d"].append)
-    run_until_idle(server.engine)
+    deadline = time.monotonic() + 10
+    while not server.engine.idle() and time.monotonic() < deadline:
+        server.engine.step()
     assert run.outcome("d").outcome is Outcome.REJECTED
     team.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_biases_that_an_adapter_changes(size: int) -> None:
+    """Offsets of outputs, in slices and, where sums are taken, once; alone and beside gains, weighed."""
+    model = rig.base_model()
+    layout = Layout(model)
+    g = torch.Generator().manual_seed(0)
+    loose = {}
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
+        site = layout.sites[path]
+        gain = Constant(site, Scale(1 + 0.3 * torch.randn(site.spec.out, generator=g)))
+        loose[path] = (Weighted(Offset(torch.randn(site.spec.out, generator=g)), 0.5), gain)
+    served = Served(Manifest("x", "x", "", "", 0, 0, 0), {}, loose)
+    x = torch.randn(5, 32, generator=g)
+    for path, changes in loose.items():
+        W = model.get_submodule(path).weight.detach()
+        x = torch.randn(5, W.shape[1], generator=g)
+        want = sum(c(x, x @ W.t()) for c in changes)
+        total = torch.zeros_like(want)
+        for share in shares(model, layout, size):
+            cut, (change,) = share.cuts[path], local(served, share)[path]
+            if cut.inp is not None:
+                total += change(x, x[:, cut.inp] @ W[:, cut.inp].t())
+            else:  # a head held twice is the same on both
+                total[:, cut.out] = change(x, x @ W[cut.out].t())
+        assert torch.allclose(total, want, atol=1e-5)
 
 
 def test_a_fault_on_any_device_ends_the_step_and_the_team() -> None:

@@ -20,7 +20,7 @@ from rankwise.serve.parallel.processes import Processes
 from rankwise.serve.types import Outcome
 from tests.serve import rig
 from tests.serve.http.live import base, greedy, merged, write_adapter
-from tests.serve.parallel.test_engine import PAIRS, ask, made
+from tests.serve.parallel.test_engine import SERVED, ask, made
 
 PAGE = (Path(__file__).parents[3] / "docs/serving.md").read_text()
 LINE = "Device 1 of 2 ended (its process ended with status -9), so the server ends"
@@ -35,7 +35,7 @@ def test_two_processes_answer_as_the_merged_model_alone_and_end_together() -> No
     team = Processes(rig.base_model, 2)
     try:
         server = made(team, "split")
-        rig.check(ask(server, 11, PAIRS), server)
+        rig.check(ask(server, 11, SERVED), server)
     finally:
         team.close()
     assert team.processes[1].exitcode == 0 and not team.lost

@@ -26,7 +26,7 @@ from rankwise.serve.parallel.shares import Share
 from rankwise.serve.plan import TokenPlan
 
 SPLITS = ("auto", "split", "replicate")
-SPLIT_FROM = 64  #: rank from which "auto" splits: below it a collective takes longer than the products it saves
+SPLIT_FROM = 64  #: rank from which "auto" splits: two collectives a block are paid with time, and below it save too little memory
 
 
 class SplitBags(Bags):

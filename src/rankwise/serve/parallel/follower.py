@@ -19,7 +19,7 @@ from rankwise.serve.parallel.cutting import cut_model
 from rankwise.serve.parallel.device import DeviceCells
 from rankwise.serve.parallel.messages import Acts, Build, Said, Step, Stop, Write, hear, tell
 from rankwise.serve.parallel.shares import Share, shares
-from rankwise.serve.plan import TokenPlan, make_plan
+from rankwise.serve.plan import make_plan
 from rankwise.serve.runner import NativeRunner
 
 R = TypeVar("R", bound=NativeRunner)
@@ -57,17 +57,18 @@ class Follower(NativeRunner):
     def _gap(self, expected: Tensor) -> float:
         return 0.0
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Step, held: dict[int, Held]) -> None:
+        """``held``: the slots told so far, brought up to date."""
+        for n in step.gone:
+            del held[n]
+        held |= {n: Held(acts.cells, _touching(acts)) for n, acts in step.slots.items()}
         plan = make_plan(step.spans, self.page)
-        self.run(_unsampled(plan), {n: Held(a.cells, _touching(a)) for n, a in step.slots.items()})
-
-
-def _unsampled(plan: TokenPlan) -> TokenPlan:
-    return dataclasses.replace(plan, sample_rows=torch.empty(0, dtype=torch.int64))
+        self.run(dataclasses.replace(plan, sample_rows=torch.empty(0, dtype=torch.int64)), held)
 
 
 def _touching(acts: Acts) -> Served:
-    return Served(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())))
+    """What a runner needs to know of an adapter whose numbers are in cells."""
+    return Served(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())), acts.loose)
 
 
 def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
@@ -82,9 +83,10 @@ def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
     share = shares(model, Layout(model), comm.size)[comm.rank]
     cells, runner = device_of(model, share, comm, build, Follower, torch.empty(0))
     del model  # the slices are copies: the whole weights go
+    held: dict[int, Held] = {}
     tell(pipe, Said("ready"))
     while not isinstance(message := hear(pipe), Stop):
         if isinstance(message, Write):
             cells.write(message.cells, message.split, message.pairs)
         else:
-            runner.step(message)
+            runner.step(message, held)

@@ -7,6 +7,7 @@ so it ends the team.  Errors: PeerLost from then on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -18,12 +19,12 @@ from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.ops.base import Pairs, check_pairs
 from rankwise.serve.parallel.comm import Communicator
 from rankwise.serve.parallel.device import DeviceCells, slices
-from rankwise.serve.parallel.follower import device_of
+from rankwise.serve.parallel.follower import Held, device_of
+from rankwise.serve.parallel.loose import local
 from rankwise.serve.parallel.messages import Acts, Build, Step, Write
 from rankwise.serve.parallel.shares import Share, shares
 from rankwise.serve.plan import TokenPlan
 from rankwise.serve.runner import NativeRunner, Slot, own_logits
-from rankwise.serve.types import AdapterRefused
 
 
 class Team(Protocol):
@@ -80,20 +81,31 @@ def _owned(pairs: Mapping[str, Pairs]) -> dict[str, Pairs]:
 
 
 class Leader(NativeRunner):
-    """The first device's runner."""
+    """The first device's runner: it tells the others each step, and of a slot what acts there when it is first used."""
 
-    def __init__(self, *args: Any, team: Team, **more: Any):
-        self.team = team  # first: a runner takes its first steps, the probe's, while it is made
+    def __init__(self, *args: Any, team: Team, made: Sequence[Share], **more: Any):
+        self.team, self.shares = team, made  # first: a runner takes its first steps, the probe's, while it is made
+        self.told: dict[int, Held] = {}  # as this device holds them
         super().__init__(*args, **more)
 
     def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
-        acts = {s.slot: Acts(tuple(slots[s.slot].cells), tuple(slots[s.slot].served.pairs)) for s in plan.segments}
-        for rank in range(1, self.team.size):
-            self.team.tell(rank, Step(plan.spans, acts))
+        new = {s.slot: slots[s.slot] for s in plan.segments if s.slot not in self.told}
+        gone = tuple(n for n in self.told if n not in slots)
+        for share in self.shares[1:]:
+            acts = {n: Acts(tuple(s.cells), tuple(s.served.pairs), local(s.served, share)) for n, s in new.items()}
+            self.team.tell(share.rank, Step(plan.spans, acts, gone))
+        for n in gone:
+            del self.told[n]
+        self.told |= {n: Held(s.cells, self._own(s.served)) for n, s in new.items()}
         try:
-            return super().run(plan, slots)
+            return super().run(plan, self.told)
         except Exception as error:
             raise self.team.broken(error) from error
+
+    def _own(self, served: Served) -> Served:
+        """The adapter as this device computes it: the head's changes are its alone."""
+        head = {m: those for m, those in served.loose.items() if m not in self.shares[0].cuts}
+        return dataclasses.replace(served, loose=head | local(served, self.shares[0]))
 
 
 def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[SharedCells, Leader]:
@@ -110,19 +122,5 @@ def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[Sh
     for rank in range(1, team.size):
         team.tell(rank, build)
     team.ready()
-    cells, runner = device_of(model, made[0], team.comm, build, functools.partial(Leader, team=team), expected)
+    cells, runner = device_of(model, made[0], team.comm, build, functools.partial(Leader, team=team, made=made), expected)
     return SharedCells(team, made, cells), runner
-
-
-def refuse_loose(served: Served, head: str) -> None:
-    """Adapters on several devices are low-rank pairs, beside which the head may be changed in any way.
-
-    Raises:
-        AdapterRefused: anything else.
-    """
-    elsewhere = [m for m in served.loose if m != head] + [p for p in served.whole if p.rpartition(".")[0] != head]
-    if elsewhere:
-        raise AdapterRefused(
-            f"The adapter {served.manifest.name!r} changes {elsewhere[0]!r} by more than a low-rank pair, which is not served on several "
-            "devices; serve it without --tensor-parallel."
-        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from rankwise.serve.adapters.base import Loose
 from rankwise.serve.ops.base import Pairs
 from rankwise.serve.plan import Span
 
@@ -39,18 +40,20 @@ class Write:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Acts:
-    """What acts on one slot's rows: its cells, and the groups its adapter touches."""
+    """What acts on one slot's rows: its cells, the groups its adapter touches, and the receiver's part of what is no pair."""
 
     cells: tuple[int, ...]
     groups: tuple[str, ...]
+    loose: Mapping[str, tuple[Loose, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its spans in packed order, and each slot in it."""
+    """One step: its spans in packed order, the slots in it that are new to the receiver, and those that it may forget."""
 
     spans: tuple[Span, ...]
     slots: Mapping[int, Acts]
+    gone: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,9 +69,14 @@ class Said:
     why: str = ""
 
 
+def packed(message: Any) -> bytes:
+    """As it goes through a pipe; a tensor goes by value."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
 def tell(to: Connection, message: Any) -> None:
-    """Send; a tensor goes by value.  OSError where nobody is there to receive."""
-    to.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+    """Send.  OSError where nobody is there to receive."""
+    to.send_bytes(packed(message))
 
 
 def hear(source: Connection) -> Any:

@@ -7,6 +7,7 @@ first one is the team's, with one line that says why.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -22,13 +23,14 @@ import torch
 from torch import nn
 
 from rankwise.errors import RankwiseError
+from rankwise.serve.host import keep_freed_memory
 from rankwise.serve.parallel.comm import PeerLost
 from rankwise.serve.parallel.follower import follow
 from rankwise.serve.parallel.gloo import Gloo
-from rankwise.serve.parallel.messages import Said, Stop, hear, tell
+from rankwise.serve.parallel.messages import Said, Stop, hear, packed, tell
 
 STARTING = 600.0  #: seconds in which a process reads the base and builds its part
-LARGE = 1 << 15  #: bytes that a pipe takes whether or not somebody reads
+LARGE = 1 << 14  #: bytes; a pipe takes a few messages below it whether or not somebody reads
 
 
 class Processes:
@@ -61,6 +63,7 @@ class Processes:
             self.processes[rank] = spawn.Process(target=_serve, args=args, name=f"rankwise-device-{rank}", daemon=True)
             self.processes[rank].start()
             theirs.close()
+        atexit.register(self.close)  # before multiprocessing waits for them, who ignore its terminate
 
     def join(self) -> None:
         """Meet the others once they have read the base; from here on their end is noticed.  Raises PeerLost."""
@@ -78,9 +81,10 @@ class Processes:
     def tell(self, rank: int, message: Any) -> None:
         if self.lost:
             raise PeerLost(self.lost)
+        data = packed(message)
         try:
-            with self._impatient(rank):
-                tell(self.pipes[rank], message)
+            with self._impatient(rank) if len(data) > LARGE else contextlib.nullcontext():
+                self.pipes[rank].send_bytes(data)
         except OSError as error:
             raise self.broken(error) from error
 
@@ -112,6 +116,7 @@ class Processes:
     def close(self) -> None:
         """End the others: told so, then waited for, then ended."""
         self._ending.set()
+        atexit.unregister(self.close)
         for rank, process in self.processes.items():
             with contextlib.suppress(OSError):
                 tell(self.pipes[rank], Stop())
@@ -167,6 +172,7 @@ def _serve(load: Callable[[], nn.Module], rank: int, size: int, pipe: Connection
     for sig in (signal.SIGINT, signal.SIGTERM):  # the first device drains and then says stop; should it die, the pipe ends
         signal.signal(sig, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         follow(_loaded(load, pipe), Gloo(rank, size, file, timeout), pipe)  # nothing here keeps the whole base alive
     except (EOFError, BrokenPipeError, PeerLost):
