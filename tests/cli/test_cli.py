@@ -126,15 +126,6 @@ def test_a_mistake_is_one_line_and_status_2(capsys: Any, args: list[str], says: 
     assert says in err and "Traceback" not in err and err.count("\n") <= 2, err
 
 
-def test_an_adapter_of_another_base_says_what_differs(capsys: Any, tmp_path: Path) -> None:
-    import rankwise as rw
-    from tests.models import llama
-
-    rw.attach(llama(), {"r": 2}).save(tmp_path)
-    code, _, err = call(capsys, "eval", "--model", "base", "--adapter", str(tmp_path), "--data", "email")
-    assert (code == 2 and "another base" in err and "×" in err) or "[" in err
-
-
 def test_values_of_set() -> None:
     r = common.recipe_from(None, "lora", "pissa", ["form.r=16", "targets=q_proj,v_proj", "init.niter=4", "losses=[ba_lora]"])
     assert (r.r, r.targets, r.init, r.losses) == (16, ["q_proj", "v_proj"], {"name": "pissa", "niter": 4}, ["ba_lora"])

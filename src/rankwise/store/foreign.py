@@ -50,6 +50,8 @@ def _read_tensorfile(file: Path, specs: Mapping[str, Any]) -> tuple[AdapterState
     from rankwise.store.kohya import is_kohya, read_kohya
 
     tensors, metadata = tensorfile.read_tensors(file.parent, file.name)
+    if metadata.get("format") == "rankwise":
+        raise ArtefactError(f"{file} is a native file under another name; call it rankwise.safetensors, and give its folder.")
     for key, tensor in tensors.items():
         if not tensor.numel():
             raise ArtefactError(f"{file}: tensor {key!r} is empty; it was not gathered before saving.")
