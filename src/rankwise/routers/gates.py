@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,16 @@ from rankwise.routers.base import Record, RouterModule, row_mask
 from rankwise.routers.decision import Decision
 from rankwise.routers.losses import switch, z_loss
 from rankwise.seeds import seed_of
+
+
+class Common(NamedTuple):
+    """What every gate is made of: W_g (E×in), the weight of its balance loss, the noise, and what the noise is drawn from."""
+
+    weight: Tensor
+    balance: float
+    jitter: float
+    seed: int
+    name: str
 
 
 class Gate(RouterModule):
@@ -24,12 +35,11 @@ class Gate(RouterModule):
     sums_to_one = True  # whether a row's weights do; else the block starts away from the base
     steps: Tensor
 
-    def __init__(self, weight: Tensor, balance: float, jitter: float, seed: int, name: str):
+    def __init__(self, common: Common):
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.experts, self.balance, self.jitter = len(weight), balance, jitter
-        self.seed, self.name = seed, name
-        if jitter:
+        weight, self.balance, self.jitter, self.seed, self.name = common
+        self.weight, self.experts = nn.Parameter(weight), len(weight)
+        if self.jitter:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
 
     def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
@@ -61,8 +71,8 @@ class Gate(RouterModule):
 class TopK(Gate):
     """The k likeliest experts, their p renormalised."""
 
-    def __init__(self, k: int, *args: object):
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, k: int, common: Common):
+        super().__init__(common)
         self.k = k
 
     def select(self, logits: Tensor, probs: Tensor, length: int) -> Decision:
@@ -75,8 +85,8 @@ class Cumulative(Gate):
 
     sums_to_one = False
 
-    def __init__(self, top_p: float, *args: object):
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, top_p: float, common: Common):
+        super().__init__(common)
         self.top_p = top_p
 
     def select(self, logits: Tensor, probs: Tensor, length: int) -> Decision:
@@ -95,8 +105,8 @@ class Capped(Gate):
 
     sums_to_one = False
 
-    def __init__(self, capacity: int, z: float, *args: object):
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, capacity: int, z: float, common: Common):
+        super().__init__(common)
         self.capacity, self.z = capacity, z
 
     def select(self, logits: Tensor, probs: Tensor, length: int) -> Decision:

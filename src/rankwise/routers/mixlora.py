@@ -16,7 +16,7 @@ from rankwise.errors import OptionError, TargetError
 from rankwise.forms.base import Plan, SiteDelta
 from rankwise.routers.base import Router
 from rankwise.routers.blocks import ExpertBlock, ExpertSite
-from rankwise.routers.gates import Capped, Cumulative, Gate, TopK
+from rankwise.routers.gates import Capped, Common, Cumulative, Gate, TopK
 from rankwise.sites import block_site
 from rankwise.sites.site import Site
 
@@ -104,13 +104,13 @@ class MixLoRA(Router):
     def _gate(self, inp: int, path: str, plan: Plan, device: torch.device) -> Gate:
         own: Any = self  # every option of the variant is a number by now
         weight = torch.randn(self.experts, inp, generator=plan.generator("gate", path)) * own.std
-        common = weight.to(device), self.balance, own.jitter, plan.seed, path
+        common = Common(weight.to(device), self.balance, own.jitter, plan.seed, path)
         if self.variant == "topk":
-            gate: Gate = TopK(own.k, *common)
+            gate: Gate = TopK(own.k, common)
         elif self.variant == "dynamic":
-            gate = Cumulative(own.top_p, *common)
+            gate = Cumulative(own.top_p, common)
         else:
-            gate = Capped(own.capacity, own.z, *common)
+            gate = Capped(own.capacity, own.z, common)
         gate.pool = repr(self)
         return gate
 
