@@ -90,6 +90,23 @@ def test_the_real_server_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("sig,status", [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_the_others_go_with_the_first(sig: signal.Signals, status: int, tmp_path: Path) -> None:
+    port = _free_port()
+    args = ["serve", "--model", "base", "--port", str(port), "--tensor-parallel", "2"]
+    child = subprocess.Popen([sys.executable, "-m", "rankwise.cli.main", *args], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and str(port) in child.stdout.readline()
+    _ask(f"http://127.0.0.1:{port}", "base", [5, 6], 2)
+    (other,) = _children(child.pid)
+    child.send_signal(sig)
+    assert child.wait(30) == status
+    end = time.monotonic() + 10
+    while Path(f"/proc/{other}").exists():
+        assert time.monotonic() < end, "it outlives the server"
+        time.sleep(0.05)
+
+
+@pytest.mark.soak
 def test_a_process_that_stands_still_is_given_up() -> None:
     """It answers no collective: after the time limit the step ends, and the team with it."""
     team = Processes(rig.base_model, 2, timeout=3)

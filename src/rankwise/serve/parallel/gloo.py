@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,5 +52,7 @@ class Gloo:
         try:
             yield
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise PeerLost(f"Device {self.rank} of {self.size} lost the others in a step ({why}).") from error
+            why = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0].rstrip(".")  # without gloo's file and line
+            raise PeerLost(
+                f"Device {self.rank} of {self.size} lost the others in a step ({why}), so the server ends. Start it again."
+            ) from error
