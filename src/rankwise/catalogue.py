@@ -9,8 +9,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import math
+import numbers
 import pkgutil
 import threading
+import types
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -71,6 +75,8 @@ def register(
     exports_to_peft: bool = False,
 ) -> Callable[[T], T]:
     """Enter a class as method ``name`` of ``kind``; its dataclass fields are the method's options.
+
+    Where the class says ``typed = True``, :func:`make` holds each option's value against its annotation.
 
     Raises:
         RankwiseError: the name is taken by another class, or the class is not a dataclass.
@@ -152,4 +158,34 @@ def make(kind: str, name: str, **options: Any) -> Any:
     missing = [o for o, v in info.options.items() if v is dataclasses.MISSING and o not in options]
     if missing:
         raise OptionError(f"The {kind} {name!r} needs a value for {', '.join(missing)}.")
+    if getattr(info.cls, "typed", False):
+        for option, value in options.items():
+            _fits(info, option, value)
     return info.cls(**options)
+
+
+def _fits(info: MethodInfo, option: str, value: Any) -> None:
+    """Refuse a value of another sort than the option's annotation says; numbers must be finite."""
+    wanted = typing.get_type_hints(info.cls)[option]
+    kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+    if not any(_is(value, k) for k in kinds):
+        said = " or ".join(_WORDS.get(k) or _spelled(k) for k in kinds)
+        raise OptionError(f"The {info.kind} {info.name!r} takes {option} as {said}; it got {value!r}.")
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "nothing",
+}  # fmt: skip
+
+
+def _spelled(kind: Any) -> str:
+    return "one of " + ", ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else str(kind)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if kind in (int, float):
+        whole = isinstance(value, numbers.Integral) if kind is int else isinstance(value, numbers.Real) and math.isfinite(value)
+        return whole and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)  # what is no plain class the method checks itself

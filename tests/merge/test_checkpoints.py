@@ -237,3 +237,25 @@ def test_only_the_tensor_at_hand_is_held(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Checkpoint, "read", counted)
     merge_checkpoints([a, b], tmp_path / "out", "ties", None, base)
     assert len(most) == 3 * len(SHAPES) and max(most) == 3, "each is read once, and the base's and two sources' are held at a time"
+
+
+def test_what_the_result_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """A sum is finite in fp32 and infinite in the half precision that it is stored in."""
+    n = "model.norm.weight"
+    a, b = (
+        folder(tmp_path / x, i, dtype=torch.float16, extra={n: torch.full((8,), 4e4, dtype=torch.float16)})
+        for i, x in enumerate("ab")
+    )
+    with pytest.raises(MergeError, match=f"{n}' reaches 8e.04, which torch.float16 cannot hold"):
+        merge_checkpoints([a, b], tmp_path / "out", "average", [1.0, 1.0], normalize=False)
+    assert not (tmp_path / "out").exists()
+    merge_checkpoints([a, b], tmp_path / "out", "average", [1.0, 1.0], normalize=False, dtype=torch.float32)
+    assert torch.equal(whole(tmp_path / "out")[n], torch.full((8,), 8e4))
+
+
+def test_integers_that_some_lack_are_copied_not_averaged(tmp_path: Path) -> None:
+    """0.3·7 + 0.7·7 in fp32 is below 7, and would be cut to 6."""
+    ids = torch.full((5,), 7)
+    a, b = folder(tmp_path / "a", 0, extra={"model.ids": ids}), folder(tmp_path / "b", 1)
+    report = merge_checkpoints([a, b], tmp_path / "out", "interpolation", [0.3, 0.7])
+    assert torch.equal(whole(tmp_path / "out")["model.ids"], ids) and report.copied == ["model.ids"]

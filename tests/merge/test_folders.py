@@ -232,3 +232,22 @@ def test_memory_does_not_grow_with_the_adapters(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD, "lego", *paths], capture_output=True, text=True, check=True)
     grown = float(done.stdout.split()[-1])
     assert grown < 0.5 * held, f"{grown / 1024:.0f} MB beside {held / 1024:.0f} MB of adapters"
+
+
+def test_an_embedding_of_a_native_adapter_is_written_as_one(tmp_path: Path) -> None:
+    """Read without its model: PEFT would leave aside an embedding's factors under a linear layer's names."""
+    import peft
+
+    model = llama()
+    adapter = rw.attach(model, {"r": 3, "targets": ["embed_tokens", "q_proj"]})
+    with torch.no_grad():
+        for p in adapter.trainable_parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    adapter.export(tmp_path / "a", "native")
+    adapter.detach()
+    source = open_folder(tmp_path / "a")
+    export_merged(tmp_path / "out", merge_states([source], [1.0]), [source])
+    read = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "out"))
+    want = source.sites["model.embed_tokens"].dense()
+    got = read.base_model.model.model.embed_tokens.get_delta_weight("default")
+    assert torch.allclose(got.mT, want, atol=1e-5) and float(want.norm()) > 0

@@ -33,7 +33,7 @@ def test_sum_without_pruning_is_the_weighted_sum() -> None:
     got = merge_states([a, b], [0.7, 0.3], "knots", rule="sum", density=1.0, lam=0.5)
     assert torch.allclose(dense(got), 0.5 * (0.7 * dense(a) + 0.3 * dense(b)), atol=1e-5)
     assert merge_states([a, b], None, "knots", rank=2).sites["x"].exact_rank == 2
-    with pytest.raises(OptionError, match="rule in"):
+    with pytest.raises(OptionError, match="rule as one of"):
         merge_states([a, b], None, "knots", rule="vote")
 
 

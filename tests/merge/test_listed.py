@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from rankwise.catalogue import make, methods
+from rankwise.errors import OptionError
 from tests.cli.tools import call
 
 #: (kind, name) → number of its reference card; None where part 1 of the reference gives it no number of its own
@@ -58,3 +60,22 @@ def test_each_page_says_where_it_comes_from(listed: dict[tuple[str, str], Any]) 
         and not any(w in listed[k].doc for w in ("Source", "source", "mergekit", "published", "Card", "arXiv"))
     ]
     assert not silent, silent
+
+
+def test_every_option_refuses_what_is_of_another_sort() -> None:
+    """What ``--set`` may bring: a word, a number that is none, a list; and a number that is not finite."""
+    for kind in ("merge", "logits"):
+        for info in methods(kind):
+            made = make(kind, info.name, **{o: v for o, v in info.options.items() if v is not None and o != "stragglers"})
+            assert isinstance(made, info.cls)
+            for option in set(info.options) - {"stragglers"}:
+                for wrong in ("abc", float("nan"), [1], {}):
+                    with pytest.raises(OptionError, match=option):
+                        make(kind, info.name, **{option: wrong})
+    with pytest.raises(OptionError, match="takes rank as a whole number or nothing; it got 2.5"):
+        make("merge", "svd", rank=2.5)
+    for name in ("svd", "ties", "task_arithmetic", "knots", "robust_interpolation"):
+        with pytest.raises(OptionError, match="rank of at least 1; it got rank = 0"):
+            make("merge", name, rank=0)
+    with pytest.raises(OptionError, match="alpha as a share"):
+        make("merge", "robust_interpolation", alpha=7.0)

@@ -332,3 +332,20 @@ def test_settings_are_resolved_at_a_tensor() -> None:
     )
     with pytest.raises(OptionError, match="'filter' and 'value'"):
         resolve([{"filtre": "x", "value": 1}], "x", 0, False, "p")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"models": [{"parameters": {"weight": 1}}]}, {"models": "a"}, {"models": [3]}, {"models": [{"model": 3}]}, {"base_model": 7},
+        {"models": None, "slices": [{"parameters": {}}]}, {"models": None, "slices": {"sources": 1}}, {"merge_method": ["linear"]},
+        {"models": [{"model": "A", "parameters": [1]}]}, {"dtype": ["float16"]},
+        {"models": None, "slices": [{"sources": [{"model": "A", "layer_range": 5}]}]},
+        {"models": None, "slices": [{"sources": [{"model": "A", "layer_range": [0, "x"]}]}]},
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_is_told(models: dict[str, str], tmp_path: Path, wrong: dict[str, Any]) -> None:
+    text = json.dumps({"merge_method": "linear", "models": [{"model": "A", "parameters": {"weight": 1}}], **wrong})
+    with pytest.raises(OptionError):
+        merge_yaml(json.loads(text.replace('"A"', json.dumps(models["a"]))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -223,7 +223,7 @@ def test_wrong_input_is_told() -> None:
         merge_states([a, a], None, "ties", oracle=judge())
     with pytest.raises(OptionError, match="batches"):
         merge_states([a, a], None, "learned_soup", oracle=Oracle(llama()))
-    with pytest.raises(OptionError, match="per in"):
+    with pytest.raises(OptionError, match="per as one of"):
         merge_states([a, a], None, "learned_soup", oracle=judge(), per="layer")
     with pytest.raises(OptionError, match="lr > 0"):
         merge_states([a, a], None, "learned_soup", oracle=judge(), lr=0.0)

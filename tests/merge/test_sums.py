@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rankwise as rw
-from rankwise.delta import AdapterState
+from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError
 from rankwise.merge import attach_merged, attach_state, merge_states
 from tests.merge.tools import dense, source
@@ -99,3 +99,30 @@ def test_crossed_sums_are_told_from_products_of_factors(near: bool) -> None:
     ratio = float((want - whole).norm() / whole.norm())
     assert FactorStack("x", w, pairs=pairs).crossed(C) == pytest.approx(ratio, rel=1e-4 if near else 1e-6)
     assert FactorStack("x", (0.0,) * 4, pairs=pairs).crossed(C) == 1.0
+
+
+def test_the_distance_from_a_sum_that_nearly_cancels_is_true() -> None:
+    """Two near adapters, one taken off the other: products in fp32 would tell the small sum wrongly."""
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 12, generator=g), torch.randn(10, 4, generator=g)
+    C, D = A + 1e-4 * torch.randn(4, 12, generator=g), B + 1e-4 * torch.randn(10, 4, generator=g)
+    got = merge_states([AdapterState({"x": LowRank(A, B)}), AdapterState({"x": LowRank(C, D)})], [1.0, -1.0], "linear")
+    whole = B.double() @ A.double() - D.double() @ C.double()
+    made = got.sites["x"].B.double() @ got.sites["x"].A.double()
+    assert got.meta["errors"]["x"] == pytest.approx(float((made - whole).norm() / whole.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties", "lego", "knots", "slerp"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_that_is_not_finite_is_refused(method: str, value: float) -> None:
+    B = torch.ones(10, 2)
+    B[3, 1] = value
+    broken, sound = (AdapterState({"x": LowRank(torch.ones(2, 8), b)}) for b in (B, torch.ones(10, 2)))
+    with pytest.raises(MergeError, match=r"Source 1 \(from 0\) holds values at 'x' that are not finite"):
+        merge_states([sound, broken], None, method)
+
+
+def test_a_sum_beyond_fp32_is_refused() -> None:
+    wide = AdapterState({"x": LowRank(torch.full((1, 8), 1e200, dtype=torch.float64), torch.ones(10, 1, dtype=torch.float64))})
+    with pytest.raises(MergeError, match="beyond what fp32 holds"):
+        merge_states([wide], [1.0], "cat")

@@ -21,7 +21,7 @@ from rankwise.delta import AdapterState, Delta, LowRank
 from rankwise.delta.lowrank import cut
 from rankwise.delta.solve import randomized_svd
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.stack import FAR, FactorStack, Pair, Stack, one_shape
+from rankwise.merge.stack import FAR, FactorStack, Pair, Stack, one_shape, share_of
 from rankwise.seeds import generator
 
 
@@ -67,6 +67,7 @@ class Merge:
     """
 
     info: ClassVar[MethodInfo]
+    typed: ClassVar[bool] = True
     gauge_invariant: ClassVar[bool] = True
     breaks: ClassVar[frozenset[str]] = frozenset()
     count: ClassVar[int | None] = None
@@ -171,12 +172,21 @@ def _site(
         return rule.add(found, weights).to(torch.float32), 0.0, 0.0
     stack = FactorStack(name, weights, pairs=tuple(_factors(d, name) for d in found))
     one_shape(stack)
+    for t, pair in enumerate(stack.pairs):
+        if pair is not None and not _finite(*pair):
+            raise MergeError(f"Source {t} (from 0) holds values at {name!r} that are not finite; leave it out, or train it again.")
     made = rule.combine(stack, seed)
     if not isinstance(made.value, LowRank):
         raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
     error = distance(made.value, stack.total()) if made.error is None else made.error
-    A, B = made.value.factors()
-    return LowRank(A.float(), B.float(), 1.0), error, made.truncation
+    A, B = (t.float() for t in made.value.factors())
+    if not _finite(A, B):
+        raise MergeError(f"The merge at {name!r} is beyond what fp32 holds; give smaller weights.")
+    return LowRank(A, B, 1.0), error, made.truncation
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(math.isfinite(float(t.sum())) or bool(t.isfinite().all()) for t in tensors)
 
 
 def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge:
@@ -282,8 +292,7 @@ def _distance(a: LowRank, b: LowRank, dtype: torch.dtype) -> float:
     left = torch.cat([B.to(dtype), -D.to(dtype)], 1)
     right = torch.cat([A.to(dtype), C.to(dtype)], 0)
     products, own = (left.mT @ left).mul_(right @ right.mT).double(), slice(B.shape[1], None)
-    gap, size = products.sum().clamp_min(0).sqrt(), products[own, own].sum().clamp_min(0).sqrt()
-    return float(gap / size) if size > 0 else float(gap > 0)
+    return share_of(products, products[own, own], dtype)
 
 
 def truncated(total: LowRank, rank: int) -> Merged:
@@ -313,6 +322,11 @@ def share(name: str, option: str, value: float, *, zero: bool = False) -> None:
     """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``)."""
     if not (0 <= value <= 1 if zero else 0 < value <= 1):
         raise OptionError(f"The merge {name!r} takes {option} as a share in {'[' if zero else '('}0, 1]; it got {value}.")
+
+
+def at_least_one(name: str, rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise OptionError(f"The merge {name!r} cuts to a rank of at least 1; it got rank = {rank}.")
 
 
 def one_of(name: str, option: str, value: str, among: Iterable[str]) -> None:

@@ -151,7 +151,7 @@ class Aligned:
                 f"{', '.join(sorted(set(lacking)))} has no {name!r}, which {lead.folder.name} has; the option missing=copy takes it over unmerged."
             )
         copy = bool(lacking) and (self.missing == "copy" or (base is not None and base[1] not in base[0].table))
-        if not dtype.is_floating_point and not lacking:
+        if not dtype.is_floating_point:  # nothing to average, whoever lacks it
             return Job(name, shape, dtype, tuple(self._reader(c, n, shape, lead, original) for c, n in have), (), None)
         if copy or rule is None:
             return Job(name, shape, dtype, (self._reader(lead, original, shape, lead, original),), (1.0,), None)

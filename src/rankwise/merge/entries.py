@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.merge.base import Merge, Merged, draws, lowered, one_of, share
+from rankwise.merge.base import Merge, Merged, at_least_one, draws, lowered, one_of, share
 from rankwise.merge.sparsify import RESCALES, Bernoulli, Middle, Ranked, Sparsifier, Top
 from rankwise.merge.stack import FactorStack, Stack
 
@@ -37,8 +37,7 @@ class Entrywise(Merge):
 
     def __post_init__(self) -> None:
         name = self.info.name
-        if self.rank is not None and self.rank < 1:
-            raise OptionError(f"The merge {name!r} cuts to a rank of at least 1; it got rank = {self.rank}.")
+        at_least_one(name, self.rank)
         for option, check in (("density", None), ("rescale", RESCALES), ("elect", ELECT), ("divide", DIVIDE)):
             if hasattr(self, option):
                 value = getattr(self, option)

@@ -218,7 +218,8 @@ def _native(folder: Path, verify: bool) -> Folder:
     if verify and tensorfile.digest(file.all(), text) != file.metadata["sha256"]:
         raise ArtefactError(f"{where} is damaged: its digest does not fit its content.")
     keys, scales = _of_state(folder, head) if head["kind"] == "state" else _of_adapter(folder, head, set(file.table))
-    specs = {n: _spec(n, file.table[a][1], file.table[b][1]) for n, (a, b) in keys.items()}
+    said = {n: s for part in head.get("parts", ()) for n, s in part["specs"].items()}
+    specs = {n: _spec(n, file.table[a][1], file.table[b][1], said.get(n)) for n, (a, b) in keys.items()}
     full = {n: f"full::{n}" for n in head["full"]}
 
     def site(name: str) -> Delta:
@@ -258,7 +259,8 @@ def _of_adapter(folder: Path, head: Mapping[str, Any], tensors: set[str]) -> tup
     return keys, scales
 
 
-def _spec(name: str, A: tuple[int, ...], B: tuple[int, ...]) -> SiteSpec:
+def _spec(name: str, A: tuple[int, ...], B: tuple[int, ...], said: Mapping[str, Any] | None) -> SiteSpec:
+    """What the adapter's file says of the site (of a state nothing): an export must know an embedding from a linear layer."""
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         raise MergeError(f"The source at {name!r} has A {A} and B {B}; merge stacks of experts one by one.")
-    return SiteSpec(name=name, module=name, out=B[0], inp=A[1])
+    return SiteSpec(name=name, module=name, out=B[0], inp=A[1]) if said is None else SiteSpec.from_json(dict(said))

@@ -156,16 +156,32 @@ def run(job: Job, report: CheckpointReport, seed: int) -> Tensor:
     assert isinstance(value, Tensor)
     report.errors[job.name] = _from_sum(value, stack) if merged.error is None else merged.error
     made = value if lifted is None else _put_back(value, stack, lifted.reshape(size), readers)
-    if not (math.isfinite(float(made.sum())) or bool(torch.isfinite(made).all())):  # a sum is a fifth of the look at each
+    if not _finite(made):
         raise MergeError(
             f"The merge at {job.name!r} is not finite; a source holds values that are not, or its weights are too large."
         )
-    result = made.reshape(job.shape).to(job.dtype)
+    result = _cast(made.reshape(job.shape), job)
     if base is not None:
         gap = result.to(wide) - base
         report.moved[job.name] = _relative(gap, base.to(wide))
         report.changed |= not torch.equal(result, base.to(job.dtype))
     return result
+
+
+def _finite(t: Tensor) -> bool:
+    return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())  # a sum is a fifth of the look at each
+
+
+def _cast(t: Tensor, job: Job) -> Tensor:
+    """In the result's dtype; refused where finite values would become infinite."""
+    made = t.to(job.dtype)
+    narrower = t.dtype != job.dtype and (job.dtype == torch.float16 or t.dtype == torch.float64)
+    if narrower and not _finite(made) and not torch.equal(made.isfinite(), t.isfinite()):
+        raise MergeError(
+            f"The result at {job.name!r} reaches {float(t.abs().max()):.3g}, which {job.dtype} cannot hold; give dtype=bfloat16 or "
+            "float32 (--dtype), or smaller weights."
+        )
+    return made
 
 
 def _from_sum(value: Tensor, stack: TensorStack) -> float:
@@ -190,7 +206,7 @@ def _agreed(job: Job, report: CheckpointReport) -> Tensor:
     if not all(torch.equal(first, t) for t in rest):
         raise MergeError(f"The sources disagree in the integers of {job.name!r}, which cannot be averaged.")
     report.copied.append(job.name)
-    return first.to(job.dtype)
+    return _cast(first, job)
 
 
 def _once(read: Read) -> Read:

@@ -9,8 +9,7 @@ import torch
 
 from rankwise.catalogue import register
 from rankwise.delta import LowRank
-from rankwise.errors import OptionError
-from rankwise.merge.base import Merge, Merged, one_of, share, truncated
+from rankwise.merge.base import Merge, Merged, at_least_one, one_of, share, truncated
 from rankwise.merge.stack import FactorStack, Stack
 
 
@@ -38,8 +37,7 @@ class KnOTS(Merge):
     def __post_init__(self) -> None:
         one_of("knots", "rule", self.rule, ("ties", "sum"))
         share("knots", "density", self.density)
-        if self.rank is not None and self.rank < 1:
-            raise OptionError(f"The merge 'knots' cuts to a rank of at least 1; it got rank = {self.rank}.")
+        at_least_one("knots", self.rank)
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         from rankwise.merge.entries import Entrywise

@@ -40,6 +40,7 @@ class LogitCombiner:
     """Base of all combiners; dataclass fields are options."""
 
     info: ClassVar[MethodInfo]
+    typed: ClassVar[bool] = True
 
     def check(self, terms: Sequence[Term]) -> None:
         """Refuse terms that this combiner cannot follow.  Called once, before any forward."""

@@ -79,7 +79,7 @@ def plan(
 ) -> tuple[list[Job], Checkpoint, dict[str, Any], str, torch.dtype | None]:
     """(jobs, whose config and tokenizer, changes of the config, method, dtype) of a mergekit file's content."""
     name = data.get("merge_method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise OptionError(f"merge_method {name!r} is not known here; {nearest(str(name), METHODS)}")
     if unknown := sorted(set(data) - _KEYS):
         raise OptionError(f"The key {unknown[0]!r} of a mergekit file is not supported here; known: {', '.join(sorted(_KEYS))}.")
@@ -91,6 +91,8 @@ def plan(
         return kept[model]
 
     base = data.get("base_model")
+    if base is not None and not isinstance(base, str):
+        raise OptionError(f"base_model is the path of a model; it got {base!r}.")
     slices = _slices(data, base, load, METHODS[name])
     if len({load(s.model).tied for part in slices for s in part.sources}) > 1:
         raise MergeError("Some of these models tie their output to the embedding and some do not; untie them all first.")
@@ -201,11 +203,13 @@ def _slices(data: Mapping[str, Any], base: str | None, load: Loaded, method: Met
     if base is None and method.base in ("changes", "first"):
         raise OptionError(f"merge_method {name!r} needs base_model.")
     made = []
-    for part in data["slices"] if data.get("slices") else [{"sources": data["models"]}]:
+    for part in _each(data["slices"], "slices") if data.get("slices") else [{"sources": data["models"]}]:
         _only(part, {"sources", "parameters"}, "a slice")
-        entries, ranges = list(part["sources"]), []
+        entries, ranges = _each(part.get("sources"), "sources" if data.get("slices") else "models"), []
         for e in entries:
             _only(e, {"model", "parameters"} | ({"layer_range"} if "slices" in data else set()), "a source")
+            if not isinstance(e.get("model"), str):
+                raise OptionError(f"A source of a mergekit file names its model by a path; it got {e.get('model')!r}.")
             ranges.append(_range(e, load))
         if base is not None and base not in [e["model"] for e in entries]:
             if "slices" not in data and method.base in ("source", "first"):
@@ -226,6 +230,12 @@ def _slices(data: Mapping[str, Any], base: str | None, load: Loaded, method: Met
     return made
 
 
+def _each(entries: Any, key: str) -> list[Mapping[str, Any]]:
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, Mapping) for e in entries):
+        raise OptionError(f"The key {key!r} of a mergekit file is a list of entries with keys of their own; it got {entries!r}.")
+    return list(entries)
+
+
 def _only(entry: Mapping[str, Any], known: set[str], what: str) -> None:
     if unknown := sorted(set(entry) - known):
         raise OptionError(f"The key {unknown[0]!r} of {what} is not supported here; known: {', '.join(sorted(known))}.")
@@ -233,7 +243,10 @@ def _only(entry: Mapping[str, Any], known: set[str], what: str) -> None:
 
 def _parameters(entry: Mapping[str, Any], method: Method, name: str) -> Mapping[str, Any]:
     """Its ``parameters``, every one known to the method; those that only one value has here are taken off."""
-    given = dict(entry.get("parameters") or {})
+    said = entry.get("parameters") or {}
+    if not isinstance(said, Mapping):
+        raise OptionError(f"The key 'parameters' of a mergekit file holds names with values; it got {said!r}.")
+    given = dict(said)
     for key, value in list(given.items()):
         if key in method.only:
             if value != method.only[key]:
@@ -247,10 +260,13 @@ def _parameters(entry: Mapping[str, Any], method: Method, name: str) -> Mapping[
 
 def _range(entry: Mapping[str, Any], load: Loaded) -> tuple[int, int]:
     depth = _layers(load(entry["model"]))
-    a, b = entry.get("layer_range", (0, depth))
-    if not 0 <= a < b <= depth:
-        raise OptionError(f"layer_range [{a}, {b}] of {entry['model']!r}, which has {depth} layers.")
-    return a, b
+    said = entry.get("layer_range", (0, depth))
+    ends = list(said) if isinstance(said, list | tuple) else []
+    if len(ends) != 2 or not all(type(n) is int for n in ends) or not 0 <= ends[0] < ends[1] <= depth:
+        raise OptionError(
+            f"layer_range {said!r} of {entry['model']!r}, which has {depth} layers; give [first, last + 1] among them."
+        )
+    return ends[0], ends[1]
 
 
 def _layers(c: Checkpoint) -> int:
@@ -270,9 +286,9 @@ def _depth(template: Checkpoint, slices: Sequence[Slice], load: Loaded) -> dict[
 
 
 def _dtype(name: Any) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
         raise OptionError(f"dtype is one of {', '.join(DTYPES)}; it got {name!r}.")
-    return DTYPES.get(name)
+    return None if name is None else DTYPES[name]
 
 
 def _same_tokenizer(source: Any, template: Checkpoint, models: Mapping[str, Checkpoint]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from rankwise.catalogue import make, register
 from rankwise.errors import OptionError, nearest
-from rankwise.merge.base import Merge, Merged, Source, share
+from rankwise.merge.base import Merge, Merged, Source, at_least_one, share
 from rankwise.merge.stack import FactorStack, Stack, TensorStack
 
 
@@ -23,7 +23,7 @@ class RobustInterpolation(Merge):
     ``stragglers`` names sites (of whole models: tensors).  Where none is named and ``density`` < 1, they are the layers whose
     path rises above the line between its ends like no other's (:mod:`rankwise.merge.straggler`), found by the oracle's
     score on 5 points a layer; where no layer does, nothing is thinned.  Density 1 is plain interpolation, exact; thinned
-    changes are lowered by an SVD, to ``rank`` or exactly.  α itself is found by a search on held-out data
+    changes, and no others, are lowered by an SVD, to ``rank`` or exactly.  α itself is found by a search on held-out data
     (``rankwise merge --search alpha=0:1:0.1``).
 
     Source: mlfoundations/model-soups, wise-ft-example.py (α = 0.75); the straggler rule is a reconstruction (no code is
@@ -38,6 +38,8 @@ class RobustInterpolation(Merge):
 
     def __post_init__(self) -> None:
         share("robust_interpolation", "density", self.density)
+        share("robust_interpolation", "alpha", self.alpha, zero=True)
+        at_least_one("robust_interpolation", self.rank)
         if isinstance(self.stragglers, str):
             object.__setattr__(self, "stragglers", (self.stragglers,))
         if self.stragglers and self.density == 1:

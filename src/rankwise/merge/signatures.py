@@ -56,6 +56,7 @@ class RobustSignature(Weighing):
     keep: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is not None and self.keep < 1:
             raise OptionError(f"The merge 'robust_signature' keeps at least the first block; it got keep = {self.keep}.")
 

@@ -21,6 +21,8 @@ from rankwise.errors import MergeError
 Pair = tuple[Tensor, Tensor]
 #: relative distance above which fp32 products tell it to five digits; what is nearer is told in fp64
 FAR = 0.3
+#: the least share of its summands that a sum of fp32 products must keep, and the least sum, to be told by them
+CANCELS, TINY = 1e-2, 1e-30
 #: bytes of one block of all sources, and the rows whose random draws are made together (blocks begin at multiples of it)
 BLOCK_BYTES, TILE = 16 * 2**20, 16
 
@@ -150,12 +152,11 @@ class FactorStack(Stack):
         G, H = (A @ A.mT).double(), (B.mT @ B).double()
         w = torch.tensor(self.weights, dtype=torch.float64)
 
-        def size(M: Tensor) -> Tensor:
+        def products(M: Tensor) -> Tensor:
             half = (M @ G.view(T, -1)).view(T * r, T, r)
-            return (H.view(T * r, T, r) * (M @ half)).sum().clamp_min(0).sqrt()
+            return H.view(T * r, T, r) * (M @ half)
 
-        gap, whole = size(C - w.diag()), size(w.diag())
-        return float(gap / whole) if whole > 0 else float(gap > 0)
+        return share_of(products(C - w.diag()), products(w.diag()), dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,6 +203,18 @@ class TensorStack(Stack):
                 if (source := self.read[t]) is not None:
                     mine.add_(source().reshape(self.size)[rows] if self.base is None else self.block(t, rows), alpha=x)
         return made
+
+
+def share_of(gap: Tensor, whole: Tensor, dtype: torch.dtype) -> float:
+    """√(Σ gap / Σ whole) of squares told by their summands, which came from products in ``dtype``; 0 where both vanish.
+
+    NaN where fp32 products do not tell ``whole`` to five digits, because its summands cancel or are too small.
+    """
+    size = float(whole.sum())
+    if dtype == torch.float32 and not (size > TINY and size > CANCELS * float(whole.abs().sum())):
+        return float("nan")
+    off = max(float(gap.sum()), 0.0)
+    return math.sqrt(off / size) if size > 0 else float(off > 0)
 
 
 def _digest(t: Tensor) -> str:

@@ -11,7 +11,7 @@ import torch
 from rankwise.catalogue import register
 from rankwise.delta import LowRank
 from rankwise.errors import MergeError
-from rankwise.merge.base import Merge, Merged, truncated
+from rankwise.merge.base import Merge, Merged, at_least_one, truncated
 from rankwise.merge.stack import FactorStack, Stack
 
 
@@ -38,6 +38,9 @@ class SVD(Merge):
 
     checkpoints: ClassVar[bool] = False
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one("svd", self.rank)
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         assert isinstance(stack, FactorStack)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.merge.base import Merge, Merged, truncated
+from rankwise.merge.base import Merge, Merged, at_least_one, truncated
 from rankwise.merge.stack import FactorStack, Stack, TensorStack
 
 
@@ -27,6 +27,9 @@ class Weighing(Merge):
 
     products: ClassVar[bool] = True
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one(self.info.name, self.rank)
 
     def coefficients(self, gram: Tensor, w: Tensor) -> Tensor:
         """(T, T) inner products and (T,) weights, fp64 → (T,)."""
