@@ -267,6 +267,9 @@ def test_an_option_is_searched_on_held_out_text_and_drawn(capsys: Any, tmp_path:
         capsys, *args, "--method", "lego", "--search", "rank=1,2", "--search", "nu=linf,l2", "--out", str(tmp_path / "l")
     )
     assert code == 0 and text.count("linf") == 2 and text.count("  chosen\n") == 1, err
+    assert any(line.split()[-1:] == ["weight"] for line in text.splitlines())
+    code, text, err = call(capsys, *args, "--method", "slerp", "--search", "t=0,1", "--out", str(tmp_path / "s"))
+    assert code == 0 and "merged" in text and not any(line.split()[-1:] == ["weight"] for line in text.splitlines()), err
 
 
 def test_whole_models_are_chosen_by_held_out_text(capsys: Any, tmp_path: Path) -> None:

@@ -259,3 +259,9 @@ def test_integers_that_some_lack_are_copied_not_averaged(tmp_path: Path) -> None
     a, b = folder(tmp_path / "a", 0, extra={"model.ids": ids}), folder(tmp_path / "b", 1)
     report = merge_checkpoints([a, b], tmp_path / "out", "interpolation", [0.3, 0.7])
     assert torch.equal(whole(tmp_path / "out")["model.ids"], ids) and report.copied == ["model.ids"]
+
+
+def test_untie_is_true_or_false(tmp_path: Path) -> None:
+    _, a, b = trio(tmp_path)
+    with pytest.raises(OptionError, match="untie is true or false; it got 'abc'"):
+        merge_checkpoints([a, b], tmp_path / "out", untie="abc")  # type: ignore[arg-type]

@@ -32,3 +32,9 @@ def test_nearswap_moves_by_at_most_t() -> None:
     assert torch.allclose(go(0.3), dense(a) + step.clamp(-0.3, 0.3), atol=1e-5)
     with pytest.raises(OptionError, match="t ≥ 0"):
         go(-1.0)
+
+
+def test_one_source_has_no_variance_to_select_by() -> None:
+    assert merge_states([source(0)], None, "sce").sites["x"].exact_rank == 3
+    with pytest.raises(OptionError, match="one has none; give two, or density = 1"):
+        merge_states([source(0)], None, "sce", density=0.5)

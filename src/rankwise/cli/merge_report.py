@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rankwise.catalogue import find
 from rankwise.cli.common import emit_json, out, table
 from rankwise.cli.merge_score import show
 
@@ -33,11 +34,15 @@ def losses(meta: Mapping[str, Any], method: str) -> None:
     if found := meta.get("search"):
         show(found)
     if found := meta.get("score"):
-        scored(found, meta["weights"])
+        scored(found, meta["weights"] if find("merge", meta["method"]).cls.uses_weights else None)  # type: ignore[attr-defined]
 
 
 def scored(found: Mapping[str, Any], weights: Any) -> None:
-    """The table of a soup: each source's score and weight (the mean of its weights by place), and the soup's."""
+    """Each source's score and weight (the mean of its weights by place; no column where weights mean nothing), and the result's."""
+    if weights is None:
+        rows = [*found["sources"].items(), ("merged", found["merged"])]
+        table(f"{found['of']} on {found['data']}", ["source", found["of"]], rows, right=[found["of"]])
+        return
     each = list(zip(*weights.values(), strict=True)) if isinstance(weights, Mapping) else [[w] for w in weights]
     rows = [(f, s, f"{sum(w) / len(w):.3f}") for (f, s), w in zip(found["sources"].items(), each, strict=True)]
     rows.append(("merged", found["merged"], ""))

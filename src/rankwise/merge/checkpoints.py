@@ -69,6 +69,8 @@ def merge_checkpoints(
         raise OptionError(f"The merge {name!r} takes adapters, not whole models; for models use 'average' or 'task_arithmetic'.")
     on = on or rule.works_on
     one_of(name, "on", on, ("changes", "weights"))
+    if not isinstance(untie, bool):
+        raise OptionError(f"untie is true or false; it got {untie!r}.")
     if on == "changes" and base is None:
         raise OptionError(
             f"The merge {name!r} works on changes from a base model; give the folder of that base (--base, or base=)."

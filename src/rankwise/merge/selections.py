@@ -23,9 +23,10 @@ from rankwise.merge.stack import Stack
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SCE(Entrywise):
     """Keep the ``density`` share of entries whose variance across sources is largest; weigh each source by the mean of its kept
-    squares; elect signs by Σ v_t; Σ w_t·v_t·[agree] / Σ w_t·[agree].  The given weights are not used.
+    squares; elect signs by Σ v_t; Σ w_t·v_t·[agree] / Σ w_t·[agree].  The given weights are not used.  Where no source differs
+    nothing varies, and nothing is kept at a density below 1.
 
-    Source: mergekit, ``sce`` (``select_topk`` is ``density``).
+    Source: mergekit, ``sce`` (``select_topk`` is ``density``).  Errors: one source at a density below 1.
     """
 
     uses_weights: ClassVar[bool] = False
@@ -35,6 +36,8 @@ class SCE(Entrywise):
         keep = None
         if self.density < 1:
             share("sce", "density", self.density)
+            if len(stack.weights) < 2:
+                raise OptionError("The merge 'sce' selects by variance across sources, and one has none; give two, or density = 1.")
             spread = torch.cat([stack.at(rows).var(0, unbiased=False).flatten() for rows in stack.blocks()])
             keep = _band(spread, 0, max(int(self.density * spread.numel()), 1))
         energy = torch.zeros(len(stack.weights), dtype=torch.float64)
