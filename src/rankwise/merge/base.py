@@ -63,6 +63,7 @@ class Merge:
         any_kind: it takes changes of any kind, not only low-rank ones (:meth:`add`).
         finds_weights: it finds its weights itself (:meth:`weigh`), from scores or gradients of a model.
         uses_weights: weights mean something to it; where not, giving them is refused.
+        spreads: a value of a source that is not finite makes the result not finite, so that only that is looked at.
         whole_weights: each source counts 1 by default, not 1/T.
     """
 
@@ -79,6 +80,7 @@ class Merge:
     finds_weights: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
     whole_weights: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False
 
     @property
     def needs_oracle(self) -> bool:
@@ -172,17 +174,26 @@ def _site(
         return rule.add(found, weights).to(torch.float32), 0.0, 0.0
     stack = FactorStack(name, weights, pairs=tuple(_factors(d, name) for d in found))
     one_shape(stack)
-    for t, pair in enumerate(stack.pairs):
-        if pair is not None and not _finite(*pair):
-            raise MergeError(f"Source {t} (from 0) holds values at {name!r} that are not finite; leave it out, or train it again.")
+    if not rule.spreads:
+        _sound(stack)
     made = rule.combine(stack, seed)
     if not isinstance(made.value, LowRank):
         raise MergeError(f"The merge {rule.info.name!r} gave no low-rank change at {name!r}; this is a bug of the method.")
     error = distance(made.value, stack.total()) if made.error is None else made.error
     A, B = (t.float() for t in made.value.factors())
     if not _finite(A, B):
+        _sound(stack)
         raise MergeError(f"The merge at {name!r} is beyond what fp32 holds; give smaller weights.")
     return LowRank(A, B, 1.0), error, made.truncation
+
+
+def _sound(stack: FactorStack) -> None:
+    """Refuse a source with values that are not finite."""
+    for t, pair in enumerate(stack.pairs):
+        if pair is not None and not _finite(*pair):
+            raise MergeError(
+                f"Source {t} (from 0) holds values at {stack.name!r} that are not finite; leave it out, or train it again."
+            )
 
 
 def _finite(*tensors: Tensor) -> bool:

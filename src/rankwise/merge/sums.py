@@ -21,6 +21,7 @@ class Cat(Merge):
     """Â = stack(A_t): (Σ r_t)×in, B̂ = [w_t·s_t·B_t]: out×(Σ r_t); exactly Σ w_t·ΔW_t.  Source: HF PEFT, ``cat``."""
 
     checkpoints: ClassVar[bool] = False
+    spreads: ClassVar[bool] = True
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         assert isinstance(stack, FactorStack)
@@ -60,6 +61,7 @@ class Linear(Merge):
 
     gauge_invariant: ClassVar[bool] = False
     checkpoints: ClassVar[bool] = False
+    spreads: ClassVar[bool] = True
     breaks: ClassVar[frozenset[str]] = frozenset({"twins"})
 
     def combine(self, stack: Stack, seed: int) -> Merged:
