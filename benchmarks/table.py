@@ -21,6 +21,7 @@ TITLES = {
     "merge": "Merging beside PEFT and mergekit, in turn in one process",
     "merge_memory": "Peak memory of merging (a process each)",
     "merge_scale": "A hundred adapters of rank 16 on a 1B-shaped model, merged from folders site by site",
+    "serving": "Serving on one model with the same requests, everything in turn in random order (8 layers × 512)",
     "serving_ops": "Serving: the adapters' changes of one step beside the base's packed linears (8 layers × 512)",
     "sweep": "Eight small LoRA jobs (r = 8) trained together on one base, and one after another",
     "coserving": "Fine-tuning beside serving: the share of the stand-alone token rate that is kept, and limits attained",
