@@ -53,6 +53,18 @@ def test_mistakes_are_found_before_the_model_is_read(
     assert "Traceback" not in err
 
 
+def test_too_many_devices_are_refused_before_one_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would be a process that reads the base: ninety-eight of them take the machine down."""
+    from rankwise.serve.parallel.processes import Processes
+
+    monkeypatch.setattr(Processes, "start", lambda self: pytest.fail("processes were started"))
+    assert run("--port", "0", "--tensor-parallel", "99") == 2
+    err = capsys.readouterr().err
+    assert "too few for 99 devices; give --tensor-parallel" in " ".join(err.split()) and "Traceback" not in err
+
+
 def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

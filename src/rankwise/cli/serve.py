@@ -145,7 +145,7 @@ def _check_devices(size: int, split: str, train: str | None) -> None:
 
 
 def _team(model: str, size: int, ending: contextlib.ExitStack) -> Any:
-    """The other devices' processes, started and to be ended with ``ending``; None for one device."""
+    """The other devices' processes, to be ended with ``ending``; None for one device."""
     if size == 1:
         return None
     from rankwise.serve.parallel.processes import Processes

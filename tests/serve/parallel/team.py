@@ -37,6 +37,9 @@ class Threads:
             self.ring.broken.set()
             pipe.close()
 
+    def start(self) -> None:
+        """They run from the start."""
+
     def join(self) -> None:
         """The ring is there from the start."""
 

@@ -33,6 +33,10 @@ class Team(Protocol):
     comm: Communicator
     size: int
 
+    def start(self) -> None:
+        """Have the others begin to read the base; what cannot be cut so was refused before."""
+        ...
+
     def join(self) -> None:
         """Meet the others, who have read the base too; ``comm`` is there from then on.  Raises PeerLost."""
         ...
@@ -117,6 +121,7 @@ def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[Sh
         AttachError, OptionError: a model that cannot be cut so; logits that are not the model's. PeerLost: a device ended.
     """
     made = shares(model, layout, team.size)
+    team.start()
     expected = own_logits(model, build.blocks, build.page)
     team.join()
     for rank in range(1, team.size):

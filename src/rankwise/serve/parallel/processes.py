@@ -34,7 +34,7 @@ LARGE = 1 << 14  #: bytes; a pipe takes a few messages below it whether or not s
 
 
 class Processes:
-    """Starts ``size`` − 1 processes at once; :meth:`join` when this one has read its base too.  See :class:`.leader.Team`.
+    """``size`` − 1 other processes, from :meth:`start` on; :meth:`join` meets them.  See :class:`.leader.Team`.
 
     Args:
         load: picklable, gives the plain base; called in each of the others.
@@ -44,7 +44,7 @@ class Processes:
     comm: Gloo
 
     def __init__(self, load: Callable[[], nn.Module], size: int, timeout: float = 60.0):
-        self.size, self.timeout = size, timeout
+        self.load, self.size, self.timeout = load, size, timeout
         self.lost = ""  #: why the team ended, once it did
         self._on_lost: Callable[[str], None] = lambda why: None
         self._running = False
@@ -54,12 +54,15 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="rankwise-team-")
         self._file = str(Path(self._folder.name) / "meeting")
         self.threads = max(1, torch.get_num_threads() // size)
-        spawn = multiprocessing.get_context("spawn")
         self.pipes: dict[int, Connection] = {}
         self.processes: dict[int, Any] = {}
-        for rank in range(1, size):
+
+    def start(self) -> None:
+        """Start the others, who read the base: a process each, so only once the model is known to be cut so."""
+        spawn = multiprocessing.get_context("spawn")
+        for rank in range(1, self.size):
             self.pipes[rank], theirs = spawn.Pipe()
-            args = (load, rank, size, theirs, self._file, timeout, self.threads)
+            args = (self.load, rank, self.size, theirs, self._file, self.timeout, self.threads)
             self.processes[rank] = spawn.Process(target=_serve, args=args, name=f"rankwise-device-{rank}", daemon=True)
             self.processes[rank].start()
             theirs.close()
