@@ -71,7 +71,7 @@ def test_logits_are_the_same_to_the_bit_whatever_is_trained_meanwhile(tmp_path: 
         server, stream, seen = made(tmp_path / str(training))
         if training:
             job = stream.submit(spec("tone", steps=2000))
-            while not stream.waiting():
+            while not stream.ready():
                 time.sleep(0.001)
         events: dict[str, list[Event]] = {}
         names = [None, "one", "eight", "dora", "headed"]
@@ -143,7 +143,7 @@ def test_the_master_identity_holds_while_a_job_is_trained(tmp_path: Path) -> Non
             server = rig_server(*sizes)
             streams.append((server, beside(server, tmp_path / str(i))))
             streams[-1][1].submit(spec("endless", steps=10**6))
-            while not streams[-1][1].waiting():
+            while not streams[-1][1].ready():
                 time.sleep(0.001)
         for seed in range(900_000, 900_010):
             check(*scenario(seed))

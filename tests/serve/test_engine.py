@@ -409,13 +409,13 @@ def test_faults_of_training_beside_end_no_request_and_lasting_ones_the_training(
     class Broken:
         calls = 0
 
-        def waiting(self) -> int:
+        def ready(self) -> bool:
             self.calls += 1
             if self.calls in (2, 4, 5, 6):  # one alone, then three in a row
                 raise OSError("no space left")
-            return 0
+            return False
 
-        def run(self, tokens: int) -> int:
+        def run(self, tokens: int, yielding: bool = True) -> int:
             return 0
 
     stream = Broken()
@@ -425,6 +425,38 @@ def test_faults_of_training_beside_end_no_request_and_lasting_ones_the_training(
     assert done is not None and done.outcome is Outcome.LENGTH
     check_greedy(Request("r", PROMPT), ids, ())
     assert made.engine.stream is None and stream.calls == 6 and made.engine.counters["faults"] == faults + 4
+
+
+def test_training_fills_what_a_limit_leaves_and_yields_where_there_is_none(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step held to a limit keeps a newcomer no longer than that; without one, or with nobody to serve, it is let by."""
+    now = [0.0]
+
+    class Asked:
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, bool]] = []
+
+        def ready(self) -> bool:
+            return True
+
+        def run(self, tokens: int, yielding: bool = True) -> int:
+            self.calls.append((tokens, yielding))
+            now[0] += tokens * 1e-3
+            return tokens
+
+    def one(slo: float | None) -> list[tuple[int, bool]]:
+        stream = Asked()
+        with monkeypatch.context() as m:
+            m.setattr(made.engine, "stream", stream)
+            m.setattr(made.engine.pace, "slo", slo)
+            answer(made, Request("r", PROMPT, Sampling(max_tokens=4, ignore_eos=True)))
+            made.engine.step()  # nobody is left
+        return stream.calls
+
+    monkeypatch.setattr(made.engine, "clock", lambda: now[0])
+    monkeypatch.setattr(made.engine.pace, "train_second", 1e-3)
+    beside, alone = made.engine.pace.train_tokens, made.engine.options.idle_train_tokens
+    assert one(None) == [(beside, True)] * 4 + [(alone, True)]
+    assert one(1.0) == [(1000, False)] * 4 + [(alone, True)], "more than a window's worth"
 
 
 def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:

@@ -56,7 +56,7 @@ def drive(stream: TrainStream, job: Job, budget: int = 16, until: Any = None, se
     end = time.monotonic() + seconds
     while not job.status.final and not (until is not None and until()):
         assert time.monotonic() < end, f"{job.status}: {[n.message for n in job.notes]}"
-        if stream.waiting():
+        if stream.ready():
             assert 0 <= stream.run(budget) <= budget + 1
         else:
             time.sleep(0.001)
@@ -115,7 +115,7 @@ def test_base_bits_and_the_base_model_stay(tmp_path: Path, served: Served) -> No
     job = stream.submit(TrainSpec("a", samples(4), {"form": "dora", "r": 4}, lr=5e-2))
     seen = 0
     while not job.status.final:
-        if stream.waiting():
+        if stream.ready():
             stream.run(7)
             with torch.inference_mode():
                 assert torch.equal(base(ids).logits, logits), "in the midst of training"
@@ -144,7 +144,7 @@ def test_a_cancelled_job_frees_everything_and_the_next_begins(tmp_path: Path, se
     assert [h() for h in held] == [None, None]
     assert (first.status, waiting.status, last.status) == (Status.CANCELLED, Status.CANCELLED, Status.SUCCEEDED)
     assert waiting.step == 0 and list(served.folders) == ["b"]
-    assert stream.waiting() == 0 and stream.run(100) == 0
+    assert not stream.ready() and stream.run(100) == 0
     assert stream.cancel(last.id).status is Status.SUCCEEDED, "too late"
     with pytest.raises(RankwiseError, match="No fine-tuning job is called 'x'"):
         stream.cancel("x")
@@ -153,10 +153,14 @@ def test_a_cancelled_job_frees_everything_and_the_next_begins(tmp_path: Path, se
 def test_a_request_that_comes_in_is_let_by_after_one_piece(tmp_path: Path, served: Served) -> None:
     stream = TrainStream(llama(), tmp_path, served, most=4)
     job = stream.submit(TrainSpec("a", samples(4), {"r": 2}, epochs=100))
-    drive(stream, job, until=stream.waiting)
-    assert stream.run(40) >= 39
+    drive(stream, job, until=stream.ready)
+    begun: list[float] = []
+    piece = stream._piece
+    stream._piece = lambda budget: begun.append(budget) or piece(budget)  # type: ignore[method-assign,func-returns-value]
+    assert 36 <= stream.run(40) <= 41 and min(begun) >= 4, "no sliver is begun"
     stream.wanted = lambda: True
     assert 1 <= stream.run(40) <= 5
+    assert 36 <= stream.run(40, yielding=False) <= 41
     stream.cancel(job.id)
     drive(stream, job)
 

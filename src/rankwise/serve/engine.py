@@ -17,6 +17,7 @@ import torch
 from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.behind import Copies, Residency
 from rankwise.serve.front import Front
+from rankwise.serve.host import release_workers
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.pacing import Pace, Stream
 from rankwise.serve.plan import Role, Span, TokenPlan, make_plan
@@ -86,6 +87,8 @@ class Engine(Front):
 
     # --- life -----------------------------------------------------------------------------------------------------
     def start(self) -> None:
+        """Step on a thread of its own from now on; whoever starts it has done its own products."""
+        release_workers()
         self._thread = threading.Thread(target=self._loop, name="rankwise-engine", daemon=True)
         self._thread.start()
 
@@ -320,12 +323,12 @@ class Engine(Front):
 
     def _train(self, served: bool) -> bool:
         """Training in what this step left; True where some was done."""
-        waiting = self.stream.waiting() if self.stream is not None else 0
-        if self.stream is None or not waiting:
+        if self.stream is None or not self.stream.ready():
             return False
-        share = self.pace.training_tokens(self.queue.step_seconds, waiting) if served else self.options.idle_train_tokens
+        share = self.pace.training_tokens(self.queue.step_seconds) if served else self.options.idle_train_tokens
         start = self.clock()
-        done = self.stream.run(share) if share > 0 else 0
+        # a step that is held to a limit of its own keeps nobody waiting for longer, and taking newcomers in one by one costs a step each
+        done = self.stream.run(share, yielding=not served or self.pace.slo is None) if share > 0 else 0
         self.pace.trained(done, self.clock() - start)
         self.counters["train_tokens"] += done
         return done > 0

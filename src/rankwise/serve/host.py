@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LARGEST = 1 << 30  # bytes; mallopt takes an int
@@ -25,3 +30,46 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
+
+
+def release_workers() -> bool:
+    """Let the calling thread's own OpenMP workers go; its next parallel product starts them anew.
+
+    GNU's OpenMP keeps a pool for every thread that ever ran a parallel product.  As soon as the pools together hold more
+    threads than there are processors, no worker waits awake any longer, and every product of every thread pays for waking
+    one: training steps of the engine's thread took twice the time because the main thread had once read a model.  So whoever
+    hands the work over to the engine's thread, or works beside it now and then, calls this when it is done.
+
+    Returns:
+        False where another OpenMP runs, or one that knows no such call (then nothing is done).
+    """
+    pause = _pause()
+    return pause is not None and pause(SOFT) == 0
+
+
+SOFT = 1  # omp_pause_soft, <omp.h>: what the thread was told (its number of threads) stays
+
+
+@functools.cache
+def _pause() -> Callable[[int], int] | None:
+    """torch's ``omp_pause_resource_all``, where its OpenMP is GNU's (others hold one pool for all threads)."""
+    try:
+        files = {line.rpartition("/")[2] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    except OSError:
+        return None
+    loaded = {name for name in ("libgomp", "libomp", "libiomp5") if any(f.startswith(name) for f in files)}
+    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if loaded == {"libgomp"} else None
+
+
+class Helpers(ThreadPoolExecutor):
+    """Threads that work beside the engine's now and then; each calls :func:`release_workers` after a piece of work."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(_released, fn, *args, **kwargs)
+
+
+def _released(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        release_workers()

@@ -18,12 +18,12 @@ MEMORY = 0.9  #: weight of what was known of the training rate at each new measu
 class Stream(Protocol):
     """Training in what a step leaves: see :mod:`rankwise.serve.train_stream`."""
 
-    def waiting(self) -> int:
-        """Tokens it would take now."""
+    def ready(self) -> bool:
+        """Whether it would take some now."""
         ...
 
-    def run(self, tokens: int) -> int:
-        """Work on up to ``tokens`` tokens; how many it was."""
+    def run(self, tokens: int, yielding: bool = True) -> int:
+        """Work on up to ``tokens`` tokens, with ``yielding`` only until a request comes in; how many it was."""
         ...
 
 
@@ -52,15 +52,15 @@ class Pace:
         more = max(self.step_tokens - 1, 1)
         return (self.model.predict(Load(1 + more)) - self.model.predict(Load(1))) / more
 
-    def training_tokens(self, spent: float, waiting: int) -> int:
+    def training_tokens(self, spent: float) -> int:
         """Training tokens that fit behind ``spent`` seconds of serving; a first few to learn their price."""
         if self.slo is None:
-            return min(waiting, self.train_tokens)
+            return self.train_tokens
         left = self.slo - spent
         if left <= 0:
             return 0
         n = LEAST if self.train_second is None else int(left / self.train_second)
-        return min(n, waiting) if n >= LEAST else 0
+        return n if n >= LEAST else 0
 
     def served(self, load: Load, seconds: float) -> float:
         """Learn from a step's forward; measured over predicted, 1 where nothing was predicted yet."""

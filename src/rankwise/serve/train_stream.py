@@ -13,13 +13,14 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rankwise.errors import OptionError, RankwiseError, unknown
+from rankwise.serve.host import Helpers
 from rankwise.serve.shadow import Net
 from rankwise.serve.train_job import FILE, Job, Status, TrainSpec
 from rankwise.serve.training import Task, Training
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rankwise.serve.assemble import Server
 
 log = logging.getLogger("rankwise.serve")
+SLIVER = 0.1  #: of what was asked for, below which no further piece is begun
 
 #: name and folder of a finished adapter; raises where it cannot be served
 Publish = Callable[[str, Path], object]
@@ -61,7 +63,7 @@ class TrainStream:
         self._task: Task | None = None
         self._resting: Future[Any] | None = None  # what the job in work waits for
         self._then: Callable[[Any], None] = lambda _: None
-        self._helper = ThreadPoolExecutor(1, "rankwise-train")
+        self._helper = Helpers(1, "rankwise-train")
         self._saved = 0  # step of the last checkpoint
         self._restore()
 
@@ -100,17 +102,19 @@ class TrainStream:
         return job
 
     # --- on the engine's thread -----------------------------------------------------------------------------------
-    def waiting(self) -> int:
-        """Tokens it would take now: a window's worth while a job is in work, 0 where there is none or it rests."""
+    def ready(self) -> bool:
+        """Whether a job is in work and does not rest."""
         self._turn()
-        return self.most if self._tasks is not None and self._resting is None else 0
+        return self._tasks is not None and self._resting is None
 
-    def run(self, tokens: int) -> int:
-        """Work worth up to ``tokens`` passes of a token through the layers, or one piece where a request came in; rounded up."""
+    def run(self, tokens: int, yielding: bool = True) -> int:
+        """Work worth up to ``tokens`` passes of a token through the layers, rounded up; with ``yielding`` one piece where a request came in.
+
+        The last of it is left where it is a sliver, whose calls would cost more than its arithmetic.
+        """
         spent = 0.0
-        while tokens - spent >= 1:
-            self._turn()
-            if self._tasks is None or self._resting is not None or (spent and self.wanted()):
+        while tokens - spent >= max(1.0, SLIVER * tokens):
+            if not self.ready() or (yielding and spent and self.wanted()):
                 break
             try:
                 spent += self._piece(tokens - spent)

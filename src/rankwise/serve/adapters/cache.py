@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from rankwise.errors import OptionError
@@ -23,6 +23,7 @@ from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
+from rankwise.serve.host import Helpers
 from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 
@@ -83,7 +84,7 @@ class AdapterCache:
         self._clock, self.on_load = clock, on_load
         #: told every adapter that was read; raises AdapterRefused where the engine cannot serve that sort
         self.accept: Callable[[Served], object] = lambda served: None
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+        self._threads = Helpers(workers, thread_name_prefix="adapter-load")
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._writing = threading.Lock()  # names change one at a time; the disk is written under this one alone

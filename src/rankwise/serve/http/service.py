@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, ParamSpec, TypeVar
 
 from rankwise.serve.adapters.base import Manifest
+from rankwise.serve.host import Helpers, release_workers
 from rankwise.serve.http.auth import Caller, Keys
 from rankwise.serve.http.detokenise import Detokeniser
 from rankwise.serve.http.errors import Refusal, bad
@@ -74,7 +75,7 @@ class Service:
         self.failure = ""
         self.live: weakref.WeakSet[Generation] = weakref.WeakSet()
         self.served: dict[str, int] = {}  # adapter name → sequences asked of it since the start
-        self.workers = concurrent.futures.ThreadPoolExecutor(4, "rankwise-files")
+        self.workers = Helpers(4, "rankwise-files")
         self.scribe = concurrent.futures.ThreadPoolExecutor(1, "rankwise-text")
 
     async def read(self, call: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
@@ -94,6 +95,7 @@ class Service:
 
     async def start(self) -> None:
         """Start the engine; the port is open meanwhile, so /health answers and /ready says not yet."""
+        release_workers()  # this thread read the model, as a rule; the next products are the engine's
         try:
             await self.read(self.engine.start)
         except Exception as error:
