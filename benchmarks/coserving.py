@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.common import write
 from benchmarks.serving import RandomSource, prompts
+from rankwise.host import keep_freed_memory
 from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.host import keep_freed_memory
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.trace import Arrival, TraceOptions, generate
 from rankwise.serve.train_job import TrainSpec

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import write
+from rankwise.host import keep_freed_memory
 from rankwise.serve.adapters.base import Manifest, Served
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.host import keep_freed_memory
 from rankwise.serve.ops.base import WIDTH
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.trace import TraceOptions

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import write
 from rankwise.forms.packed import PackedWeight
-from rankwise.serve.host import keep_freed_memory
+from rankwise.host import keep_freed_memory
 from rankwise.serve.ops.base import WIDTH, Cells, Group
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.ops.step import Op

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import device, interleaved, llama, write
+from rankwise.host import keep_freed_memory
 from rankwise.recipe import Recipe
 from rankwise.train.data import Collator, Example
 from rankwise.train.together import Job, Running, step
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
     a = parser.parse_args()
+    keep_freed_memory()  # as `rankwise sweep` does, for everybody in this process
     rows: list[dict[str, Any]] = []
     for threads, base, dtype in itertools.product(a.threads, a.bases, a.dtypes):
         torch.set_num_threads(threads)

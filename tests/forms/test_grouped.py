@@ -28,14 +28,14 @@ CASES = {
 }
 
 
-def setup(case: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
+def setup(case: str, dtype: torch.dtype = torch.float64, apart: float = 1.0) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
     sizes, more = CASES[case]
     g = torch.Generator().manual_seed(5)
     draw = lambda *shape: (torch.randn(*shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
     groups: list[Group] = []
     at = 0
     for i, (n, r) in enumerate(sizes):
-        groups.append((at, at + n, (draw(r, IN).requires_grad_(), draw(OUT, r).requires_grad_(), 0.5 + i)))
+        groups.append((at, at + n, (draw(r, IN).requires_grad_(), draw(OUT, r).requires_grad_(), 0.5 + i * apart)))
         at += n
     return draw(at + more, IN).requires_grad_(), draw(OUT, IN), draw(OUT), groups
 
@@ -55,8 +55,9 @@ def grads(y: Tensor, x: Tensor, groups: Sequence[Group], *more: Tensor) -> list[
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_each_slice_alone(case: str, bias: bool) -> None:
-    x, W, b, groups = setup(case)
+@pytest.mark.parametrize("apart", [0.0, 1.0], ids=["one scale", "scales"])
+def test_equals_each_slice_alone(case: str, bias: bool, apart: float) -> None:
+    x, W, b, groups = setup(case, apart=apart)
     b = b.requires_grad_() if bias else None  # type: ignore[assignment]
     more = [b] if bias else []
     got, want = grouped_linear(x, W, b, groups), naive(x, W, b, groups)
@@ -66,9 +67,10 @@ def test_equals_each_slice_alone(case: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("case", ["alike", "ranks"])
+@pytest.mark.parametrize("apart", [0.0, 1.0], ids=["one scale", "scales"])
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
-def test_masters_stay_in_fp32(case: str, weight: torch.dtype) -> None:
-    x, W, b, groups = setup(case, torch.float32)
+def test_masters_stay_in_fp32(case: str, weight: torch.dtype, apart: float) -> None:
+    x, W, b, groups = setup(case, torch.float32, apart)
     x = x.detach().to(weight).requires_grad_()
     got = grouped_linear(x, W.to(weight), b.to(weight), groups)
     want = naive(x.detach().double().requires_grad_(), W.to(weight).double(), b.to(weight).double(), _wide(groups))

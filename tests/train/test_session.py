@@ -65,8 +65,8 @@ def test_events_come_in_the_documented_order(monkeypatch: pytest.MonkeyPatch) ->
             inner(run)
 
         monkeypatch.setattr(session.budget, name, told)
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: (seen.append("clip"), clip(*a, **k))[1])
+    clip = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *a, **k: (seen.append("clip"), clip(*a, **k))[1])
     batch = batch_for(model)
     for _ in range(2):
         one(model, session, batch)
@@ -110,6 +110,22 @@ def test_a_nan_anywhere_changes_nothing_and_names_the_place(place: str) -> None:
     assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items())
     assert all(torch.equal(a, b) for a, b in zip(moments, _tensors(session.optimizer.state_dict()), strict=True))
     assert session.t == 1
+
+
+def test_gradients_whose_norm_has_no_number_are_not_taken_for_zero_steps() -> None:
+    """Each value is finite, but a clip to a norm of infinity would make every update 0 and say nothing."""
+    model, adapter, session = start()
+    batch = batch_for(model)
+    one(model, session, batch)
+    before = {k: t.clone() for k, t in adapter.tensors().items()}
+    session.step_begin()
+    model(**batch).loss.backward()
+    for p in adapter.trainable_parameters():
+        assert p.grad is not None
+        p.grad.fill_(3e38)
+    with pytest.raises(TrainingError, match="Step 2: the norm of all gradients together is not finite; the step was not taken"):
+        session.step()
+    assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items()) and session.t == 1
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

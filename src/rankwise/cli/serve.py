@@ -82,8 +82,8 @@ def serve(
     Example: rankwise serve --model base --adapters runs --tensor-parallel 2
     """
     try:
+        from rankwise.host import keep_freed_memory
         from rankwise.serve.assemble import Sizes, assemble
-        from rankwise.serve.host import keep_freed_memory
         from rankwise.serve.http.app import make_app
         from rankwise.serve.http.auth import Keys, is_loopback
         from rankwise.serve.http.server import Server

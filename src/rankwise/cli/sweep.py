@@ -64,6 +64,7 @@ def sweep(
 
     Example: rankwise sweep --model base --data notes.txt -r lora -r dora --grid form.r=4,8 --grid lr=1e-4,3e-4 --out sweep
     """
+    from rankwise.host import keep_freed_memory
     from rankwise.train.advice import advice
     from rankwise.train.sweep import best, prepare
     from rankwise.train.sweep import sweep as run
@@ -74,6 +75,7 @@ def sweep(
     if len(axes) < len(grid or ()):
         raise OptionError("--grid names a field twice; give all its values at once.")
     points = choices(recipes or ["lora"], axes)
+    keep_freed_memory()
     net, reader = load_text_model(model)
     shared = prepare(
         net, reader, data, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split, max_length=max_length, overlong=overlong,

@@ -57,6 +57,7 @@ def train(
     Example: rankwise train --server http://127.0.0.1:8000 --data notes.jsonl --name notes
     """
     import rankwise as rw
+    from rankwise.host import keep_freed_memory
     from rankwise.train import stages
 
     chosen = recipe_from(recipe, form, init, set or ())
@@ -82,6 +83,7 @@ def train(
         raise OptionError(f"{'--model' if model is None else '--out'} is missing; only --server does without it.")
     if name is not None:
         raise OptionError("--name is what a server calls the adapter; without --server leave it out.")
+    keep_freed_memory()
     net, reader = load_model(model)
     if not stages.sees(net) and reader is None:
         raise OptionError(f"{model} has no tokenizer, so text cannot be read for it.")

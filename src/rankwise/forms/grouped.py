@@ -161,7 +161,10 @@ def _batched(
         call.stacked(dx).baddbmm_(dh, _stack(downs, call.compute))
     dA = torch.bmm(dh.mT.contiguous(), call.stacked(x))
     dB = torch.bmm(h[0].mT.contiguous(), dy3)
-    return [*dA.unbind(), *((g.to(B.dtype) * s).t() for g, B, s in zip(dB.unbind(), ups, call.scales))]
+    if any(s != call.scales[0] for s in call.scales) or any(B.dtype != ups[0].dtype for B in ups):
+        return [*dA.unbind(), *((g.to(B.dtype) * s).t() for g, B, s in zip(dB.unbind(), ups, call.scales))]
+    # scaled and laid out as the parameters are for all at once, not one by one on their way into .grad
+    return [*dA.unbind(), *dB.to(ups[0].dtype).mul_(call.scales[0]).mT.contiguous().unbind()]
 
 
 def _looped(

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from rankwise.errors import OptionError, RankwiseError
+from rankwise.host import release_workers
 from rankwise.serve.behind import Copies, Residency
 from rankwise.serve.front import Front
-from rankwise.serve.host import release_workers
 from rankwise.serve.options import EngineOptions
 from rankwise.serve.pacing import Pace, Stream
 from rankwise.serve.plan import Role, Span, TokenPlan, make_plan

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rankwise.errors import OptionError, RankwiseError, unknown
-from rankwise.serve.host import Helpers
+from rankwise.host import Helpers
 from rankwise.serve.shadow import Net
 from rankwise.serve.train_job import FILE, Job, Status, TrainSpec
 from rankwise.serve.training import Task, Training

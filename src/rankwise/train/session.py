@@ -10,6 +10,7 @@ Order of one optimiser step, the same in every loop::
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -152,15 +153,18 @@ class Session:
         if self._micro < self.accumulate:
             return False
         self._micro, self._begun = 0, False
-        params = self.adapter.named_parameters()
-        self.refuse_nonfinite(params)
+        params = dict(zip(*(itertools.chain(*(g[k] for g in self.optimizer.param_groups)) for k in ("param_names", "params"))))
+        norm = self.refuse_nonfinite(params)
         if self._check:
             self._check = False
             self.adapter._roster.check_acted([self.adapter.name])
-            check_first_backward(self.adapter, params)
+            check_first_backward(self.adapter, self.adapter.named_parameters())
         self.add_gradients()
         if self.max_grad_norm is not None:
-            self.logs["grad_norm"] = float(nn.utils.clip_grad_norm_(list(params.values()), self.max_grad_norm))
+            if self.losses:
+                norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(params.values(), self.max_grad_norm, norm)
+            self.logs["grad_norm"] = float(norm)
         self.logs["lr"] = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step()
@@ -190,16 +194,22 @@ class Session:
                 if p.requires_grad:
                     p.grad = extra.to(p.dtype) * scale if p.grad is None else p.grad.add_(extra, alpha=scale)
 
-    def refuse_nonfinite(self, params: Mapping[str, Tensor]) -> None:
-        """Stop before the update where a gradient is NaN or infinite; parameters and state are as before the step."""
+    def refuse_nonfinite(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Stop before the update where a gradient is NaN or infinite; parameters and state are as before the step.
+
+        Returns:
+            The norm of all gradients together (0-d).
+        """
         grads = [p.grad for p in params.values() if p.grad is not None]
-        if not grads or torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum()):
-            return
+        norm = nn.utils.get_total_norm(grads)
+        if torch.isfinite(norm):
+            return norm
         bad = [n for n, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        what = f"the gradient of {bad[0]!r} (and {len(bad) - 1} more)" if bad else "the norm of all gradients together"
         self.optimizer.zero_grad(set_to_none=True)
         where = first_overflow(self.model, self._last)
         raise TrainingError(
-            f"Step {self.optimizer.steps + 1}: the gradient of {bad[0]!r} (and {len(bad) - 1} more) is not finite; the step was not taken. "
+            f"Step {self.optimizer.steps + 1}: {what} is not finite; the step was not taken. "
             + (f"The forward overflowed first at {where!r}. " if where else "The forward is finite: it arose in the backward. ")
             + "Lower the learning rate, or look at the batch."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rankwise.serve.host import keep_freed_memory
+from rankwise.host import keep_freed_memory
 from rankwise.serve.ops.step import joined
 
 

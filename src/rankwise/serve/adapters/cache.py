@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from rankwise.errors import OptionError
+from rankwise.host import Helpers
 from rankwise.serve.adapters.base import AdapterSource, Manifest, Served
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.layout import Layout
@@ -23,7 +24,6 @@ from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
-from rankwise.serve.host import Helpers
 from rankwise.serve.shortage import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, ParamSpec, TypeVar
 
+from rankwise.host import Helpers, release_workers
 from rankwise.serve.adapters.base import Manifest
-from rankwise.serve.host import Helpers, release_workers
 from rankwise.serve.http.auth import Caller, Keys
 from rankwise.serve.http.detokenise import Detokeniser
 from rankwise.serve.http.errors import Refusal, bad

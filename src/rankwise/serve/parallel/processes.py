@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import RankwiseError
-from rankwise.serve.host import keep_freed_memory
+from rankwise.host import keep_freed_memory
 from rankwise.serve.parallel.comm import PeerLost
 from rankwise.serve.parallel.follower import follow
 from rankwise.serve.parallel.gloo import Gloo

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.serve import host
+from rankwise import host
 
 pytestmark = pytest.mark.skipif(host._pause() is None, reason="only GNU's OpenMP holds workers for each thread")
 
 COUNT = """
 import threading, torch
 from pathlib import Path
-from rankwise.serve.host import Helpers, release_workers
+from rankwise.host import Helpers, release_workers
 
 torch.set_num_threads(3)
 
@@ -34,7 +34,7 @@ first = product()
 
 def run(rest: str) -> list[str]:
     made = subprocess.run(
-        [sys.executable, "-c", COUNT + rest], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", COUNT + rest], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
     )
     assert made.returncode == 0, made.stderr
     return made.stdout.split()

@@ -1,4 +1,4 @@
-"""What a serving process asks of the computer it runs on."""
+"""What a process that trains or serves asks of the computer it runs on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
 
     A step allocates the same few hundred kilobytes again and again.  By default glibc maps pieces above 128 KiB afresh
     and trims the heap's end, so each of them is paid for with a page fault per 4 KiB: with busy neighbours more
-    than the arithmetic.  The price: a peak of memory stays with the process.
+    than the arithmetic, and a seventh of a small training step.  The price: a peak of memory stays with the process.
 
     Returns:
         False where the C library has no such setting (then nothing is changed), or the environment already sets it.
