@@ -34,7 +34,7 @@ from rankwise.serve.windows import Sample
 
 LENGTHS, SAMPLE = (4, 64), 256
 LOADS, LIMITS = (0.25, 0.5, 0.75), (3.0, 10.0, 20.0)
-SHARE = 0.9  #: of a limit, to which the steps are held, so that a request's mean lies within it
+SHARE = 0.85  #: of a limit, to which the steps are held, so that a request's mean lies within it
 
 
 def m0() -> Any:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rankwise.serve.assemble import Server
 
 log = logging.getLogger("rankwise.serve")
-SLIVER = 0.1  #: of what was asked for, below which no further piece is begun
+SLIVER = 0.25  #: of what was asked for, below which no further piece is begun: its calls would cost more than its arithmetic
 
 #: name and folder of a finished adapter; raises where it cannot be served
 Publish = Callable[[str, Path], object]

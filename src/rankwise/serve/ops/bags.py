@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,32 +100,40 @@ def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tens
 
 def make_index(group: Group, runs: Sequence[Run], count: int) -> Index:
     """The bags of ``runs`` (one at least); int32 while ``count`` cells can be counted in it."""
-    chunks = sum(group.chunks)
-    kind = np.int32 if count * max(group.inp, chunks * WIDTH) < 2**31 else np.int64
+    chunks, modules = sum(group.chunks), len(group.outs)
+    kind: Any = np.int32 if count * max(group.inp, chunks * WIDTH) < 2**31 else np.int64
     lo, hi = runs[0].start, runs[-1].end
-    cells_of = np.zeros(hi - lo, np.int64)
-    for run in runs:
-        cells_of[run.start - lo : run.end - lo] = len(run.cells)
-    first = np.cumsum(cells_of) - cells_of
-    token = np.repeat(np.arange(hi - lo), cells_of)
-    cell = np.concatenate([np.tile(np.array(run.cells, np.int64), run.rows) for run in runs])
+    cell = np.array([c for run in runs for c in run.cells * run.rows], kind)
     pairs = len(cell)
-
-    # pair p of token t goes, for chunk q, to place first[t]·chunks + q·cells_of[t] + (p - first[t]) of the expanding bags
-    place = ((chunks - 1) * first[token] + np.arange(pairs))[:, None] + np.arange(chunks) * cells_of[token][:, None]
-    pick, expand = np.empty(pairs * chunks, np.int64), np.empty((pairs * chunks, WIDTH), kind)
-    module = np.repeat(np.arange(len(group.outs)), group.chunks)
-    pick[place] = np.arange(pairs)[:, None] * len(group.outs) + module
-    expand[place] = (((cell[:, None] * chunks) + np.arange(chunks)) * WIDTH)[..., None] + np.arange(WIDTH)
-    bags = np.repeat(cells_of, chunks) * WIDTH
+    pick = np.arange(pairs)[:, None] * modules + np.repeat(np.arange(modules), group.chunks)
+    expand = (cell * (chunks * WIDTH))[:, None] + np.arange(chunks * WIDTH, dtype=kind)
+    expand_at = np.arange(pairs * chunks + 1, dtype=kind) * WIDTH
+    token = None
+    if pairs != hi - lo or any(len(run.cells) != 1 for run in runs):
+        cells_of = np.zeros(hi - lo, np.int64)
+        for run in runs:
+            cells_of[run.start - lo : run.end - lo] = len(run.cells)
+        token = np.repeat(np.arange(hi - lo), cells_of)
+        expand_at = np.concatenate([[0], np.cumsum(np.repeat(cells_of, chunks) * WIDTH)]).astype(kind)
+        # pair p of token t goes, for chunk q, to place first[t]·chunks + q·cells_of[t] + (p - first[t]) of the expanding bags
+        first = np.cumsum(cells_of) - cells_of
+        place = ((chunks - 1) * first[token] + np.arange(pairs))[:, None] + np.arange(chunks) * cells_of[token][:, None]
+        pick, expand = _placed(pick, place), _placed(expand.reshape(pairs, chunks, WIDTH), place)
     return Index(
         lo,
         hi,
-        None if (cells_of == 1).all() else torch.from_numpy(token),
-        torch.from_numpy((cell[:, None] * group.inp + np.arange(group.inp)).reshape(-1).astype(kind)),
-        torch.from_numpy((np.arange(pairs + 1) * group.inp).astype(kind)),
-        torch.from_numpy(pick),
+        None if token is None else torch.from_numpy(token),
+        torch.from_numpy(((cell * group.inp)[:, None] + np.arange(group.inp, dtype=kind)).reshape(-1)),
+        torch.from_numpy(np.arange(pairs + 1, dtype=kind) * group.inp),
+        torch.from_numpy(pick.reshape(-1)),
         torch.from_numpy(expand.reshape(-1)),
-        torch.from_numpy(np.concatenate([[0], np.cumsum(bags)]).astype(kind)),
+        torch.from_numpy(expand_at),
         list(group.padded_outs),
     )
+
+
+def _placed(values: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(pairs·chunks, …): each of ``values`` (pairs, chunks, …) at its place."""
+    out = np.empty((place.size, *values.shape[2:]), values.dtype)
+    out[place] = values
+    return out
