@@ -172,7 +172,7 @@ def main() -> None:
     for (load, times), runs in found.items():
         alone, kept, before, after, each, late = (statistics.median(r) for r in zip(*runs, strict=True))
         rows.append({
-            "load (of capacity)": load, "limit a token (x unloaded)": times, "left by full batches": 1 - load, "training alone, tokens/s": alone, "beside serving": kept,
+            "load (of capacity)": load, "limit a token (x unloaded)": times, "training alone, tokens/s": alone, "beside serving": kept,
             "kept": kept / alone, "attained without training": before, "with training": after, "ms a token, with training": 1e3 * each, "p90 of the first token, ms": 1e3 * late,
         })  # fmt: skip
     note = (
