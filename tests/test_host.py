@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,7 @@ before = workers()  # whatever reading a model has started
 product()
 assert workers() - before == 2
 made.engine.start()
+made.cache._threads.submit(product).result()
 print(workers() - before)
 done = threading.Event()
 def seen(event):
@@ -84,3 +87,29 @@ print(workers() - before)
 made.engine.stop()
 """
     assert run(rest) == ["0", "length", "2"]
+
+
+def test_a_forked_process_lets_them_be() -> None:
+    """What libgomp knows of the pool came along, its threads did not: asked to end them it would wait for ever."""
+    rest = """
+import os, signal
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    other = threading.Thread(target=product)
+    other.start()
+    print(release_workers(), flush=True)
+    other.join()
+    os._exit(0)
+print(os.waitpid(child, 0)[1], release_workers())
+"""
+    assert run(rest) == ["False", "0", "True"]
+
+
+def test_a_mapped_file_of_any_name_is_no_hindrance(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.so"
+    with open(name, "wb") as f:
+        f.write(b"0" * 4096)
+    with open(name, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ):
+        host._pause.cache_clear()
+        assert host._pause() is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,10 +42,21 @@ def release_workers() -> bool:
     hands the work over to the engine's thread, or works beside it now and then, calls this when it is done.
 
     Returns:
-        False where another OpenMP runs, or one that knows no such call (then nothing is done).
+        False where another OpenMP runs, one that knows no such call, or a process that was forked (then nothing is done).
     """
     pause = _pause()
-    return pause is not None and pause(SOFT) == 0
+    if pause is None or os.getpid() != _BORN or not _foreign_threads():
+        return False
+    return pause(SOFT) == 0
+
+
+def _foreign_threads() -> bool:
+    """Whether there are threads that Python did not start.  A fork leaves them behind, but not what libgomp knows of them:
+    it would wait for them for ever."""
+    return len(os.listdir("/proc/self/task")) > threading.active_count()
+
+
+_BORN = os.getpid()
 
 
 SOFT = 1  # omp_pause_soft, <omp.h>: what the thread was told (its number of threads) stays
@@ -54,7 +66,9 @@ SOFT = 1  # omp_pause_soft, <omp.h>: what the thread was told (its number of thr
 def _pause() -> Callable[[int], int] | None:
     """torch's ``omp_pause_resource_all``, where its OpenMP is GNU's (others hold one pool for all threads)."""
     try:
-        files = {line.rpartition("/")[2] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        files = {
+            line.rpartition("/")[2] for line in Path("/proc/self/maps").read_text(errors="replace").splitlines() if "/" in line
+        }
     except OSError:
         return None
     loaded = {name for name in ("libgomp", "libomp", "libiomp5") if any(f.startswith(name) for f in files)}

@@ -415,7 +415,7 @@ def test_faults_of_training_beside_end_no_request_and_lasting_ones_the_training(
                 raise OSError("no space left")
             return False
 
-        def run(self, tokens: int, yielding: bool = True) -> int:
+        def run(self, tokens: int, seconds: float | None = None) -> int:
             return 0
 
     stream = Broken()
@@ -433,17 +433,17 @@ def test_training_fills_what_a_limit_leaves_and_yields_where_there_is_none(made:
 
     class Asked:
         def __init__(self) -> None:
-            self.calls: list[tuple[int, bool]] = []
+            self.calls: list[tuple[int, float | None]] = []
 
         def ready(self) -> bool:
             return True
 
-        def run(self, tokens: int, yielding: bool = True) -> int:
-            self.calls.append((tokens, yielding))
+        def run(self, tokens: int, seconds: float | None = None) -> int:
+            self.calls.append((tokens, seconds))
             now[0] += tokens * 1e-3
             return tokens
 
-    def one(slo: float | None) -> list[tuple[int, bool]]:
+    def one(slo: float | None) -> list[tuple[int, float | None]]:
         stream = Asked()
         with monkeypatch.context() as m:
             m.setattr(made.engine, "stream", stream)
@@ -455,8 +455,8 @@ def test_training_fills_what_a_limit_leaves_and_yields_where_there_is_none(made:
     monkeypatch.setattr(made.engine, "clock", lambda: now[0])
     monkeypatch.setattr(made.engine.pace, "train_second", 1e-3)
     beside, alone = made.engine.pace.train_tokens, made.engine.options.idle_train_tokens
-    assert one(None) == [(beside, True)] * 4 + [(alone, True)]
-    assert one(1.0) == [(1000, False)] * 4 + [(alone, True)], "more than a window's worth"
+    assert one(None) == [(beside, None)] * 4 + [(alone, None)]
+    assert one(1.0) == [(1000, 1.0)] * 4 + [(alone, None)], "more than a window's worth"
 
 
 def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:

@@ -160,7 +160,16 @@ def test_a_request_that_comes_in_is_let_by_after_one_piece(tmp_path: Path, serve
     assert 30 <= stream.run(40) <= 41 and min(begun) >= 10, "no sliver is begun"
     stream.wanted = lambda: True
     assert 1 <= stream.run(40) <= 5
-    assert 30 <= stream.run(40, yielding=False) <= 41
+    assert 30 <= stream.run(40, seconds=60) <= 41, "a limit of its own: nobody waits for longer"
+
+    def slow(budget: float) -> float:
+        time.sleep(0.02)
+        return piece(budget)
+
+    stream._piece = slow  # type: ignore[method-assign]
+    start = time.monotonic()
+    assert 1 <= stream.run(10_000, seconds=0.05) < 100, "what was thought of its price does not count"
+    assert time.monotonic() - start < 5
     stream.cancel(job.id)
     drive(stream, job)
 

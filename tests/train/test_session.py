@@ -128,6 +128,18 @@ def test_gradients_whose_norm_has_no_number_are_not_taken_for_zero_steps() -> No
     assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items()) and session.t == 1
 
 
+def test_what_a_loss_adds_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter, session = start({"form": "svd", "r": 4, "losses": ["orthogonality"]})
+    batch = batch_for(model)
+    one(model, session, batch)
+    before = {k: t.clone() for k, t in adapter.tensors().items()}
+    huge = {k: torch.full_like(p, 3e38) for k, p in adapter.named_parameters().items()}
+    monkeypatch.setattr(type(session.losses[0]), "grad_extra", lambda self, adapter, step: huge)
+    with pytest.raises(TrainingError, match="Step 2: the norm of all gradients together is not finite; the step was not taken"):
+        one(model, session, batch)
+    assert all(torch.equal(t, before[k]) for k, t in adapter.tensors().items()) and session.t == 1
+
+
 def _tensors(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return [tree]

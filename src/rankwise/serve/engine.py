@@ -87,7 +87,7 @@ class Engine(Front):
 
     # --- life -----------------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Step on a thread of its own from now on; whoever starts it has done its own products."""
+        """Step on a thread of its own from now on, which has the processors: the calling thread's own workers are let go."""
         release_workers()
         self._thread = threading.Thread(target=self._loop, name="rankwise-engine", daemon=True)
         self._thread.start()
@@ -326,9 +326,10 @@ class Engine(Front):
         if self.stream is None or not self.stream.ready():
             return False
         share = self.pace.training_tokens(self.queue.step_seconds) if served else self.options.idle_train_tokens
+        left = self.pace.slo - self.queue.step_seconds if served and self.pace.slo is not None else None
         start = self.clock()
-        # a step that is held to a limit of its own keeps nobody waiting for longer, and taking newcomers in one by one costs a step each
-        done = self.stream.run(share, yielding=not served or self.pace.slo is None) if share > 0 else 0
+        # within a limit of its own a step keeps nobody waiting for longer, and taking newcomers in one by one costs a step each
+        done = self.stream.run(share, left) if share > 0 else 0
         self.pace.trained(done, self.clock() - start)
         self.counters["train_tokens"] += done
         return done > 0

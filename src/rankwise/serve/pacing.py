@@ -13,6 +13,7 @@ from rankwise.serve.timing import Load, StepBudget, StepTime
 
 LEAST = 4  #: training tokens that are not worth a start below it
 MEMORY = 0.9  #: weight of what was known of the training rate at each new measurement
+FAR = 2.0  #: times what was known, above which a measurement counts half
 
 
 class Stream(Protocol):
@@ -22,8 +23,8 @@ class Stream(Protocol):
         """Whether it would take some now."""
         ...
 
-    def run(self, tokens: int, yielding: bool = True) -> int:
-        """Work on up to ``tokens`` tokens, with ``yielding`` only until a request comes in; how many it was."""
+    def run(self, tokens: int, seconds: float | None = None) -> int:
+        """Work on up to ``tokens`` tokens, piece by piece until ``seconds`` have gone, or None: until a request is there; how many it was."""
         ...
 
 
@@ -74,4 +75,7 @@ class Pace:
         if tokens < 1 or seconds <= 0:
             return
         rate = seconds / tokens
-        self.train_second = rate if self.train_second is None else MEMORY * self.train_second + (1 - MEMORY) * rate
+        known = rate if self.train_second is None else self.train_second
+        # another job may be several times dearer: that is believed in a few steps, a busy moment is not
+        memory = MEMORY if rate < FAR * known else 0.5
+        self.train_second = memory * known + (1 - memory) * rate

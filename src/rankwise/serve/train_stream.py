@@ -107,14 +107,19 @@ class TrainStream:
         self._turn()
         return self._tasks is not None and self._resting is None
 
-    def run(self, tokens: int, yielding: bool = True) -> int:
-        """Work worth up to ``tokens`` passes of a token through the layers, rounded up; with ``yielding`` one piece where a request came in.
+    def run(self, tokens: int, seconds: float | None = None) -> int:
+        """Work worth up to ``tokens`` passes of a token through the layers.
 
-        The last of it is left where it is a sliver, whose calls would cost more than its arithmetic.
+        No further piece is begun once less than a quarter of ``tokens`` is left, ``seconds`` have gone by, or (where there are
+        no ``seconds``) a request waits.
+
+        Returns:
+            The passes it was, rounded up; an optimiser step is none.
         """
-        spent = 0.0
+        spent, begun = 0.0, time.monotonic()
         while tokens - spent >= max(1.0, SLIVER * tokens):
-            if not self.ready() or (yielding and spent and self.wanted()):
+            late = self.wanted() if seconds is None else time.monotonic() - begun > seconds
+            if not self.ready() or (spent and late):
                 break
             try:
                 spent += self._piece(tokens - spent)

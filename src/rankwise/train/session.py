@@ -159,10 +159,10 @@ class Session:
             self._check = False
             self.adapter._roster.check_acted([self.adapter.name])
             check_first_backward(self.adapter, self.adapter.named_parameters())
-        self.add_gradients()
+        if self.losses:
+            self.add_gradients()
+            norm = self.refuse_nonfinite(params)
         if self.max_grad_norm is not None:
-            if self.losses:
-                norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
             nn.utils.clip_grads_with_norm_(params.values(), self.max_grad_norm, norm)
             self.logs["grad_norm"] = float(norm)
         self.logs["lr"] = float(self.optimizer.param_groups[0]["lr"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -39,6 +40,20 @@ def test_two_processes_answer_as_the_merged_model_alone_and_end_together() -> No
     finally:
         team.close()
     assert team.processes[1].exitcode == 0 and not team.lost
+
+
+def test_what_the_system_refuses_is_said_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", full)
+    team = Processes(rig.base_model, 3)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        try:
+            team.start()
+        finally:
+            team.close()
+    assert not Path(team._folder.name).exists()
 
 
 def _free_port() -> int:

@@ -95,8 +95,8 @@ class Service:
 
     async def start(self) -> None:
         """Start the engine; the port is open meanwhile, so /health answers and /ready says not yet."""
-        release_workers()  # this thread read the model, as a rule; the next products are the engine's
         try:
+            release_workers()  # this thread read the model, as a rule; the next products are the engine's
             await self.read(self.engine.start)
         except Exception as error:
             self.phase, self.failure = Phase.FAILED, type(error).__name__

@@ -59,14 +59,15 @@ class Processes:
 
     def start(self) -> None:
         """Start the others, who read the base: a process each, so only once the model is known to be cut so."""
+        atexit.register(self.close)  # before multiprocessing waits for them, who ignore its terminate
         spawn = multiprocessing.get_context("spawn")
         for rank in range(1, self.size):
-            self.pipes[rank], theirs = spawn.Pipe()
+            ours, theirs = spawn.Pipe()
             args = (self.load, rank, self.size, theirs, self._file, self.timeout, self.threads)
-            self.processes[rank] = spawn.Process(target=_serve, args=args, name=f"rankwise-device-{rank}", daemon=True)
-            self.processes[rank].start()
+            process = spawn.Process(target=_serve, args=args, name=f"rankwise-device-{rank}", daemon=True)
+            process.start()
+            self.pipes[rank], self.processes[rank] = ours, process  # only what runs is there to be ended
             theirs.close()
-        atexit.register(self.close)  # before multiprocessing waits for them, who ignore its terminate
 
     def join(self) -> None:
         """Meet the others once they have read the base; from here on their end is noticed.  Raises PeerLost."""
