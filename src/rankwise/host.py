@@ -13,6 +13,8 @@ from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LARGEST = 1 << 30  # bytes; mallopt takes an int
+SOFT = 1  # omp_pause_soft, <omp.h>: what the thread was told (its number of threads) stays
+_BORN = os.getpid()
 
 
 def keep_freed_memory() -> bool:
@@ -54,12 +56,6 @@ def _foreign_threads() -> bool:
     """Whether there are threads that Python did not start.  A fork leaves them behind, but not what libgomp knows of them:
     it would wait for them for ever."""
     return len(os.listdir("/proc/self/task")) > threading.active_count()
-
-
-_BORN = os.getpid()
-
-
-SOFT = 1  # omp_pause_soft, <omp.h>: what the thread was told (its number of threads) stays
 
 
 @functools.cache

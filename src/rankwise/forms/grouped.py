@@ -41,6 +41,10 @@ class _Call:
     packed: PackedWeight | None
     batched: bool
 
+    @property
+    def one_scale(self) -> bool:
+        return all(s == self.scales[0] for s in self.scales)
+
     def cut(self, t: Tensor) -> list[Tensor]:
         return [t[a:b] for a, b in self.spans]
 
@@ -116,7 +120,7 @@ def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _scaled(call: _Call, ups: Sequence[Tensor]) -> Tensor:
     """[s_i·B_i]: k×out×r; the scale is put in at the masters' precision."""
     B = torch.stack(tuple(ups))
-    if all(s == call.scales[0] for s in call.scales):
+    if call.one_scale:
         return B.mul_(call.scales[0]).to(call.compute)
     s = torch.stack([torch.as_tensor(s, dtype=B.dtype, device=B.device) for s in call.scales])
     return B.mul_(s[:, None, None]).to(call.compute)
@@ -161,7 +165,7 @@ def _batched(
         call.stacked(dx).baddbmm_(dh, _stack(downs, call.compute))
     dA = torch.bmm(dh.mT.contiguous(), call.stacked(x))
     dB = torch.bmm(h[0].mT.contiguous(), dy3)
-    if any(s != call.scales[0] for s in call.scales) or any(B.dtype != ups[0].dtype for B in ups):
+    if not call.one_scale or any(B.dtype != ups[0].dtype for B in ups):
         return [*dA.unbind(), *((g.to(B.dtype) * s).t() for g, B, s in zip(dB.unbind(), ups, call.scales))]
     # scaled and laid out as the parameters are for all at once, not one by one on their way into .grad
     return [*dA.unbind(), *dB.to(ups[0].dtype).mul_(call.scales[0]).mT.contiguous().unbind()]
