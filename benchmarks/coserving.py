@@ -24,13 +24,13 @@ import torch
 from benchmarks.common import write
 from benchmarks.serving import RandomSource, prompts
 from rankwise.host import keep_freed_memory
-from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.trace import Arrival, TraceOptions, generate
-from rankwise.serve.train_job import TrainSpec
-from rankwise.serve.train_stream import TrainStream, beside
+from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.finetune.chunked_backward import Sample
+from rankwise.serve.finetune.job import TrainSpec
+from rankwise.serve.finetune.queue import TrainStream, beside
+from rankwise.serve.server import Server, Sizes, build_server
+from rankwise.serve.simulate.trace import Arrival, TraceOptions, generate
 from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, Token
-from rankwise.serve.windows import Sample
 
 LENGTHS, SAMPLE = (4, 64), 256
 LOADS, LIMITS = (0.25, 0.5, 0.75), (3.0, 10.0, 20.0)
@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, home: Path):
         (home / "adapters").mkdir()
-        self.made: Server = assemble(
+        self.made: Server = build_server(
             m0(), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=40),
             options=EngineOptions(max_running=128), policy="fcfs", share_prefixes=False,
         )  # fmt: skip

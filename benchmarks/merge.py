@@ -217,7 +217,7 @@ def folders(where: Path, adapters: int, layers: int, hidden: int) -> list[str]:
 def scale_child(method: str, paths: list[str]) -> dict[str, float]:
     from rankwise.delta import AdapterState, LowRank
     from rankwise.merge import merge_states
-    from rankwise.merge.folders import open_folders
+    from rankwise.merge.engine.folders import open_folders
 
     merge_states([AdapterState({"x": LowRank(torch.randn(R, 64), torch.randn(64, R))})] * 2, None, method)  # imports
     start = time.perf_counter()

@@ -21,13 +21,13 @@ import torch
 
 from benchmarks.common import write
 from rankwise.host import keep_freed_memory
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.assemble import Server, Sizes, assemble
+from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.ops.base import WIDTH
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.trace import TraceOptions
-from rankwise.serve.trace import generate as trace
+from rankwise.serve.server import Server, Sizes, build_server
+from rankwise.serve.simulate.trace import TraceOptions
+from rankwise.serve.simulate.trace import generate as trace
 from rankwise.serve.types import Request, Sampling
 
 BATCH, PROMPT, OUTPUT = 16, 32, 32
@@ -54,11 +54,11 @@ class RandomSource:
     def names(self) -> list[str]:
         return []
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         rank = int(name[1:].partition("-")[0])
-        return Manifest(f"digest-{name}", name, "random", "lora", rank, -(-rank // WIDTH), 0)
+        return AdapterMetadata(f"digest-{name}", name, "random", "lora", rank, -(-rank // WIDTH), 0)
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         g = torch.Generator().manual_seed(abs(hash(manifest.name)) % (1 << 31))
         pairs = {
             group.name: tuple(
@@ -67,11 +67,11 @@ class RandomSource:
             )
             for group in self.layout.groups
         }
-        return Served(manifest, pairs)
+        return LoadedAdapter(manifest, pairs)
 
 
 def server(model: Any, cells: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
-    return assemble(
+    return build_server(
         copy.deepcopy(model), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=cells),
         options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
         share_prefixes=False,
@@ -220,7 +220,7 @@ def rows_of(
 
 def index_share(made: Server, work: Work) -> float:
     """Share of a run's time that making plans and beginning the operator takes."""
-    import rankwise.serve.engine as engine
+    import rankwise.serve.engine.engine as engine
 
     spent = 0.0
 

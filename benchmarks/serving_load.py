@@ -20,9 +20,9 @@ import torch
 
 import rankwise as rw
 from benchmarks.common import write
-from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.base import LoraPages
 
 
 def base() -> Any:
@@ -69,8 +69,8 @@ class Steps:
 
 def ours(root: Path, count: int) -> dict[str, float]:
     """Never seen (read, checked, prepared), seen before, let go and read again, and into the cells of the pool."""
-    source = FolderSource(root, Intake(base()))
-    cells = Cells(source.intake.layout.groups, 16)
+    source = FolderSource(root, AdapterLoader(base()))
+    cells = LoraPages(source.intake.layout.groups, 16)
     steps = Steps()
     for i in range(count):
         name = f"a{i}"

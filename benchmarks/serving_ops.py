@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks.common import write
 from rankwise.forms.packed import PackedWeight
 from rankwise.host import keep_freed_memory
-from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.batch import Segment, TokenPlan
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
 from rankwise.serve.ops.registry import make_op
 from rankwise.serve.ops.step import Op
-from rankwise.serve.plan import Segment, TokenPlan
 
 LAYERS = 8
 SHAPES = {
@@ -67,7 +67,7 @@ class Linears:
                 op.apply(g, x, y.split(g.outs, 1))
 
 
-def fill(cells: Cells) -> None:
+def fill(cells: LoraPages) -> None:
     for t in (*cells.shrink.values(), *cells.packed.values()):
         t.normal_(std=0.02)
 
@@ -131,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(1 if a.cpu else a.threads)
     clock = time.thread_time if a.cpu else time.perf_counter
     keep_freed_memory()
-    cells = Cells(GROUPS, 144)
+    cells = LoraPages(GROUPS, 144)
     fill(cells)
     linears, ops = Linears(), [make_op(name, cells) for name in a.ops]
     rows = []

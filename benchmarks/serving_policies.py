@@ -18,20 +18,20 @@ from typing import Any
 
 from benchmarks.common import RESULTS, write
 from benchmarks.table import table
-from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit, split
-from rankwise.serve.sched.admission import PeakTest
-from rankwise.serve.sched.chain import make
-from rankwise.serve.score import Report
-from rankwise.serve.simulator import Sent, SimOptions, Simulator, sent
-from rankwise.serve.timing import Coefficients
-from rankwise.serve.trace import TraceOptions, generate, setting
+from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit, split
+from rankwise.serve.engine.step_time import Coefficients
+from rankwise.serve.policies.chain import make
+from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.score import Report
+from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator, sent
+from rankwise.serve.simulate.trace import TraceOptions, generate, setting
 
 SLOW = 1.45
 ROW = 512 * 1024  #: bytes of a cached token of Llama-7B in 16 bits; an adapter of rank r on q, k, v, o takes 4r such rows
 PAGE, ROWS, SLO = 16, 14_000, 6.0
 #: 13.5 GB of weights at 600 GB/s; 13.4 GFLOP a token at 70 TFLOP/s above the balance; a row; 2.1 MB a unit of rank; 256 launches
 STEP = Coefficients(22.5e-3 * SLOW, 0.0, 1.9e-4 * SLOW, 8.7e-7 * SLOW, 3.5e-6 * SLOW, 2e-3 * SLOW, knee=64)
-UNITS = {KV: Unit(PAGE * ROW, ROWS // PAGE), ADAPTER: Unit(32 * ROW, ROWS // 32)}
+UNITS = {KV: PoolUnit(PAGE * ROW, ROWS // PAGE), ADAPTER: PoolUnit(32 * ROW, ROWS // 32)}
 OPTIONS = SimOptions(page=PAGE, max_running=256, step_tokens=2048, slo=SLO)
 POLICIES: dict[str, Any] = {
     "fcfs": "fcfs",

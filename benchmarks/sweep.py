@@ -20,7 +20,7 @@ from benchmarks.common import device, interleaved, llama, write
 from rankwise.host import keep_freed_memory
 from rankwise.recipe import Recipe
 from rankwise.train.data import Collator, Example
-from rankwise.train.together import Job, Running, step
+from rankwise.train.together import AdapterJob, Running, step
 
 NOTE = (
     "Time is the process's own on one thread, the wall's on more. One step of each of the eight jobs, in one batch or in turn; what a batch can gain is what a "
@@ -43,7 +43,7 @@ def rows_of(tokens: int, n: int = 64) -> list[Example]:
     return [Example(i, list(i)) for i in ids]
 
 
-def ours(base: str, dtype: torch.dtype, jobs: list[Job]) -> tuple[Callable[[], None], Callable[[], None]]:
+def ours(base: str, dtype: torch.dtype, jobs: list[AdapterJob]) -> tuple[Callable[[], None], Callable[[], None]]:
     """(one step of all jobs together, one step of each job after another), each on a model of its own."""
     models = [model_of(base, dtype) for _ in range(2)]
     collator = Collator.for_model(models[0], 0)
@@ -56,7 +56,7 @@ def ours(base: str, dtype: torch.dtype, jobs: list[Job]) -> tuple[Callable[[], N
     return lambda: step(models[0], joint, collator), after_another
 
 
-def peft(base: str, dtype: torch.dtype, jobs: list[Job]) -> Callable[[], None]:
+def peft(base: str, dtype: torch.dtype, jobs: list[AdapterJob]) -> Callable[[], None]:
     """As many steps of PEFT's LoRA as there are jobs, one after another (one adapter, for their time is the same)."""
     import peft as library
 
@@ -79,7 +79,7 @@ def peft(base: str, dtype: torch.dtype, jobs: list[Job]) -> Callable[[], None]:
 
 def measure(base: str, dtype: str, batch: int, tokens: int, count: int, rounds: int) -> dict[str, Any]:
     recipe, rows, kind = Recipe(r=8), rows_of(tokens), getattr(torch, dtype)
-    jobs = [Job(name=f"job {i}", recipe=recipe, rows=rows, lr=1e-4, steps=10_000, batch=batch, seed=i) for i in range(count)]
+    jobs = [AdapterJob(name=f"job {i}", recipe=recipe, rows=rows, lr=1e-4, steps=10_000, batch=batch, seed=i) for i in range(count)]
     clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
     together, apart = ours(base, kind, jobs)
     times = interleaved({"together": together, "apart": apart, "PEFT": peft(base, kind, jobs)}, rounds, clock=clock)

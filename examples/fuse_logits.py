@@ -22,7 +22,7 @@ import rankwise as rw
 from rankwise import assets
 from rankwise.assets import tasks
 from rankwise.assets.measure import bits_per_byte
-from rankwise.merge.decoding import Fusion
+from rankwise.decoding.model import Fusion
 from rankwise.train.compare import run_recipe, windows
 
 DOMAINS = ("xml", "email")

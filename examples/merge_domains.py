@@ -24,9 +24,9 @@ from rankwise import assets, catalogue
 from rankwise.assets import tasks
 from rankwise.assets.measure import bits_per_byte
 from rankwise.errors import RankwiseError
-from rankwise.merge import Oracle, attach_state, merge_states, read_state
-from rankwise.merge.interpolation import path
-from rankwise.merge.interpolation import sweep as line
+from rankwise.merge import Evaluator, attach_state, merge_states, read_state
+from rankwise.merge.methods.interpolation import path
+from rankwise.merge.methods.interpolation import sweep as line
 from rankwise.train.compare import run_recipe, windows
 
 DOMAINS = ("prose", "xml", "email", "tables")
@@ -57,7 +57,7 @@ class Bench:
         self.choosing = {n: self._spare(train, max(chars // 4, 2_000)) for n, (train, _) in texts.items()}
         self.batches = {n: windows(self.tokenizer, train, 128, 8, seed) for n, (train, _) in texts.items()}
         rows = [windows(self.tokenizer, docs, 128, 2, seed)[:3] for docs in self.choosing.values()]
-        self.oracle = Oracle(self.model, self._choose, batches=[b for group in zip(*rows, strict=False) for b in group])
+        self.evaluator = Evaluator(self.model, self._choose, batches=[b for group in zip(*rows, strict=False) for b in group])
 
     def _spare(self, train: list[str], chars: int) -> list[str]:
         """The last documents, taken out of what is trained on."""
@@ -70,10 +70,10 @@ class Bench:
         """Mean over the domains of the spare documents' bits a byte."""
         return statistics.mean(bits_per_byte(model, self.tokenizer, ["\n".join(d)]) for d in self.choosing.values())
 
-    def judge(self, domains: tuple[str, ...]) -> Oracle:
+    def judge(self, domains: tuple[str, ...]) -> Evaluator:
         """A split for each of some domains' reported text."""
         score = lambda n: lambda m: bits_per_byte(m, self.tokenizer, [self.held[n]])
-        return Oracle(self.model, {n: score(n) for n in domains})
+        return Evaluator(self.model, {n: score(n) for n in domains})
 
     def scores(self) -> Scores:
         self.model.eval()
@@ -100,7 +100,9 @@ def merged(bench: Bench, states: list[Any], names: list[str]) -> dict[str, Score
         options, rule = OPTIONS.get(name, {}), catalogue.find("merge", name).cls()
         weights = [1.0] * len(states) if "lam" in options else None
         try:
-            out[name] = bench.of(merge_states(states, weights, name, oracle=bench.oracle if rule.needs_oracle else None, **options))
+            out[name] = bench.of(
+                merge_states(states, weights, name, evaluator=bench.evaluator if rule.needs_evaluator else None, **options)
+            )
         except RankwiseError as refusal:
             out[name] = str(refusal)
         print(name, out[name], flush=True)

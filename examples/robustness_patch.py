@@ -3,7 +3,7 @@
 python -m examples.robustness_patch [--source none] [--target none] [--seeds 3] [--out docs/reports]
 
 The shipped image classifier is fine-tuned on set A: clean, noisy, and tilted by up to ±45°.  What the two robust fine-tunes
-have beyond the clean one (``rankwise.merge.signatures``) is put on a model that was fine-tuned on set B and never saw noise
+have beyond the clean one (``rankwise.merge.methods.signatures``) is put on a model that was fine-tuned on set B and never saw noise
 or tilt.  Where both are of one shift (upright digits, the default) A and B are disjoint halves of the images; else they are
 all images under two shifts.  A fifth of B is trained on by nobody: it chooses each patch's strength.  Accuracy in per cent
 on test images of shift B, each under four draws of the corruption, the mean over seeds; the last rows are what training on
@@ -24,7 +24,7 @@ import rankwise as rw
 from rankwise.assets.digits import SHIFTS, Images, accuracy, digits
 from rankwise.assets.load import load_digits_vit
 from rankwise.merge import attach_state
-from rankwise.merge.signatures import signatures
+from rankwise.merge.methods.signatures import signatures
 from rankwise.seeds import generator
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

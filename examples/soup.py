@@ -17,8 +17,8 @@ from rankwise import assets
 from rankwise.assets import tasks
 from rankwise.assets.measure import bits_per_byte
 from rankwise.delta import AdapterState
-from rankwise.merge import Oracle, merge_states, read_state
-from rankwise.merge.soups import LearnedSoup, uniform
+from rankwise.merge import Evaluator, merge_states, read_state
+from rankwise.merge.methods.soups import LearnedSoup, uniform
 from rankwise.train.compare import run_recipe, windows
 
 #: (learning rate, seed) of each fine-tune; the seed also draws the order of the data
@@ -38,7 +38,7 @@ def main() -> None:
         held.append(train.pop())
     texts = {"selection": "\n".join(held)[: a.chars], "test": "\n".join(test)[: a.chars]}
     scores = {n: (lambda m, t=t: bits_per_byte(m, tokenizer, [t])) for n, t in texts.items()}
-    oracle = Oracle(model, scores, batches=windows(tokenizer, held, 128, 4)[:8])
+    evaluator = Evaluator(model, scores, batches=windows(tokenizer, held, 128, 4)[:8])
 
     states: dict[str, AdapterState] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -52,17 +52,17 @@ def main() -> None:
             print(f"trained {name}", flush=True)
 
     sources = list(states.values())
-    best = min(states, key=lambda n: oracle.score(states[n]))
+    best = min(states, key=lambda n: evaluator.score(states[n]))
     learnt = LearnedSoup(epochs=2)
     soups = {
         "uniform soup": uniform(sources),
-        "greedy soup": merge_states(sources, None, "greedy_soup", oracle=oracle),
-        "learned soup": merge_states(sources, None, learnt, oracle=oracle),
+        "greedy soup": merge_states(sources, None, "greedy_soup", evaluator=evaluator),
+        "learned soup": merge_states(sources, None, learnt, evaluator=evaluator),
     }
     print(f"\n{'':22} selection    test   weights")
     for name, state in {"base": AdapterState({}), **states, **soups}.items():
         weights = " ".join(f"{w:.2f}" for w in state.meta["weights"]) if name in soups else "best single" if name == best else ""
-        print(f"{name:22} {oracle.score(state):9.4f} {oracle.score(state, 'test'):7.4f}   {weights}")
+        print(f"{name:22} {evaluator.score(state):9.4f} {evaluator.score(state, 'test'):7.4f}   {weights}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_tied_places_adapted_apart_are_not_merged() -> None:
     for targets in (["embed_tokens", "lm_head"], ["lm_head"]):
         model = llama(tie=True)
         kept = bits(model)
-        adapter = rw.attach(model, {"r": 2, "targets": targets, "untie": True})
+        adapter = rw.attach(model, {"r": 2, "targets": targets, "separate_tied": True})
         move(adapter)
         with pytest.raises(MergeError, match="shares its weight with another place"):
             adapter.merge()
@@ -168,19 +168,19 @@ def test_one_place_written_wrongly_is_found(dtype: torch.dtype, monkeypatch: pyt
         adapter.merge()
     assert same(model, kept)
     monkeypatch.setattr(Site, "write", lambda s, W: write(s, W - 0.5 * W.std() if s.name == name else W))
-    monkeypatch.setattr("rankwise.merging._merge_site", _blind)
+    monkeypatch.setattr("rankwise.runtime.fold._merge_site", _blind)
     with pytest.raises(MergeError, match="logits moved"):
         adapter.merge()
     assert same(model, kept)
 
 
-def _blind(roster: Any, site: Any, delta: Any) -> Any:
+def _blind(registry: Any, site: Any, delta: Any) -> Any:
     """A merge of one site that reports no error, whatever was stored."""
-    from rankwise.merging import SiteMerge, _key, _mark
+    from rankwise.runtime.fold import SiteMerge, _key, _mark
 
-    roster.journal.setdefault(_key(site), site.snapshot())
+    registry.weight_backups.setdefault(_key(site), site.snapshot())
     W = site.read()
-    stored = site.write(W + delta.effective().dense(W).to(W.dtype))
+    stored = site.write(W + delta.total_delta().dense(W).to(W.dtype))
     return SiteMerge(site.name, 0.1, 0.0), _mark(stored)
 
 
@@ -210,7 +210,7 @@ def test_repeated_layers_are_merged_once_or_refused() -> None:
     assert model.layers[2].weight is model.layers[0].weight
     adapter.detach()
     assert torch.equal(model.layers[0].weight, base)
-    apart = rw.attach(model, {"r": 2, "targets": "all-linear", "untie": True})
+    apart = rw.attach(model, {"r": 2, "targets": "all-linear", "separate_tied": True})
     assert len(apart.sites) == 3
     move(apart, std=0.5)
     with pytest.raises(MergeError, match="tied|share"):

@@ -22,7 +22,7 @@ from tests.models import batch_for, llama, logits, move
         ({"form": "full", "dropout": 0.5, "targets": ["q_proj"]}, "dropout = 0.5.*q_proj.*'full'"),
         ({"form": "full", "alpha": 4, "targets": ["q_proj"]}, "alpha = 4.*'full'"),
         ({"form": "dense", "r": 4, "targets": ["lm_head"]}, "r = 4.*'dense'"),
-        ({"untie": True}, "untie = True"),
+        ({"separate_tied": True}, "untie = True"),
     ],
 )
 def test_an_option_without_effect_is_refused(recipe: dict[str, Any], words: str) -> None:
@@ -39,7 +39,7 @@ def test_options_with_effect_pass() -> None:
     )
     assert adapter.sites["model.layers.0.self_attn.q_proj"].component_count() == 2
     assert adapter.sites["model.layers.1.mlp.up_proj"].component_count() == 3
-    rw.attach(llama(tie=True), {"targets": ["embed_tokens"], "untie": True})
+    rw.attach(llama(tie=True), {"targets": ["embed_tokens"], "separate_tied": True})
     rw.attach(llama(), {"form": "bottleneck", "r": 2, "alpha": 4, "dropout": 0.1})
 
 

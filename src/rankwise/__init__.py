@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rankwise._renamed import install as _find_old_modules
 from rankwise._version import __version__
-from rankwise.attach import activate_adapters as activate
-from rankwise.attach import attach
-from rankwise.view import keep_view, view
+from rankwise.adapter import attach
+from rankwise.runtime.context import keep_view
+from rankwise.runtime.switch import activate_adapters as activate
+from rankwise.runtime.switch import view
+
+_find_old_modules()
 
 #: public name → module, read when first used, so that importing the package stays light; attach and view are read at
 #: once, for a module and a function share those names
@@ -19,7 +23,7 @@ _PUBLIC = {
     "RankwiseError": "rankwise.errors",
     "Session": "rankwise.train.session",
     "adapters": "rankwise.adapter",
-    "load": "rankwise.files",
+    "load": "rankwise.adapter",
     "methods": "rankwise.catalogue",
     "register": "rankwise.catalogue",
     "train": "rankwise.train.run",
@@ -30,11 +34,11 @@ __all__ = [*_PUBLIC, "__version__", "activate", "attach", "keep_view", "view"]
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter as Adapter
     from rankwise.adapter import adapters as adapters
+    from rankwise.adapter import load as load
     from rankwise.catalogue import methods as methods
     from rankwise.catalogue import register as register
     from rankwise.delta import AdapterState as AdapterState
     from rankwise.errors import RankwiseError as RankwiseError
-    from rankwise.files import load as load
     from rankwise.recipe import Recipe as Recipe
     from rankwise.train.run import train as train
     from rankwise.train.session import Session as Session

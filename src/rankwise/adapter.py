@@ -1,75 +1,74 @@
-"""The handle of an attached adapter, and the base journal: what was done to W, so that off, export and resume stay true."""
+"""The handle of an attached adapter, and how one comes into a model: ``attach`` from a recipe, ``load`` from a file."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise import merging
-from rankwise.attach import uninstall
-from rankwise.delta import AdapterState, Delta
-from rankwise.errors import AttachError, MergeError, unknown
-from rankwise.forms.base import SiteDelta
-from rankwise.merging import MergeReport
-from rankwise.roster import Record, Roster, roster_of
-from rankwise.view import View, entered
+from rankwise.codecs.library import keep_stored
+from rankwise.delta.lowrank import drop_zero_sites
+from rankwise.delta.state import AdapterState
+from rankwise.errors import ArtefactError, AttachError, MergeError, OptionError, unknown
+from rankwise.recipe import Recipe
+from rankwise.runtime import fold, read, write
+from rankwise.runtime.build import build_parts
+from rankwise.runtime.install import install, uninstall
+from rankwise.runtime.registry import AdapterRegistry, registry_of
+from rankwise.runtime.switch import activate_adapters
+from rankwise.runtime.view import current, entered
+from rankwise.store.names import check_name
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
+    from rankwise.forms.base import AdapterLayer
+    from rankwise.runtime.fold import MergeReport
+    from rankwise.runtime.record import AdapterRecord
 
 
 class Adapter:
     """Handle of adapter ``name`` in a model: its tensors, its values, its switches, its files."""
 
-    def __init__(self, roster: Roster, name: str):
-        self._roster = roster
+    def __init__(self, registry: AdapterRegistry, name: str):
+        self._registry = registry
         self.name = name
 
     # --- what it is ---------------------------------------------------------------------------------------
     @property
-    def _record(self) -> Record:
-        if self.name not in self._roster.records:
+    def _record(self) -> AdapterRecord:
+        if self.name not in self._registry.records:
             raise AttachError(f"Adapter {self.name!r} is no longer attached to this model.")
-        return self._roster.records[self.name]
+        return self._registry.records[self.name]
 
     @property
     def model(self) -> nn.Module:
-        return self._roster.model
+        return self._registry.model
 
     @property
     def recipe(self) -> Any:
         return self._record.recipe
 
     @property
-    def sites(self) -> dict[str, SiteDelta]:
+    def sites(self) -> dict[str, AdapterLayer]:
         """The modules that hold this adapter's tensors, by site name, in model order."""
         return dict(self._record.deltas)
 
     @property
     def module(self) -> nn.Module:
         """The module that holds every tensor of the adapter once (sites and banks)."""
-        return self._roster.module_of(self.name)
+        return self._record.home
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by name, ``<site>::<tensor>`` or ``bank:<key>::<tensor>``; a base weight in training under its own path."""
-        out: dict[str, nn.Parameter] = {}
-        for key, t in self.tensors(buffers=False).items():
-            if t.requires_grad:
-                out[key] = t  # type: ignore[assignment]
-        return out
+        return self._record.named_parameters()
 
     def tensors(self, *, buffers: bool = True) -> dict[str, Tensor]:
         """Every tensor the adapter holds, by the same names; ``buffers`` includes frozen ones."""
-        out: dict[str, Tensor] = {}
-        home = self._roster.module_of(self.name)
-        groups: list[tuple[str, nn.Module]] = [(n, d) for n, d in self._record.deltas.items()]
-        groups += [(f"bank:{k}", b) for k, b in home.banks._modules.items() if b is not None]
-        for key, module in groups:
-            for name, t in _tensors_of(module, buffers):
-                out[f"{key}::{name}"] = t
-        return out
+        return self._record.tensors(buffers=buffers)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The tensors that training moves, each once."""
@@ -94,21 +93,21 @@ class Adapter:
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
         """In this block the adapter does not act; the others stay as they are."""
-        roster = self._roster
-        now = _now(roster)
-        with entered(View(roster, {n: s for n, s in now.items() if n != self.name})):
+        registry = self._registry
+        now = _now(registry)
+        with entered(registry.view({n: s for n, s in now.items() if n != self.name})):
             yield
 
     @contextlib.contextmanager
     def enable(self, strength: float = 1.0) -> Iterator[None]:
         """In this block the adapter acts, beside those that already do."""
-        with entered(View(self._roster, {**_now(self._roster), self.name: strength})):
+        with entered(self._registry.view({**_now(self._registry), self.name: strength})):
             yield
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """In this block the model is the original one: no adapter acts, no gradient is recorded."""
-        with torch.no_grad(), entered(View(self._roster, {})):
+        with torch.no_grad(), entered(self._registry.view({})):
             yield
 
     # --- values -------------------------------------------------------------------------------------------
@@ -118,15 +117,13 @@ class Adapter:
         if site not in deltas:
             raise unknown("site of this adapter", site, deltas)
         with torch.no_grad():
-            return deltas[site].effective().detach()
+            return deltas[site].total_delta().detach()
 
     def lower(self, rank: int | None = None, energy: float | None = None) -> AdapterState:
         """The adapter as a value, every site low-rank: exactly, or cut to ``rank`` or to a share ``energy`` of ‖ΔW‖².
 
         Components that a budget has masked are left out, and so is a site that keeps none.  The relative errors made are in ``meta["errors"]`` by site.
         """
-        from rankwise.delta.lowrank import standing
-
         record = self._record
         sites: dict[str, Delta] = {}
         errors: dict[str, float] = {}
@@ -137,7 +134,7 @@ class Adapter:
             weight = site.untouched() if d.needs_weight else None
             low, error = d.to_lowrank(rank=rank, energy=energy, weight=weight)
             sites[name], errors[name] = low, error
-        return AdapterState(standing(sites), meta={"errors": errors, "name": self.name})
+        return AdapterState(drop_zero_sites(sites), meta={"errors": errors, "name": self.name})
 
     # --- merge and detach ---------------------------------------------------------------------------------
     def merge(self, *, probe: Mapping[str, Any] | None = None, force: bool = False, tolerance: float = 0.5) -> MergeReport:
@@ -152,32 +149,40 @@ class Adapter:
             MergeError: a site's delta depends on x, another adapter reads or moves that weight, places that share a weight are
                 adapted apart, ‖ΔW‖ is zero everywhere or not finite, or the check fails; W is then as before.
         """
-        return merging.merge(self._roster, self._record, probe, force, tolerance)
+        return fold.merge(self._registry, self._record, probe, force, tolerance)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again: the original bits, with the other merged adapters put back in order."""
         if not self._record.merged:
             raise MergeError(f"Adapter {self.name!r} is not merged.")
-        merging.unmerge(self._roster, self._record)
+        fold.unmerge(self._registry, self._record)
 
     def detach(self) -> None:
         """Take the adapter out of the model; classes, names and bits are the base's own again."""
         if self._record.merged:
             self.unmerge()
-        uninstall(self._roster, self.name)
+        uninstall(self._registry, self.name)
 
     # --- files --------------------------------------------------------------------------------------------
-    def save(self, path: str | Path) -> Path:
-        """Write the adapter to the folder ``path`` in the native format, atomically."""
-        from rankwise.files import save
+    def save(self, path: str | Path, *, codec: str | Mapping[str, Any] | None = None, reference: str | Path | None = None) -> Path:
+        """Write the adapter to the folder ``path`` in the native format, atomically.
 
-        return save(self, Path(path))
+        Args:
+            path: the folder; what stands there goes only once the new file is whole.
+            codec: code the matrices: ``"compeft"`` or ``{"name": "intk", "k": 8}``.
+            reference: for the codec ``delta`` the other adapter: a folder, or the name of one attached to this model.
+        """
+        if codec is not None:
+            return write.save_coded(self._record, self.model, path, codec, reference=reference)
+        if reference is not None:
+            raise OptionError(
+                "A plain native file is no difference from another adapter; leave the reference out, or give codec='delta'."
+            )
+        return write.save(self._record, self.model, path)
 
     def export(self, path: str | Path, format: str = "peft", **options: Any) -> Path:
-        """Write the adapter in another library's format (``peft``)."""
-        from rankwise.files import export
-
-        return export(self, Path(path), format, **options)
+        """Write the adapter in another library's format (``peft``, ``diffusers``, ``kohya``, ``gguf``)."""
+        return write.export(self._record, self.model, self._registry.known, Path(path), format, **options)
 
     def __repr__(self) -> str:
         r = self._record
@@ -187,21 +192,103 @@ class Adapter:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Handles of all adapters attached to ``model``, by name."""
-    roster = roster_of(model)
-    return {n: Adapter(roster, n) for n in roster.records}
+    registry = registry_of(model)
+    return {n: Adapter(registry, n) for n in registry.records}
 
 
-# --- inside -------------------------------------------------------------------------------------------------
-def _tensors_of(module: nn.Module, buffers: bool) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    extra = getattr(module, "base_parameters", None)  # the form `full` trains the base's own
-    if extra is not None:
-        yield from extra().items()
-    if buffers:
-        yield from module.named_buffers()
+def _now(registry: AdapterRegistry) -> dict[str, Tensor]:
+    return dict(current(registry).strengths)
 
 
-def _now(roster: Roster) -> dict[str, Tensor]:
-    from rankwise.view import current
+def attach(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str = "lora",
+    *,
+    calibration: Iterable[Any] | None = None,
+    name: str = "default",
+    activate: bool = True,
+) -> Adapter:
+    """Put an adapter into ``model`` (changed in place) and return its handle.
 
-    return dict(current(roster).strengths)
+    Args:
+        model: any ``nn.Module``.
+        recipe: a Recipe, its fields, a file, or the name of a form or preset.
+        calibration: batches (dicts of the model's keyword inputs) for inits that read statistics.
+        name: free text; one adapter a name.
+        activate: make it the one that acts by default.
+
+    Raises:
+        AttachError: the name is taken, the model is sharded, no calibration where the init needs it.
+        TargetError, RecipeError, OptionError: see the recipe.
+    """
+    recipe = Recipe.of(recipe)
+    check_name(name)
+    had = isinstance(model._modules.get("rankwise"), AdapterRegistry)
+    registry = registry_of(model, create=True)
+    try:
+        if name in registry.records:
+            raise AttachError(f"An adapter called {name!r} is already attached; choose another name, or detach() it first.")
+        installed, deltas, tied_sites = build_parts(registry, recipe, calibration)
+        install(registry, name, recipe, installed, deltas, tied_sites)
+    except BaseException:
+        if not had and not registry.records:
+            model._modules.pop("rankwise", None)
+        raise
+    if activate:
+        activate_adapters(model, name)
+    return Adapter(registry, name)
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    activate: bool = True,
+    check_base: bool = True,
+    reference: str | Path | None = None,
+) -> Adapter:
+    """Attach the adapter in ``path`` (a native, PEFT, diffusers, kohya or GGUF folder or file, or a hub id) and return its handle.
+
+    Args:
+        model: the base.
+        path: of the adapter.
+        name: what to call it here; default its own name, or "default".
+        activate: make it the one that acts by default.
+        check_base: refuse an adapter whose base differs in its weights, not only one that differs in shape.
+        reference: of a file that is a difference (codec ``delta``), the other adapter: a folder, or the name of an attached one.
+
+    Raises:
+        ArtefactError: damaged, hostile or foreign file; the message names what differs.
+    """
+    keep_stored(model)  # a base that inference has repacked is told as such, not taken for another one
+    folder = Path(path)
+    if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
+        record = read.load_native_file(model, folder, name, check_base=check_base, reference=reference)
+    elif reference is not None:
+        raise ArtefactError(f"{path} is no native file, so it is no difference from another adapter; leave the reference out.")
+    else:
+        record = read.load_foreign_file(model, str(path), name)
+    return _handle(model, record, activate)
+
+
+def rebuild(
+    model: nn.Module, recipe: Recipe, head: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, activate: bool
+) -> Adapter:
+    """Attach from a description and its tensors, as a native file holds them, and return the handle.
+
+    Args:
+        model: the base.
+        recipe: of the whole adapter.
+        head: ``parts`` and ``states`` as a native header has them.
+        tensors: by our names, exactly those that the parts have.
+        name: what to call the adapter here.
+        activate: make it the one that acts by default.
+    """
+    return _handle(model, read.rebuild(model, recipe, head, tensors, name), activate)
+
+
+def _handle(model: nn.Module, record: AdapterRecord, activate: bool) -> Adapter:
+    if activate:
+        activate_adapters(model, record.name)
+    return Adapter(registry_of(model), record.name)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import math
 import numbers
 import pkgutil
+import sys
 import threading
 import types
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from rankwise._renamed import warn
 from rankwise.errors import OptionError, RankwiseError, nearest, unknown
 
 #: kind → the folder whose files hold its methods
@@ -28,10 +31,10 @@ FOLDERS = {
     "optimizer": "rankwise.optim",
     "budget": "rankwise.budgets",
     "loss": "rankwise.losses",
-    "merge": "rankwise.merge",
-    "logits": "rankwise.merge",
+    "merge": "rankwise.merge.methods",
+    "logits": "rankwise.decoding",
     "codec": "rankwise.codecs",
-    "policy": "rankwise.serve.sched",
+    "policy": "rankwise.serve.policies",
 }
 
 T = TypeVar("T", bound=type)
@@ -41,8 +44,8 @@ T = TypeVar("T", bound=type)
 class MethodInfo:
     """What the catalogue knows of one method.
 
-    ``reference`` is the three-digit number of its card, or None.  ``needs`` are words that the form's
-    ``gives`` must hold (see :mod:`rankwise.recipe`).  ``options`` maps each option to its default.
+    ``reference`` is the three-digit number of its card, or None.  ``requires`` are words that the form's
+    ``provides`` must hold (see :mod:`rankwise.recipe`).  ``options`` maps each option to its default.
     """
 
     name: str
@@ -50,7 +53,7 @@ class MethodInfo:
     title: str
     paper: str | None = None
     reference: str | None = None
-    needs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     mergeable: bool = True
     exports_to_peft: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -70,9 +73,10 @@ def register(
     title: str,
     paper: str | None = None,
     reference: str | None = None,
-    needs: Iterable[str] = (),
+    requires: Iterable[str] = (),
     mergeable: bool = True,
     exports_to_peft: bool = False,
+    needs: Iterable[str] | None = None,
 ) -> Callable[[T], T]:
     """Enter a class as method ``name`` of ``kind``; its dataclass fields are the method's options.
 
@@ -82,6 +86,10 @@ def register(
         RankwiseError: the name is taken by another class, or the class is not a dataclass.
     """
 
+    if needs is not None:
+        warn("register(needs=…)", "register(requires=…)")
+        requires = needs
+
     def enter(cls: T) -> T:
         if not dataclasses.is_dataclass(cls):
             raise RankwiseError(f"{cls.__qualname__} must be a dataclass: its fields are the options of {name!r}.")
@@ -89,7 +97,7 @@ def register(
         if old is not None and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RankwiseError(f"The {kind} {name!r} is already registered by {old.cls.__module__}; choose another name.")
         info = MethodInfo(
-            name, kind, title, paper, reference, tuple(needs), mergeable, exports_to_peft,
+            name, kind, title, paper, reference, tuple(requires), mergeable, exports_to_peft,
             _options(cls), (cls.__doc__ or "").strip(), cls,
         )  # fmt: skip
         _methods[kind, name] = info
@@ -166,11 +174,18 @@ def make(kind: str, name: str, **options: Any) -> Any:
 
 def _fits(info: MethodInfo, option: str, value: Any) -> None:
     """Refuse a value of another sort than the option's annotation says; numbers must be finite."""
-    wanted = typing.get_type_hints(info.cls)[option]
+    wanted = _annotation(info.cls, option)
     kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
     if not any(_is(value, k) for k in kinds):
         said = " or ".join(_WORDS.get(k) or _spelled(k) for k in kinds)
         raise OptionError(f"The {info.kind} {info.name!r} takes {option} as {said}; it got {value!r}.")
+
+
+def _annotation(cls: type, option: str) -> Any:
+    """The type that ``option`` is annotated with where it is declared; other annotations may name types of a type checker only."""
+    owner = next(c for c in cls.__mro__ if option in inspect.get_annotations(c))
+    alone = types.SimpleNamespace(__annotations__={option: owner.__annotations__[option]})
+    return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[option]
 
 
 _WORDS: dict[Any, str] = {

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from rankwise import catalogue
+from rankwise._renamed import warn
 from rankwise.errors import OptionError, RankwiseError, RecipeError, nearest, unknown
 
 if TYPE_CHECKING:
-    from rankwise.sites import Site
+    from rankwise.sites.site import Site
 
 Named = str | dict[str, Any] | None
 
@@ -29,6 +30,8 @@ ALIASES = {
     "exclude_modules": "exclude", "layers_to_transform": "layers", "init_lora_weights": "init", "lora_r": "r", "lora_rank": "r",
     "optimiser": "optimizer", "optim": "optimizer", "additional_target": "modules_to_save", "lora_target_modules": "targets",
 }  # fmt: skip
+#: fields that had another name before: taken with a warning from people, without one from files
+RENAMED = {"untie": "separate_tied"}
 
 #: combinations of parts that a paper names as one method: preset → the recipe's fields
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -56,7 +59,12 @@ class Part(pydantic.BaseModel):
     router: Named = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    untie: bool = False
+    separate_tied: bool = False
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_older_files(cls, fields: Any) -> Any:
+        return {RENAMED.get(k, k): v for k, v in fields.items()} if isinstance(fields, dict) else fields
 
     @pydantic.model_validator(mode="after")
     def _sane(self) -> Part:
@@ -91,7 +99,7 @@ class Part(pydantic.BaseModel):
 
         Raises:
             OptionError: a pattern without a place; rank or scale for a form that has none; dropout where no input
-                passes through the form; ``untie`` where nothing is tied.
+                passes through the form; ``separate_tied`` where nothing is tied.
         """
         for field in ("rank_pattern", "alpha_pattern"):
             for word in getattr(self, field):
@@ -111,7 +119,7 @@ class Part(pydantic.BaseModel):
                     f"dropout = {self.dropout} cannot act at {deaf.name!r} ({deaf.spec.kind}) with the form {form!r}, where no input passes "
                     "through the adapter; give that place a part of its own with dropout 0, or exclude it."
                 )
-        if self.untie and not any(s.spec.tie_group for s in sites):
+        if self.separate_tied and not any(s.spec.tie_group for s in sites):
             raise OptionError("untie = True, but none of the chosen places has tied weights; drop it, or target a tied place.")
 
 
@@ -132,11 +140,11 @@ class Recipe(Part):
     seed: int = 0
 
     def __init__(self, **fields: Any):
-        fields = _rename(fields)
+        fields = _rename(_warned(fields))
         if fields.get("preset"):
             fields = _expand(fields)
         if "parts" in fields:
-            fields["parts"] = [p if isinstance(p, Part) else _lift(_rename(dict(p))) for p in fields["parts"]]
+            fields["parts"] = [p if isinstance(p, Part) else _lift(_rename(_warned(dict(p)))) for p in fields["parts"]]
         try:
             super().__init__(**_lift(fields))
         except pydantic.ValidationError as error:
@@ -190,6 +198,14 @@ class Recipe(Part):
         catalogue.methods()
         return cls(preset=text) if text in PRESETS else cls(form=text)
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Recipe:
+        """The recipe that :meth:`to_json` described, in a file of this or an older version."""
+        known = {RENAMED.get(k, k): v for k, v in fields.items()}
+        if "parts" in known:
+            known["parts"] = [{RENAMED.get(k, k): v for k, v in p.items()} for p in known["parts"]]
+        return cls(**known)
+
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
         return self.model_dump(mode="json", exclude_defaults=True)
@@ -204,7 +220,7 @@ class Recipe(Part):
                 raise RecipeError(
                     f"The form {form.info.name!r} stands for scale = {form.scaling()!r}, but the recipe says {part.scale!r}; drop it, or use the form 'lora'."
                 )
-            extra = form.info.needs
+            extra = form.info.requires
             for kind in ("init", "router"):
                 named = getattr(part, kind)
                 if named is not None:
@@ -245,14 +261,14 @@ def build(kind: str, named: Named) -> Any:
 
 
 def _missing(method: Any, form: Any) -> str | None:
-    return next((need for need in method.info.needs if need not in form.gives), None)
+    return next((need for need in method.info.requires if need not in form.provides), None)
 
 
 def _fits(method: Any, form: Any) -> None:
     word = _missing(method, form)
     if word is None:
         return
-    able = [i.name for i in catalogue.methods("form") if word in i.cls.gives]  # type: ignore[attr-defined]
+    able = [i.name for i in catalogue.methods("form") if word in i.cls.provides]  # type: ignore[attr-defined]
     raise RecipeError(
         f"The {method.info.kind} {method.info.name!r} needs a form that gives {word!r}, but the form {form.info.name!r} does not; "
         f"use {' or '.join(able[:6]) or 'another form'}, or another {method.info.kind}."
@@ -264,6 +280,13 @@ def _form_options(part: Part) -> None:
         for key in ("r", "alpha", "dropout", "scale"):
             if key in part.form:
                 raise RecipeError(f"{key} is given inside form and lost its place; write it beside form.")
+
+
+def _warned(fields: dict[str, Any]) -> dict[str, Any]:
+    for old, new in RENAMED.items():
+        if old in fields:
+            warn(f"The recipe's field {old!r}", repr(new), stacklevel=3)
+    return {RENAMED.get(k, k): v for k, v in fields.items()}
 
 
 def _rename(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rankwise import assets, errors
-from rankwise.assets import corpus, digits, pretrain
+from rankwise.assets import corpus, digits, pretrain_run
 from rankwise.assets.tasks import domains
 
-CONFIG = dataclasses.replace(pretrain.TINY, corpus_bytes=30_000)
+CONFIG = dataclasses.replace(pretrain_run.TINY, corpus_bytes=30_000)
 PACKAGE = Path(assets.__file__).parent
 
 
@@ -28,37 +28,37 @@ def _figure(card: Path, row: str, column: int) -> float:
 @pytest.mark.slow
 def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(tmp_path: Path) -> None:
     quiet = {"steps": 8, "say": lambda text: None}
-    whole = pretrain.Run(CONFIG, tmp_path / "whole")
+    whole = pretrain_run.PretrainRun(CONFIG, tmp_path / "whole")
     whole.train(**quiet)
-    pretrain.Run(CONFIG, tmp_path / "parts").train(**quiet, stop_at=3)
-    resumed = pretrain.Run(CONFIG, tmp_path / "parts")
+    pretrain_run.PretrainRun(CONFIG, tmp_path / "parts").train(**quiet, stop_at=3)
+    resumed = pretrain_run.PretrainRun(CONFIG, tmp_path / "parts")
     assert resumed.step == 3 and resumed.progress == 3 / 8
     resumed.train(**quiet)
     assert resumed.losses == whole.losses and len(whole.losses) == 8 and whole.losses[-1] < whole.losses[0]
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
         assert torch.equal(a, b), name
     with pytest.raises(errors.OptionError, match="another config"):
-        pretrain.Run(dataclasses.replace(CONFIG, lr=1.0), tmp_path / "parts")
+        pretrain_run.PretrainRun(dataclasses.replace(CONFIG, lr=1.0), tmp_path / "parts")
     with pytest.raises(errors.OptionError, match="exactly one budget"):
         resumed.train(steps=1, minutes=1.0)
 
 
 def test_an_epoch_visits_every_window_once_and_a_batch_depends_on_its_step_alone() -> None:
     stream = torch.arange(CONFIG.context * 13)
-    batches = pretrain.Batches(stream, CONFIG)
+    batches = pretrain_run.Batches(stream, CONFIG)
     assert batches.windows == 12
     first = torch.cat([batches(t) for t in range(3)])  # 12 windows in batches of 4
     assert first[:, 0].sort().values.diff().eq(CONFIG.context).all()
     assert not torch.equal(first, torch.cat([batches(t) for t in range(3, 6)]))
-    assert torch.equal(pretrain.Batches(stream, CONFIG)(4), batches(4))
+    assert torch.equal(pretrain_run.Batches(stream, CONFIG)(4), batches(4))
 
 
 def test_the_learning_rate_warms_up_holds_and_falls_to_nothing() -> None:
-    config = pretrain.PretrainConfig()
-    assert pretrain.learning_rate(config, 0, 0.0) == config.lr / config.warmup
-    assert pretrain.learning_rate(config, 500, config.decay_from - 1e-9) == config.lr
-    assert pretrain.learning_rate(config, 500, 0.7) == pytest.approx(config.lr / 2)
-    assert pretrain.learning_rate(config, 500, 1.0) == 0.0
+    config = pretrain_run.PretrainConfig()
+    assert pretrain_run.learning_rate(config, 0, 0.0) == config.lr / config.warmup
+    assert pretrain_run.learning_rate(config, 500, config.decay_from - 1e-9) == config.lr
+    assert pretrain_run.learning_rate(config, 500, 0.7) == pytest.approx(config.lr / 2)
+    assert pretrain_run.learning_rate(config, 500, 1.0) == 0.0
 
 
 @pytest.mark.slow

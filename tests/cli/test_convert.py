@@ -13,7 +13,6 @@ import torch
 import rankwise as rw
 from rankwise import assets
 from rankwise.errors import ArtefactError, OptionError
-from rankwise.files import save_coded
 from rankwise.seeds import generator
 from rankwise.store.native import load_native
 from tests.cli.tools import call
@@ -149,7 +148,7 @@ def test_blocks_are_coded_too(tmp_path: Path, capsys: Any) -> None:
 def test_residual_starts_stay_and_whole_weights_are_refused(tmp_path: Path) -> None:
     model, _ = assets.load_base()
     here = rw.load(model, made(tmp_path / "p", init="pissa"), name="p")
-    save_coded(here, tmp_path / "c", {"name": "intk", "k": 8})
+    here.save(tmp_path / "c", codec={"name": "intk", "k": 8})
     was = {n: here.delta(n).dense() for n in here.sites}
     here.detach()
     back = rw.load(model, tmp_path / "c")
@@ -158,14 +157,14 @@ def test_residual_starts_stay_and_whole_weights_are_refused(tmp_path: Path) -> N
     back.detach()
     full = rw.attach(model, rw.Recipe(form="full", targets=["q_proj"]))
     with pytest.raises(OptionError, match="trained whole"):
-        save_coded(full, tmp_path / "f", "compeft")
-    save_coded(full, tmp_path / "f", "lossless")
+        full.save(tmp_path / "f", codec="compeft")
+    full.save(tmp_path / "f", codec="lossless")
 
 
 def test_a_damaged_file_is_refused_in_one_sentence(adapter: Path, tmp_path: Path) -> None:
     model, _ = assets.load_base()
     here = rw.load(model, adapter)
-    file = save_coded(here, tmp_path / "c", "compeft")
+    file = here.save(tmp_path / "c", codec="compeft")
     here.detach()
     good, rng = file.read_bytes(), random.Random(0)
     for _ in range(60):

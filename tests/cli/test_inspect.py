@@ -10,7 +10,7 @@ import pytest
 
 from rankwise.cli import adapters as _verb  # noqa: F401 - so that their consoles are replaced
 from rankwise.cli import overlap
-from rankwise.merge.folders import open_folders
+from rankwise.merge.engine.folders import open_folders
 from tests.cli.test_merge import made  # noqa: F401 - a fixture
 from tests.cli.tools import call
 

@@ -14,7 +14,7 @@ import rankwise as rw
 from rankwise.cli import merge as _verb  # noqa: F401 - so that its consoles are replaced
 from rankwise.codecs import keep_stored
 from rankwise.merge import read_state
-from rankwise.merge.folders import open_folder
+from rankwise.merge.engine.folders import open_folder
 from tests.cli.tools import call
 from tests.merge.test_checkpoints import trio, whole
 from tests.models import llama

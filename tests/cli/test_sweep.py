@@ -145,14 +145,14 @@ def test_one_record_is_split_or_refused(tmp_path: Path) -> None:
 
 def test_advice_follows_from_the_numbers() -> None:
     from rankwise.train.advice import advice
-    from rankwise.train.sweep import Outcome
+    from rankwise.train.sweep import JobResult
 
     g = torch.Generator().manual_seed(0)
     noise = (torch.randn(60, generator=g) * 0.01).tolist()
     flat, falling = noise, [n - 0.05 * i for i, n in enumerate(noise)]
 
     def sweep_of(scores: dict[float, float], losses: list[float] = flat) -> list[str]:
-        done = [Outcome(f"lr{lr}", {}, {"loss": 5.0}, {"loss": s}, losses=losses) for lr, s in scores.items()]
+        done = [JobResult(f"lr{lr}", {}, {"loss": 5.0}, {"loss": s}, losses=losses) for lr, s in scores.items()]
         return advice(done, {"lr": list(scores)}, {f"lr{lr}": {"lr": lr} for lr in scores})
 
     assert sweep_of({1e-4: 4.5, 1e-3: 4.0}) == ["lr = 0.001 is the highest tried and the best: try 0.01."]
@@ -161,4 +161,4 @@ def test_advice_follows_from_the_numbers() -> None:
     assert "train longer" in sweep_of({1e-4: 4.5, 1e-3: 4.0, 1e-2: 4.4}, falling)[0]
     assert "another seed" in sweep_of({1e-4: 4.5, 1e-3: 4.0, 1e-2: 4.001})[0]
     assert "No job is better than the base" in sweep_of({1e-3: 5.1})[0]
-    assert "No job finished" in advice([Outcome("a", {}, {"loss": 5.0})], {}, {})[0]
+    assert "No job finished" in advice([JobResult("a", {}, {"loss": 5.0})], {}, {})[0]

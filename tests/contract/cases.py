@@ -22,7 +22,7 @@ def example(info: MethodInfo) -> dict[str, Any]:
         return with_rank(own)
     if info.kind == "form":
         return with_rank({"form": info.name})
-    form = next(c for c in _CARRIERS if set(info.needs) <= set(catalogue.find("form", c).cls.gives))  # type: ignore[attr-defined]
+    form = next(c for c in _CARRIERS if set(info.requires) <= set(catalogue.find("form", c).cls.provides))  # type: ignore[attr-defined]
     field = {"loss": "losses"}.get(info.kind, info.kind)
     value: Any = [info.name] if info.kind == "loss" else info.name
     return with_rank({"form": form, field: value})

@@ -117,7 +117,7 @@ def test_forward_equals_weight_merge_and_detach(info: Any) -> None:
 
 @pytest.mark.parametrize("info", PLACED, ids=ids(PLACED))
 def test_order_of_adapters_changes_nothing(info: Any) -> None:
-    if "weight" in getattr(info.cls, "gives", ()) or example(info).get("form") == "full":
+    if "weight" in getattr(info.cls, "provides", ()) or example(info).get("form") == "full":
         pytest.skip("one a model by definition")
     batch = batch_for(llama())
     outputs = []
@@ -269,7 +269,7 @@ def test_gradient_checkpointing_changes_no_gradient(info: Any) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with rw.view(model, {"default": 1.0}):
             loss = model(**batch).loss
-        rw.activate(model, None) if "weight" not in getattr(info.cls, "gives", ()) else None
+        rw.activate(model, None) if "weight" not in getattr(info.cls, "provides", ()) else None
         loss.backward()  # outside the view, and with another default
         grads.append({n: p.grad.clone() for n, p in adapter.named_parameters().items() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and grads[0]

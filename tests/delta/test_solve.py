@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rankwise.delta import LowRank
-from rankwise.delta.lowrank import cut
 from rankwise.delta.solve import lowrank_approx, randomized_svd, thin_svd_of_product
 from rankwise.errors import OptionError
 
@@ -87,4 +86,4 @@ def test_the_error_is_that_of_the_stored_value_in_16_bits() -> None:
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
 def test_a_cut_takes_one_sensible_option(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="rank|energy"):
-        cut(*torch.linalg.svd(rand(4, 4)), **options)  # type: ignore[arg-type]
+        LowRank.from_svd(*torch.linalg.svd(rand(4, 4)), **options)  # type: ignore[arg-type]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import rankwise as rw
 from rankwise.errors import ViewError
-from rankwise.forms import fast, grouped
+from rankwise.forms import grouped
 from rankwise.forms.fused import composite
 from rankwise.forms.grouped import Group, grouped_linear
+from rankwise.runtime import fast
 from tests.models import batch_for, llama, move
 
 IN, OUT = 12, 10

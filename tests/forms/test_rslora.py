@@ -11,7 +11,7 @@ import torch
 
 import rankwise as rw
 from rankwise.errors import RecipeError
-from rankwise.merge.folders import open_folder
+from rankwise.merge.engine.folders import open_folder
 from rankwise.train.compare import run_peft
 from tests.forms.helpers import one
 from tests.models import batch_for, llama, logits, move

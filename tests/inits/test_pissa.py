@@ -17,8 +17,8 @@ def test_pissa_is_balanced_and_leaves_the_tail(alpha: int) -> None:
     S = torch.linalg.svdvals(model[0].weight)
     top = torch.diag(S[:3]) / d.scale
     assert torch.allclose(d.A @ d.A.T, top, atol=1e-5) and torch.allclose(d.B.T @ d.B, top, atol=1e-5)
-    residual = model[0].weight - d.delta().dense()
-    assert torch.allclose(torch.linalg.svdvals(residual)[:7], S[3:], atol=1e-5)
+    has_frozen_start = model[0].weight - d.delta().dense()
+    assert torch.allclose(torch.linalg.svdvals(has_frozen_start)[:7], S[3:], atol=1e-5)
     model(torch.randn(4, 12)).square().sum().backward()
     assert d.A.grad.any() and d.B.grad.any()
     assert adapter.delta("0").exact_rank == 6, "against the untouched W it is an exact LoRA of rank 2r"

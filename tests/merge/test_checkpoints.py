@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.errors import ArtefactError, MergeError, OptionError
 from rankwise.merge.checkpoints import merge_checkpoints
-from rankwise.merge.model_folder import Checkpoint
+from rankwise.merge.engine.model_folder import Checkpoint
 
 SHAPES = {"model.embed_tokens.weight": (12, 8), "model.layers.0.up.weight": (10, 8), "model.norm.weight": (8,)}
 

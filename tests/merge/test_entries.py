@@ -9,8 +9,8 @@ from torch import Tensor
 from rankwise.catalogue import make
 from rankwise.delta import AdapterState, LowRank
 from rankwise.merge import merge_states
-from rankwise.merge.sparsify import Bernoulli, Middle, Ranked, Sparsifier, Top
-from rankwise.merge.stack import TensorStack
+from rankwise.merge.engine.stack import TensorStack
+from rankwise.merge.methods.sparsify import Bernoulli, Middle, Ranked, Sparsifier, Top
 
 
 def stack(*rows: Tensor, weights: tuple[float, ...] | None = None) -> TensorStack:
@@ -100,7 +100,7 @@ def test_trimming_frees_planted_tasks() -> None:
 @pytest.mark.parametrize("kind", ["normal", "tied", "skewed", "rowwise"])
 def test_the_threshold_of_a_long_vector_is_the_sorted_one(kind: str) -> None:
     """Bracketed by a sample and counted exactly: the value, how many are larger and how many equal it."""
-    from rankwise.merge.sparsify import SAMPLED, nth_largest
+    from rankwise.merge.methods.sparsify import SAMPLED, nth_largest
 
     g = torch.Generator().manual_seed(3)
     n = 17 * SAMPLED

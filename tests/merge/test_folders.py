@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import rankwise as rw
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import ArtefactError, MergeError
-from rankwise.merge import folders as module
 from rankwise.merge import merge_states, read_state
-from rankwise.merge.folders import export_merged, open_folder, open_folders
+from rankwise.merge.engine import folders as module
+from rankwise.merge.engine.folders import export_merged, open_folder, open_folders
 from rankwise.store.native import save_state
 from tests.models import llama
 
@@ -199,7 +199,7 @@ def test_one_site_of_each_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest
     sources = [open_folder(peft(tmp_path / str(t), t, sites, r=2)) for t in range(5)]
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most = [0]
-    read = module._File.read
+    read = module._TensorFile.read
 
     def counted(self: Any, name: str) -> torch.Tensor:
         tensor = read(self, name)
@@ -207,7 +207,7 @@ def test_one_site_of_each_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest
         most[0] = max(most[0], len(alive))
         return tensor
 
-    monkeypatch.setattr(module._File, "read", counted)
+    monkeypatch.setattr(module._TensorFile, "read", counted)
     merge_states(sources, None, "svd")
     assert 0 < most[0] <= 2 * len(sources), "only one site's A and B of each adapter"
 
@@ -216,7 +216,7 @@ CHILD = """
 import resource, sys
 import torch
 from rankwise.merge import merge_states
-from rankwise.merge.folders import open_folders
+from rankwise.merge.engine.folders import open_folders
 sources = open_folders(sys.argv[2:])
 merge_states(sources[:2], None, sys.argv[1], rank=4)  # imports and work space
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

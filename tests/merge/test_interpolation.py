@@ -13,8 +13,8 @@ from rankwise import catalogue
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge import merge_states
-from rankwise.merge.interpolation import GRID, between, fusing, path, ratatouille, sweep
-from rankwise.merge.oracle import Oracle
+from rankwise.merge.judge.evaluator import Evaluator
+from rankwise.merge.methods.interpolation import GRID, between, fusing, path, ratatouille, sweep
 from tests.merge.models import Net, net_batch, net_value
 from tests.merge.tools import dense, source
 
@@ -58,13 +58,13 @@ def test_the_middle_beats_each_specialist_on_the_others_task() -> None:
                 for n, m in net.named_children()
             }
         )
-    oracle = Oracle(net, {n: (lambda m, b=b: m(**b).loss.item()) for n, b in tasks.items()})
-    points = {p.lam: p.scores for p in sweep(oracle, special["one"], special["two"])}
+    evaluator = Evaluator(net, {n: (lambda m, b=b: m(**b).loss.item()) for n, b in tasks.items()})
+    points = {p.lam: p.scores for p in sweep(evaluator, special["one"], special["two"])}
     assert tuple(points) == GRID
-    assert points[1.0]["one"] == pytest.approx(oracle.score(special["one"], "one"), abs=1e-6)
+    assert points[1.0]["one"] == pytest.approx(evaluator.score(special["one"], "one"), abs=1e-6)
     assert points[0.4]["two"] < points[1.0]["two"] and points[0.6]["one"] < points[0.0]["one"]
-    base = oracle.score(AdapterState({}), "one")
-    way = path(oracle, special["one"], (0.0, 0.75, 1.0))
+    base = evaluator.score(AdapterState({}), "one")
+    way = path(evaluator, special["one"], (0.0, 0.75, 1.0))
     assert way[0].scores["one"] == pytest.approx(base, abs=1e-6) and way[1].scores["one"] < base
 
 

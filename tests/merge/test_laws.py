@@ -12,10 +12,10 @@ from rankwise.catalogue import MethodInfo
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge import merge_states
-from rankwise.merge.base import Merge
+from rankwise.merge.engine.base import Merge
 from tests.merge.tools import dense, keep_all, source
 
-ALL = [m for m in catalogue.methods("merge") if issubclass(m.cls, Merge) and m.cls.adapters and not m.cls().needs_oracle]
+ALL = [m for m in catalogue.methods("merge") if issubclass(m.cls, Merge) and m.cls.adapters and not m.cls().needs_evaluator]
 
 
 def holding(law: str, count: int = 2) -> list[object]:
@@ -96,7 +96,7 @@ def test_low_precision_is_widened_once_and_site_order_and_blocks_do_not_matter(
     assert torch.equal(dense(merged(m, flipped), "y"), dense(narrow, "y"))
     big_a, big_b = source(2, 3, 40, 12), source(3, 2 if m.name != "linear" else 3, 40, 12)
     whole = merged(m, [big_a, big_b])
-    monkeypatch.setattr("rankwise.merge.stack.BLOCK_BYTES", 1)  # 16 rows at a time
+    monkeypatch.setattr("rankwise.merge.engine.stack.BLOCK_BYTES", 1)  # 16 rows at a time
     assert torch.allclose(dense(merged(m, [big_a, big_b])), dense(whole), atol=1e-5)
 
 

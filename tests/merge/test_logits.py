@@ -11,10 +11,10 @@ from torch import Tensor
 
 import rankwise as rw
 from rankwise import catalogue
+from rankwise.decoding.combine import Term
+from rankwise.decoding.model import DecodingModel, Fusion
 from rankwise.errors import DataError, MergeError, OptionError, UnknownName
-from rankwise.merge.decoding import Fusion, Voice
-from rankwise.merge.files import attach_state
-from rankwise.merge.logits import Term
+from rankwise.merge.engine.files import attach_state
 from tests.merge.models import value
 from tests.models import FAMILIES, VOCAB, llama
 
@@ -164,7 +164,7 @@ def test_padding_on_the_left_changes_nothing(two: Two) -> None:
     want = fusion.generate(ids, max_new_tokens=6)
     assert torch.equal(fusion.generate(padded, mask, max_new_tokens=6)[:, 3:], want)
     assert torch.equal(fused(fusion, padded, 6, mask)[:, 3:], want)
-    absolute = Fusion({"base": Voice(FAMILIES["gpt2"][0]())}, [])  # learnt positions, where a shift is seen
+    absolute = Fusion({"base": DecodingModel(FAMILIES["gpt2"][0]())}, [])  # learnt positions, where a shift is seen
     assert torch.equal(absolute.generate(padded, mask, max_new_tokens=6)[:, 3:], absolute.generate(ids, max_new_tokens=6))
     with pytest.raises(DataError, match="attention_mask"), fusion.acting():
         model.generate(padded, attention_mask=mask, max_new_tokens=2, logits_processor=[fusion.processor()])
@@ -203,7 +203,7 @@ def test_a_small_pair_steers_another_model_and_vocabularies_must_agree(two: Two)
     """Proxy tuning of another architecture: the formula on three whole forwards."""
     model, ids = two
     large = llama(layers=3, hidden=48, seed=4)
-    voices = {"base": Voice(large), "small": Voice(model, {}), "tuned": Voice(model, {"a": 1.0})}
+    voices = {"base": DecodingModel(large), "small": DecodingModel(model, {}), "tuned": DecodingModel(model, {"a": 1.0})}
     got = Fusion(voices, [Term("tuned", 0.8, "small")], "static").logits(ids)
     with torch.no_grad():
         want = large(ids).logits.double()
@@ -214,18 +214,18 @@ def test_a_small_pair_steers_another_model_and_vocabularies_must_agree(two: Two)
     odd = llama()
     odd.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     with pytest.raises(MergeError, match="'tuned' has 72 logits and 'base' 64"):
-        Fusion({"base": Voice(large), "tuned": Voice(odd)}, [Term("tuned", 1.0, "base")])
+        Fusion({"base": DecodingModel(large), "tuned": DecodingModel(odd)}, [Term("tuned", 1.0, "base")])
 
     class Tokens:
         def __init__(self, **more: int) -> None:
             self.get_vocab = lambda: {"x": 1, "y": 2, **more}
 
-    padded = {"base": Voice(large, tokenizer=Tokens()), "wide": Voice(odd, tokenizer=Tokens())}
+    padded = {"base": DecodingModel(large, tokenizer=Tokens()), "wide": DecodingModel(odd, tokenizer=Tokens())}
     assert Fusion(padded, [Term("wide", 1.0, "base")], "static").logits(ids).shape[-1] == VOCAB
     wide = Fusion(padded, [Term("base", 1.0, "wide")], "static", target="wide").logits(ids)
     assert wide.shape[-1] == VOCAB + 8 and bool(wide[..., VOCAB:].isneginf().all())
     with pytest.raises(MergeError, match="'tuned' does not share .* 'z'"):
-        Fusion({"base": padded["base"], "tuned": Voice(odd, tokenizer=Tokens(z=3))}, [Term("tuned", 1.0, "base")])
+        Fusion({"base": padded["base"], "tuned": DecodingModel(odd, tokenizer=Tokens(z=3))}, [Term("tuned", 1.0, "base")])
 
 
 def test_what_is_refused(two: Two) -> None:
@@ -238,6 +238,6 @@ def test_what_is_refused(two: Two) -> None:
         with pytest.raises(OptionError, match=word):
             Fusion.of_adapters(model, experts, method, **options)
     with pytest.raises(UnknownName, match="voice"):
-        Fusion({"base": Voice(model, {})}, [Term("b", 1.0, "base")])
+        Fusion({"base": DecodingModel(model, {})}, [Term("b", 1.0, "base")])
     with pytest.raises(UnknownName):
         Fusion.of_adapters(model, {"a": 1.0}, "dynamc")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge import Oracle
+from rankwise.merge import Evaluator
 from rankwise.merge.checkpoints import merge_checkpoints
-from rankwise.merge.model_soups import Models
+from rankwise.merge.judge.model_soups import Models
 from tests.merge.test_checkpoints import whole
 from tests.models import batch_for, llama
 
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def judged(folders: list[str], **more: Any) -> Models:
     model = loader(folders[0])
     held = batch_for(model, seed=5)
-    return Models(Oracle(model, lambda m: float(m(**held).loss), batches=[held], **more), folders, loader)
+    return Models(Evaluator(model, lambda m: float(m(**held).loss), batches=[held], **more), folders, loader)
 
 
 def cost(tensors: dict[str, torch.Tensor]) -> float:
@@ -119,7 +119,7 @@ def test_the_gradient_of_a_weight_is_the_inner_product_with_its_model(folders: l
     """∂loss/∂α_t = ⟨∇_θ loss, θ_t⟩, and a central difference."""
     models = judged(folders[:2])
     alpha = torch.tensor([[0.6, 0.4]], requires_grad=True)
-    batch = models.oracle.batches[0]
+    batch = models.evaluator.batches[0]
     loss = models.mixture([])
     (got,) = torch.autograd.grad(loss(alpha, batch, None), alpha)
     every = [whole(Path(f)) for f in folders[:2]]
@@ -161,7 +161,7 @@ def test_wrong_input_is_told(folders: list[str], tmp_path: Path) -> None:
         merge_checkpoints(folders[:2], tmp_path / "no", "uniform_soup", [0.5, 0.5])
     with pytest.raises(OptionError, match="takes gradients on batches"):
         models = judged(folders[:2])
-        models.oracle.batches = []
+        models.evaluator.batches = []
         merge_checkpoints(folders[:2], tmp_path / "no", "learned_soup", models=models)
     llama(layers=1).save_pretrained(tmp_path / "short")
     both = [folders[0], str(tmp_path / "short")]

@@ -11,8 +11,8 @@ import rankwise as rw
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError, UnknownName, ViewError
 from rankwise.merge import attach_state, merge_states
-from rankwise.merge.functional import call
-from rankwise.merge.oracle import Oracle, digest, plain
+from rankwise.merge.judge.evaluator import Evaluator, digest, plain
+from rankwise.merge.judge.functional import call
 from tests.merge.models import SITES, copy_with, value
 from tests.models import batch_for, llama, move
 
@@ -95,11 +95,11 @@ def test_a_score_is_of_the_value_alone_and_leaves_no_trace(model: Any) -> None:
         seen.append(m.training)
         return float(m(**batch).loss)
 
-    oracle = Oracle(model, held_out)
+    evaluator = Evaluator(model, held_out)
     state = value(1)
-    got = oracle.score(state)
+    got = evaluator.score(state)
     assert got == pytest.approx(copy_with(state)(**batch).loss.item(), abs=1e-5)  # W + ΔW, without 'other'
-    assert oracle.score(AdapterState({})) == pytest.approx(llama()(**batch).loss.item(), abs=1e-6)
+    assert evaluator.score(AdapterState({})) == pytest.approx(llama()(**batch).loss.item(), abs=1e-6)
     assert seen == [False, False] and model.training and list(rw.adapters(model)) == ["other"]
     assert all(torch.equal(t, before[n]) for n, t in model.named_parameters())
     with_other = model.eval()(**batch).loss.item()
@@ -108,30 +108,30 @@ def test_a_score_is_of_the_value_alone_and_leaves_no_trace(model: Any) -> None:
 
 def test_a_bare_model_is_bare_again(model: Any) -> None:
     before, classes = bits(model), [type(m) for m in model.modules()]
-    oracle = Oracle(model, lambda m: float(m(**batch_for(m)).loss))
-    oracle.score(value(1))
-    oracle.loss(value(2), batch_for(model))
+    evaluator = Evaluator(model, lambda m: float(m(**batch_for(m)).loss))
+    evaluator.score(value(1))
+    evaluator.loss(value(2), batch_for(model))
     assert "rankwise" not in model._modules and [type(m) for m in model.modules()] == classes
     assert all(torch.equal(t, before[n]) and t.requires_grad for n, t in model.named_parameters())
     with pytest.raises(ZeroDivisionError):
-        Oracle(model, lambda m: 1 / 0).score(value(1))
+        Evaluator(model, lambda m: 1 / 0).score(value(1))
     assert "rankwise" not in model._modules
 
 
 def test_scores_are_kept_by_content_and_split(model: Any) -> None:
     calls: list[str] = []
     splits = {n: (lambda m, n=n: calls.append(n) or float(len(calls))) for n in ("id", "ood")}  # type: ignore[func-returns-value]
-    oracle = Oracle(model, splits, higher_is_better=True)
+    evaluator = Evaluator(model, splits, higher_is_better=True)
     state = value(1)
-    assert oracle.score(state) == oracle.score(state.clone()) == 1.0 and calls == ["id"] and oracle.evaluations == 1
-    assert oracle.score(state, "ood") == 2.0 and oracle.cost(state, "ood") == -2.0
-    assert oracle.score(state.scaled(0.5)) == 3.0  # the same tensors at another scale
+    assert evaluator.score(state) == evaluator.score(state.clone()) == 1.0 and calls == ["id"] and evaluator.evaluations == 1
+    assert evaluator.score(state, "ood") == 2.0 and evaluator.cost(state, "ood") == -2.0
+    assert evaluator.score(state.scaled(0.5)) == 3.0  # the same tensors at another scale
     d = state.sites[SITES[0]]
     assert isinstance(d, LowRank)
     other = AdapterState(
         {**state.sites, SITES[0]: LowRank(d.A, d.B.clone().index_put_((torch.tensor(0),) * 2, torch.tensor(9.0)), d.scale)}
     )
-    assert digest(other) != digest(state) and oracle.score(other) == 4.0
+    assert digest(other) != digest(state) and evaluator.score(other) == 4.0
 
 
 def test_a_value_wider_than_the_matrix_is_the_same_change(model: Any) -> None:
@@ -140,9 +140,9 @@ def test_a_value_wider_than_the_matrix_is_the_same_change(model: Any) -> None:
     state = merge_states([value(s) for s in range(9)])
     assert state.sites[SITES[1]].exact_rank == 18 and min(state.sites[SITES[1]].shape) == 16
     want = copy_with(state)(**batch).loss.item()
-    assert Oracle(model, lambda m: m(**batch).loss.item()).score(state) == pytest.approx(want, abs=1e-5)
+    assert Evaluator(model, lambda m: m(**batch).loss.item()).score(state) == pytest.approx(want, abs=1e-5)
     c = torch.tensor(1.0, requires_grad=True)
-    loss = Oracle(model).loss(state.scaled(c), batch)
+    loss = Evaluator(model).loss(state.scaled(c), batch)
     assert loss.item() == pytest.approx(want, abs=1e-5) and torch.autograd.grad(loss, c)[0].abs() > 1e-3
     adapter = attach_state(model, state)
     assert adapter.delta(SITES[1]).exact_rank == 16 and model(**batch).loss.item() == pytest.approx(want, abs=1e-5)
@@ -158,15 +158,15 @@ def test_a_wide_value_is_narrowed_exactly_either_way(shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("held", [False, True])
 def test_the_loss_of_a_value_and_its_gradient(model: Any, held: bool) -> None:
     state, batch = value(1), batch_for(model)
-    oracle = Oracle(model)
+    evaluator = Evaluator(model)
     c = torch.tensor(0.6, requires_grad=True)
     made = state.scaled(c)
     if held:
-        with oracle.attached(state) as adapter:
-            loss = oracle.loss(made, batch)
+        with evaluator.attached(state) as adapter:
+            loss = evaluator.loss(made, batch)
             assert list(rw.adapters(model)) == [adapter.name]  # type: ignore[union-attr]
     else:
-        loss = oracle.loss(made, batch)
+        loss = evaluator.loss(made, batch)
     (got,) = torch.autograd.grad(loss, c)
     at = lambda x: copy_with(state.scaled(x)).double()(**batch).loss.item()
     assert loss.item() == pytest.approx(at(0.6), abs=1e-5)
@@ -177,24 +177,26 @@ def test_a_temperature_multiplies_the_logits(model: Any) -> None:
     batch = batch_for(model)
     batch["labels"][:, 3:5] = -100
     beta = torch.tensor(2.0, requires_grad=True)
-    loss = Oracle(model).loss(value(1), batch, temperature=beta)
-    own = Oracle(model, loss=lambda logits, b: model.loss_function(logits, b["labels"], 64)).loss(value(1), batch, temperature=2.0)
+    loss = Evaluator(model).loss(value(1), batch, temperature=beta)
+    own = Evaluator(model, loss=lambda logits, b: model.loss_function(logits, b["labels"], 64)).loss(
+        value(1), batch, temperature=2.0
+    )
     assert torch.allclose(loss, own) and torch.autograd.grad(loss, beta)[0] != 0
     odd = llama()
     odd.loss_function = lambda *a, **k: torch.tensor(1.0)
     with pytest.raises(OptionError, match="not their cross-entropy"):
-        Oracle(odd).loss(value(1), batch, temperature=1.0)
+        Evaluator(odd).loss(value(1), batch, temperature=1.0)
 
 
 def test_what_it_cannot_judge_is_refused(model: Any) -> None:
     with pytest.raises(OptionError, match="no score"):
-        Oracle(model).score(value(1))
-    oracle = Oracle(model, {"id": lambda m: float("nan")})
+        Evaluator(model).score(value(1))
+    evaluator = Evaluator(model, {"id": lambda m: float("nan")})
     with pytest.raises(OptionError, match="scores on 'id'; it was asked for 'odd'"):
-        oracle.score(value(1), "odd")
+        evaluator.score(value(1), "odd")
     with pytest.raises(MergeError, match="not a number"):
-        oracle.score(value(1))
+        evaluator.score(value(1))
     with pytest.raises(MergeError, match="'head' whole"):
-        oracle.score(AdapterState(value(1).sites, {"head": torch.ones(1)}))
+        evaluator.score(AdapterState(value(1).sites, {"head": torch.ones(1)}))
     with pytest.raises(OptionError, match="labels"):
-        Oracle(model).loss(value(1), {"input_ids": batch_for(model)["input_ids"]})
+        Evaluator(model).loss(value(1), {"input_ids": batch_for(model)["input_ids"]})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.overlap import Pair, SiteOverlap, compare_states
+from rankwise.merge.judge.overlap import SiteOverlap, SourcePair, compare_states
 from tests.merge.tools import source
 
 OUT, IN = 24, 20
@@ -30,7 +30,7 @@ def planted(cols: list[int], rows: list[int], sizes: list[float], name: str = "x
     return AdapterState({name: LowRank(G @ A, B @ torch.linalg.inv(G) * 2, 0.5)})
 
 
-def one(*states: AdapterState, **options: float) -> tuple[SiteOverlap, Pair]:
+def one(*states: AdapterState, **options: float) -> tuple[SiteOverlap, SourcePair]:
     site = compare_states(states, **options).sites["x"]
     return site, site.pairs[0, 1]
 
@@ -84,7 +84,7 @@ def test_components_are_paired_one_to_one() -> None:
 
 @pytest.mark.parametrize("block", [1, 10**9])
 def test_conflict_and_cosine_are_the_dense_formulas_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.merge import stack
+    from rankwise.merge.engine import stack
 
     monkeypatch.setattr(stack, "BLOCK_BYTES", block)
     states = [source(i, out=40, inp=8) for i in range(3)]

@@ -13,8 +13,8 @@ import rankwise as rw
 from rankwise.errors import DataError, OptionError
 from rankwise.losses.cfg_distillation import CFGDistillation, divergence, guided, unconditional
 from rankwise.merge import merge_states
-from rankwise.merge.oracle import Oracle
-from rankwise.merge.quality_diversity import frontier, knob
+from rankwise.merge.judge.evaluator import Evaluator
+from rankwise.merge.methods.quality_diversity import frontier, knob
 from tests.merge.tools import dense, source
 from tests.models import batch_for, llama, move
 
@@ -47,7 +47,7 @@ def test_the_knob_is_exact_at_its_ends_and_between() -> None:
 def test_the_frontier_scores_both_splits_along_the_knob() -> None:
     net = torch.nn.ModuleDict({"x": torch.nn.Linear(8, 10), "y": torch.nn.Linear(8, 10)})
     size = lambda site: lambda m: (m[site](torch.eye(8)) - m[site].bias).norm().item()
-    got = frontier(Oracle(net, {"quality": size("x"), "diversity": size("y")}), source(0), source(1), (0.0, 0.5, 1.0))
+    got = frontier(Evaluator(net, {"quality": size("x"), "diversity": size("y")}), source(0), source(1), (0.0, 0.5, 1.0))
     for p in got:
         D = dense(knob(source(0), source(1), p.lam), "y") + net["y"].weight
         assert p.scores["diversity"] == pytest.approx(D.norm().item(), rel=1e-4)

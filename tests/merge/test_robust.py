@@ -11,7 +11,7 @@ from rankwise.delta import AdapterState
 from rankwise.errors import OptionError
 from rankwise.merge import merge_states
 from rankwise.merge.checkpoints import merge_checkpoints
-from rankwise.merge.straggler import layers, profile, sparsified, stragglers
+from rankwise.merge.methods.straggler import layers, profile, sparsified, stragglers
 from tests.merge.test_checkpoints import folder, whole
 from tests.merge.test_straggler import tuned
 from tests.merge.tools import dense, source
@@ -38,15 +38,15 @@ def test_named_stragglers_keep_their_largest_entries() -> None:
 
 
 def test_stragglers_are_found_by_the_profile_and_told() -> None:
-    oracle, state, _ = tuned()
-    groups = layers(oracle.model, state, "site")
-    expected = stragglers({n: p.barrier for n, p in profile(oracle, state, groups).items()})
-    got = merge_states([state], None, "robust_interpolation", alpha=0.5, density=0.1, oracle=oracle)
+    evaluator, state, _ = tuned()
+    groups = layers(evaluator.model, state, "site")
+    expected = stragglers({n: p.barrier for n, p in profile(evaluator, state, groups).items()})
+    got = merge_states([state], None, "robust_interpolation", alpha=0.5, density=0.1, evaluator=evaluator)
     assert list(got.meta["found"]["stragglers"]) == sorted(expected) != []
     by_hand = sparsified(state, expected, 0.1).scaled(0.5)
     for n in state.sites:
         assert torch.allclose(got.sites[n].dense(), by_hand.sites[n].dense(), atol=1e-4), n
-    calm = merge_states([state.scaled(1e-4)], None, "robust_interpolation", alpha=0.5, density=0.1, oracle=oracle)
+    calm = merge_states([state.scaled(1e-4)], None, "robust_interpolation", alpha=0.5, density=0.1, evaluator=evaluator)
     assert calm.meta["found"] == {"density": 1.0}, "no layer stands out, so nothing is thinned, and that is told"
 
 

@@ -10,7 +10,7 @@ import rankwise as rw
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge import attach_state, merge_states
-from rankwise.merge.signatures import quantise, signature, signatures
+from rankwise.merge.methods.signatures import quantise, signature, signatures
 from tests.merge.models import SITES, copy_with, value
 from tests.models import FAMILIES, batch_for, llama, logits
 

@@ -14,9 +14,9 @@ from torch import nn
 from rankwise.delta import AdapterState, LowRank
 from rankwise.delta.lowrank import from_dense
 from rankwise.errors import OptionError
-from rankwise.merge.interpolation import path
-from rankwise.merge.oracle import Oracle
-from rankwise.merge.straggler import Path, layers, profile, sharpness, sparsified, stragglers
+from rankwise.merge.judge.evaluator import Evaluator
+from rankwise.merge.methods.interpolation import path
+from rankwise.merge.methods.straggler import Path, layers, profile, sharpness, sparsified, stragglers
 from tests.merge.models import SITES, value
 from tests.models import llama
 
@@ -57,7 +57,7 @@ def train(net: nn.Module, batch: dict[str, torch.Tensor], steps: int, lr: float,
 
 
 @functools.cache
-def tuned() -> tuple[Oracle, AdapterState, Any]:
+def tuned() -> tuple[Evaluator, AdapterState, Any]:
     """A base, its fine-tune on 32 rows with one layer at 20 times the rate, and an oracle of held-out loss."""
     base = Deep()
     train(base, data(1), 100, 0.1)
@@ -70,16 +70,16 @@ def tuned() -> tuple[Oracle, AdapterState, Any]:
         if isinstance(m, nn.Linear)
     }
     held = data(3)
-    return Oracle(base, lambda m: m(**held).loss.item(), batches=[held]), AdapterState(sites), net
+    return Evaluator(base, lambda m: m(**held).loss.item(), batches=[held]), AdapterState(sites), net
 
 
 def test_the_profile_flags_the_layer_that_was_trained_too_fast() -> None:
-    oracle, state, net = tuned()
-    before = {n: p.detach().clone() for n, p in oracle.model.named_parameters()}
-    got = profile(oracle, state, layers(oracle.model, state, "site"))
+    evaluator, state, net = tuned()
+    before = {n: p.detach().clone() for n, p in evaluator.model.named_parameters()}
+    got = profile(evaluator, state, layers(evaluator.model, state, "site"))
     assert stragglers({n: p.barrier for n, p in got.items()}) == [HOT]
     assert got[HOT].barrier > 10 * max(p.barrier for n, p in got.items() if n != HOT)
-    assert all(torch.equal(p, before[n]) for n, p in oracle.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in evaluator.model.named_parameters())
     held = data(3)
     for alpha, cost in zip(got[HOT].alphas, got[HOT].costs, strict=True):  # against weights written by hand
         other = copy.deepcopy(net)
@@ -93,9 +93,9 @@ def test_the_profile_flags_the_layer_that_was_trained_too_fast() -> None:
 
 
 def test_thinning_the_straggler_mends_the_path() -> None:
-    oracle, state, _ = tuned()
+    evaluator, state, _ = tuned()
     thin = sparsified(state, [HOT], 0.1)
-    plain, mended = ([p.scores["held out"] for p in path(oracle, s)] for s in (state, thin))
+    plain, mended = ([p.scores["held out"] for p in path(evaluator, s)] for s in (state, thin))
     assert mended[0] == plain[0] and all(m < p for m, p in zip(mended[1:], plain[1:], strict=True))
     assert min(mended) < min(plain) and plain[-1] - mended[-1] > 0.1
     D, kept = state.sites[HOT].dense(), thin.sites[HOT].dense()
@@ -108,20 +108,20 @@ def test_thinning_the_straggler_mends_the_path() -> None:
 
 
 def test_density_one_is_the_ordinary_path_and_ends_are_exact() -> None:
-    oracle, state, _ = tuned()
+    evaluator, state, _ = tuned()
     assert sparsified(state, [HOT], 1.0) is state
-    points = path(oracle, state, (0.0, 1.0))
-    assert points[0].scores["held out"] == pytest.approx(oracle.score(AdapterState({})), abs=1e-6)
-    assert points[1].scores["held out"] == pytest.approx(oracle.score(state), abs=1e-6)
+    points = path(evaluator, state, (0.0, 1.0))
+    assert points[0].scores["held out"] == pytest.approx(evaluator.score(AdapterState({})), abs=1e-6)
+    assert points[1].scores["held out"] == pytest.approx(evaluator.score(state), abs=1e-6)
 
 
 def test_a_layer_that_did_not_move_has_no_barrier() -> None:
-    oracle, state, _ = tuned()
+    evaluator, state, _ = tuned()
     still = AdapterState({**state.sites, "body.0": LowRank(torch.zeros(1, 16), torch.zeros(16, 1))})
-    groups = layers(oracle.model, still, "site")
-    asked = oracle.evaluations
-    got = profile(oracle, still, {n: groups[n] for n in ("body.0", "body.1")})
-    assert got["body.0"].barrier == 0.0 and len(set(got["body.0"].costs)) == 1 and oracle.evaluations == asked + 5
+    groups = layers(evaluator.model, still, "site")
+    asked = evaluator.evaluations
+    got = profile(evaluator, still, {n: groups[n] for n in ("body.0", "body.1")})
+    assert got["body.0"].barrier == 0.0 and len(set(got["body.0"].costs)) == 1 and evaluator.evaluations == asked + 5
 
 
 def test_barrier_and_outliers_by_hand() -> None:
@@ -135,13 +135,13 @@ def test_barrier_and_outliers_by_hand() -> None:
 
 
 def test_sharpness_is_one_normalised_step_up() -> None:
-    oracle, state, net = tuned()
-    groups = layers(oracle.model, state, "site")
-    got = sharpness(oracle, state, groups, radius=0.02)
+    evaluator, state, net = tuned()
+    groups = layers(evaluator.model, state, "site")
+    got = sharpness(evaluator, state, groups, radius=0.02)
     assert all(v > 0 for v in got.values())
     held, name = data(3), "body.1"
     moved = copy.deepcopy(net).requires_grad_(True)
-    moved.load_state_dict({**net.state_dict(), **{n: p for n, p in oracle.model.named_parameters() if n.endswith("bias")}})
+    moved.load_state_dict({**net.state_dict(), **{n: p for n, p in evaluator.model.named_parameters() if n.endswith("bias")}})
     loss = moved(**held).loss
     moved.zero_grad()
     loss.backward()
@@ -149,9 +149,9 @@ def test_sharpness_is_one_normalised_step_up() -> None:
     with torch.no_grad():
         w.add_(0.02 * w.norm() * w.grad / w.grad.norm())
     assert got[name] == pytest.approx(moved(**held).loss.item() - loss.item(), rel=1e-2)
-    pair = sharpness(oracle, state, {"two": ["body.1", "body.2"]}, radius=0.02)
+    pair = sharpness(evaluator, state, {"two": ["body.1", "body.2"]}, radius=0.02)
     assert pair["two"] > max(got["body.1"], got["body.2"])
-    assert "rankwise" not in oracle.model._modules
+    assert "rankwise" not in evaluator.model._modules
 
 
 def test_layers_are_the_models_blocks() -> None:
@@ -163,16 +163,16 @@ def test_layers_are_the_models_blocks() -> None:
 
 
 def test_wrong_input_is_told() -> None:
-    oracle, state, _ = tuned()
+    evaluator, state, _ = tuned()
     with pytest.raises(OptionError, match="from 0 to 1"):
-        profile(oracle, state, {"a": [HOT]}, grid=(0.0, 1.0))
+        profile(evaluator, state, {"a": [HOT]}, grid=(0.0, 1.0))
     with pytest.raises(OptionError, match="nothing called 'odd'"):
-        profile(oracle, state, {"a": ["odd"]})
+        profile(evaluator, state, {"a": ["odd"]})
     with pytest.raises(OptionError, match="three other layers"):
         stragglers({"a": 1.0, "b": 0.0})
     with pytest.raises(OptionError, match="density as a share"):
         sparsified(state, [HOT], 0.0)
     with pytest.raises(OptionError, match="batches"):
-        sharpness(Oracle(oracle.model), state, {"a": [HOT]})
+        sharpness(Evaluator(evaluator.model), state, {"a": [HOT]})
     with pytest.raises(OptionError, match="radius"):
-        sharpness(oracle, state, {"a": [HOT]}, radius=0.0)
+        sharpness(evaluator, state, {"a": [HOT]}, radius=0.0)

@@ -86,7 +86,7 @@ def test_merged_values_attach_and_act() -> None:
 @pytest.mark.parametrize("near", [False, True])
 def test_crossed_sums_are_told_from_products_of_factors(near: bool) -> None:
     """The distance of ``linear`` and its like from the weighted sum, against matrices written out; near ones in fp64."""
-    from rankwise.merge.stack import FactorStack
+    from rankwise.merge.engine.stack import FactorStack
 
     g = torch.Generator().manual_seed(0)
     pairs = tuple(

@@ -11,7 +11,7 @@ import torch
 import rankwise as rw
 from rankwise.errors import MergeError
 from rankwise.merge import attach_state, merge_states, read_state
-from rankwise.merge.folders import open_folders
+from rankwise.merge.engine.folders import open_folders
 from tests.models import batch_for, llama, logits, move
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

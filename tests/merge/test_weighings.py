@@ -12,7 +12,7 @@ from rankwise.catalogue import make
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import OptionError
 from rankwise.merge import merge_states
-from rankwise.merge.stack import TensorStack
+from rankwise.merge.engine.stack import TensorStack
 from tests.merge.tools import dense, source
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rankwise as rw
-from rankwise.routers.base import Record, collect_losses, recording, routers_in
+from rankwise.routers.base import RoutingRecord, collect_losses, recording, routers_in
 from rankwise.routers.decision import Decision
 from rankwise.routers.losses import switch, z_loss
 from tests.models import llama
@@ -17,9 +17,9 @@ def test_switch_loss_is_k_at_uniform_and_trains_the_router() -> None:
     g = torch.Generator().manual_seed(0)
     index = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(n)])
     d = Decision(torch.full((n, 2), 0.5), 4, index=index, probs=torch.full((n, 4), 0.25), logits=torch.zeros(n, 4))
-    assert switch([Record(d)], per="row").item() == pytest.approx(2.0, abs=1e-3)
-    assert switch([Record(d)]).item() == pytest.approx(1.0, abs=1e-3)
-    assert z_loss([Record(d)]).item() == pytest.approx(torch.log(torch.tensor(4.0)).item() ** 2, rel=1e-5)
+    assert switch([RoutingRecord(d)], per="row").item() == pytest.approx(2.0, abs=1e-3)
+    assert switch([RoutingRecord(d)]).item() == pytest.approx(1.0, abs=1e-3)
+    assert z_loss([RoutingRecord(d)]).item() == pytest.approx(torch.log(torch.tensor(4.0)).item() ** 2, rel=1e-5)
 
 
 def test_padding_changes_neither_losses_nor_other_rows() -> None:
@@ -29,8 +29,8 @@ def test_padding_changes_neither_losses_nor_other_rows() -> None:
     mask = torch.tensor([True] * 6 + [False] * 4)
     whole = Decision(torch.ones(10, 2), 4, index=index, probs=probs, logits=probs.log())
     part = Decision(torch.ones(6, 2), 4, index=index[:6], probs=probs[:6], logits=probs[:6].log())
-    assert torch.allclose(switch([Record(whole, mask)]), switch([Record(part)]))
-    assert torch.allclose(z_loss([Record(whole, mask)]), z_loss([Record(part)]))
+    assert torch.allclose(switch([RoutingRecord(whole, mask)]), switch([RoutingRecord(part)]))
+    assert torch.allclose(z_loss([RoutingRecord(whole, mask)]), z_loss([RoutingRecord(part)]))
 
 
 @pytest.mark.parametrize("attention", ["mask", "varlen"])
@@ -55,7 +55,9 @@ def test_a_pool_of_routers_has_one_loss_over_all_its_rows() -> None:
     """Two blocks that lean to opposite experts are balanced together, as the public code counts them, and not one by one."""
     n = 50
     sides = [torch.tensor([[0.9, 0.1]]).expand(n, 2), torch.tensor([[0.1, 0.9]]).expand(n, 2)]
-    records = [Record(Decision(torch.ones(n, 1), 2, index=p.argmax(-1, keepdim=True), probs=p, logits=p.log())) for p in sides]
+    records = [
+        RoutingRecord(Decision(torch.ones(n, 1), 2, index=p.argmax(-1, keepdim=True), probs=p, logits=p.log())) for p in sides
+    ]
     assert switch(records[:1]).item() == pytest.approx(2 * 0.9) and switch(records).item() == pytest.approx(1.0)
     model = llama()
     adapter = rw.attach(model, {"r": 2, "router": {"name": "mixlora", "experts": 2, "k": 1, "balance": 1.0}})

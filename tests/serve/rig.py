@@ -16,8 +16,8 @@ import torch
 import rankwise as rw
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.options import EngineOptions
+from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.server import Server, Sizes, build_server
 from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, Token
 from tests.models import VOCAB, llama, move
 
@@ -95,7 +95,7 @@ def check_greedy(request: Request, ids: list[int], adapters: tuple[tuple[str, fl
 def server(page: int, blocks: int, cells: int, op: str, pack: bool, policy: str, loop: bool | None = None) -> Server:
     """A server of these sizes; one for all scenarios that ask for the same."""
     sizes = Sizes(kv_tokens=blocks * page, page=page, cells=cells)
-    return assemble(
+    return build_server(
         base_model(),
         lambda intake: FolderSource(folder(), intake),
         sizes=sizes,

@@ -10,12 +10,12 @@ import torch
 
 import rankwise as rw
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.train_job import Job, Status, TrainSpec
-from rankwise.serve.train_stream import TrainStream, beside
+from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.finetune.chunked_backward import Sample
+from rankwise.serve.finetune.job import FineTuningJob, Status, TrainSpec
+from rankwise.serve.finetune.queue import TrainStream, beside
+from rankwise.serve.server import Server, Sizes, build_server
 from rankwise.serve.types import Event, Finished, Outcome, Request, Sampling, Token
-from rankwise.serve.windows import Sample
 from tests.models import VOCAB
 from tests.serve.rig import SERVERS, TIE, base_model, check, folder, scenario
 from tests.serve.rig import server as rig_server
@@ -24,7 +24,7 @@ from tests.serve.rig import server as rig_server
 def made(home: Path) -> tuple[Server, TrainStream, list[torch.Tensor]]:
     """A server over the rig's adapters, its stream, and every logit that it computes."""
     (home / "adapters").mkdir(parents=True)
-    server = assemble(
+    server = build_server(
         base_model(), lambda intake: FolderSource([folder(), home / "adapters"], intake), sizes=Sizes(512, 4, 24),
         options=EngineOptions(step_tokens=24, train_tokens=64), policy="fcfs", op="reference", pack=False, base="co",
     )  # fmt: skip
@@ -57,7 +57,7 @@ def outcome(events: list[Event]) -> tuple[list[int], Outcome]:
     return [e.id for e in events if isinstance(e, Token)], events[-1].outcome
 
 
-def finish(server: Server, job: Job | None = None, seconds: float = 60) -> None:
+def finish(server: Server, job: FineTuningJob | None = None, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not server.engine.idle() or (job is not None and not job.status.final):
         assert time.monotonic() < end, "it does not end"

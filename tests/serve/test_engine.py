@@ -12,11 +12,11 @@ import torch
 
 from rankwise.errors import OptionError
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.engine import collect, run_until_idle
-from rankwise.serve.plan import Role, Span, make_plan
-from rankwise.serve.sched.fcfs import Fcfs
-from rankwise.serve.timing import Coefficients
+from rankwise.serve.batch import Role, Span, make_plan
+from rankwise.serve.engine.engine import collect, run_until_idle
+from rankwise.serve.engine.step_time import Coefficients
+from rankwise.serve.policies.fcfs import Fcfs
+from rankwise.serve.server import Server, Sizes, build_server
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
 from tests.serve.rig import base_model, check_greedy, configure, folder, server
 
@@ -227,14 +227,16 @@ def test_a_listener_that_fails_does_not_end_the_others(made: Server) -> None:
 
 def test_a_mix_of_a_whole_head_and_a_gain_on_it_is_their_sum() -> None:
     """Every change sees the base's own output, not what another change of the mix has made of it."""
-    from rankwise.serve.adapters.base import Manifest, Served
+    from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
     from tests.serve.rig import base_model
 
     one = server(4, 30, 8, "reference", False, "fcfs")
     path, vocabulary = one.runner.head_path, base_model().config.vocab_size
     g = torch.Generator().manual_seed(5)
     head, gain = torch.randn(vocabulary, 32, generator=g), torch.randn(vocabulary, generator=g)
-    served = Served(Manifest("mixed", "mixed", "", "mix", 0, 0, 0), {}, {path: (lambda x, y: y * gain,)}, {f"{path}.weight": head})
+    served = LoadedAdapter(
+        AdapterMetadata("mixed", "mixed", "", "mix", 0, 0, 0), {}, {path: (lambda x, y: y * gain,)}, {f"{path}.weight": head}
+    )
     plan = make_plan([Span("r", PROMPT, 0, (0, 1, 2), 7, Role.PREFILL, 1)], one.runner.page)
     got = one.runner.run(plan, {7: SimpleNamespace(cells=(), served=served)})[0]
     model = base_model()
@@ -462,6 +464,6 @@ def test_training_fills_what_a_limit_leaves_and_yields_where_there_is_none(made:
 def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
     for policy in ("merge_mode", {"name": "chain", "rules": ["fcfs", "merge_mode"]}):
         with pytest.raises(OptionError, match="is for the simulator: it wants the engine to merge an adapter"):
-            assemble(
+            build_server(
                 base_model(), lambda intake: FolderSource(folder(), intake), sizes=Sizes(64, 4, 2), op="reference", policy=policy
             )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.serve.sched.base import Policy
-from rankwise.serve.sched.chain import Chain
-from rankwise.serve.sched.cluster import Cluster
-from rankwise.serve.sched.default import Default
-from rankwise.serve.sched.drain import Drain
-from rankwise.serve.sched.early_abort import EarlyAbort
-from rankwise.serve.sched.fcfs import Fcfs
-from rankwise.serve.sched.lorax import Lorax
-from rankwise.serve.sched.merge_mode import MergeMode
-from rankwise.serve.sched.pets import Pets
-from rankwise.serve.sched.vtc import VirtualTokenCounter
-from rankwise.serve.simulator import Sent, Simulator
+from rankwise.serve.policies.base import Policy
+from rankwise.serve.policies.chain import ChainPolicy
+from rankwise.serve.policies.cluster import Cluster
+from rankwise.serve.policies.default import Default
+from rankwise.serve.policies.drain import Drain
+from rankwise.serve.policies.early_abort import EarlyAbort
+from rankwise.serve.policies.fcfs import Fcfs
+from rankwise.serve.policies.lorax import Lorax
+from rankwise.serve.policies.pets import Pets
+from rankwise.serve.policies.vtc import VirtualTokenCounter
+from rankwise.serve.simulate.merge_mode import MergeMode
+from rankwise.serve.simulate.simulator import Sent, Simulator
 from rankwise.serve.types import Outcome
 from tests.serve.traffic import OPTIONS, Spy, flood, make_pool, simulator
 
@@ -50,7 +50,14 @@ CASES = {
     "cluster": (Cluster(d=1, max_wait=1.0), 1.0 + LONGEST, Cluster(d=1, max_wait=1e9), RARE, HOT, {}),
     "drain": (Drain(max_wait=1.0), 1.0 + 2 * LONGEST, Fcfs(), WIDE, BUSY, CELLS),
     "drain of the cache": (Drain(max_wait=1.0), 1.0 + LONGEST, Fcfs(), BIG, flood(30, FLOOD, (None,)), CACHE),
-    "default": (Default(max_wait=1.0), 1.0 + 2 * LONGEST, Chain(({"name": "cluster", "max_wait": 1e9}, "vtc")), WIDE, BUSY, CELLS),
+    "default": (
+        Default(max_wait=1.0),
+        1.0 + 2 * LONGEST,
+        ChainPolicy(({"name": "cluster", "max_wait": 1e9}, "vtc")),
+        WIDE,
+        BUSY,
+        CELLS,
+    ),
     "default, clustered": (Default(d=1, max_wait=1.0), 1.0 + 2 * LONGEST, Cluster(d=1, max_wait=1e9), RARE, HOT, {}),
     "lorax": (Lorax(1, max_active=1.0), 1.0 + LONGEST, Lorax(1, max_active=1e9), RARE, HOT, {}),
     "merge_mode": (

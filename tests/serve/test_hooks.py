@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rankwise.serve.hooks import Acting, Bundle, Changes, Hook
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.batch import BASE, planned
+from rankwise.serve.model.linear_hooks import Acting, Bundle, Changes, Hook
+from rankwise.serve.ops.base import LoraPages
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.plan import BASE, planned
 from tests.serve.ops.steps import GROUPS, make_case
 
 
@@ -52,7 +52,7 @@ def test_changes_of_siblings(name: str, pack: bool, loose: bool) -> None:
 
 def test_a_group_that_nothing_touches() -> None:
     """A group that no acting adapter touches leaves the product's bits."""
-    group, op = GROUPS[0], make_op("bags", Cells(GROUPS, 1))
+    group, op = GROUPS[0], make_op("bags", LoraPages(GROUPS, 1))
     modules = [nn.Linear(group.inp, out, bias=False).requires_grad_(False) for out in group.outs]
     bundle = Bundle(group, modules, pack=True)
     case = make_case({0: 8}, [0, 0])

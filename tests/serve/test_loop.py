@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import rankwise.serve.loop as loop_module
+import rankwise.serve.model.llama_loop as loop_module
 from rankwise.errors import AttachError
-from rankwise.serve.assemble import Sizes, assemble
-from rankwise.serve.loop import loop_of
-from rankwise.serve.plan import Role, Span, make_plan
+from rankwise.serve.batch import Role, Span, make_plan
+from rankwise.serve.model.llama_loop import loop_of
+from rankwise.serve.server import Sizes, build_server
 from tests.models import FAMILIES, VOCAB, llama
 
 _SMALL = dict(
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _served(model: Any, **options: Any) -> Any:
-    return assemble(
+    return build_server(
         copy.deepcopy(model), lambda _: None, sizes=Sizes(kv_tokens=1024, page=8, cells=2), op="reference", **options
     ).runner  # type: ignore[arg-type,return-value]
 

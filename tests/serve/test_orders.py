@@ -9,15 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rankwise.serve.sched.base import State, Verdict
-from rankwise.serve.sched.chain import Chain
-from rankwise.serve.sched.cluster import Cluster
-from rankwise.serve.sched.drain import Drain
-from rankwise.serve.sched.early_abort import EarlyAbort
-from rankwise.serve.sched.lorax import Lorax
-from rankwise.serve.sched.merge_mode import MergeMode, Switch
-from rankwise.serve.sched.pets import Pets, partition
-from rankwise.serve.sched.vtc import VirtualTokenCounter
+from rankwise.serve.policies.base import State, Verdict
+from rankwise.serve.policies.chain import ChainPolicy
+from rankwise.serve.policies.cluster import Cluster
+from rankwise.serve.policies.drain import Drain
+from rankwise.serve.policies.early_abort import EarlyAbort
+from rankwise.serve.policies.lorax import Lorax
+from rankwise.serve.policies.pets import Pets, partition
+from rankwise.serve.policies.vtc import VirtualTokenCounter
+from rankwise.serve.simulate.merge_mode import MergeMode, ModeSwitch
 from tests.serve.traffic import flood, ids, job, simulator, state, trace
 
 RUNNING = [job("x", adapter="A"), job("y", adapter="B")]
@@ -88,7 +88,7 @@ def test_the_published_rates() -> None:
 @pytest.mark.parametrize("rate", [30, 45])
 def test_early_abort_meets_at_least_as_many_limits_as_first_come_first_served(rate: float, seed: int) -> None:
     requests = trace(rate, seconds=6, seed=seed)
-    plain = simulator(Chain(("fcfs",))).run(requests)
+    plain = simulator(ChainPolicy(("fcfs",))).run(requests)
     got = simulator(EarlyAbort(slo=2.0)).run(requests)
     assert plain.attainment < 0.95, "no overload"
     assert got.attainment >= plain.attainment and got.satisfaction > plain.satisfaction and got.aborted > 0
@@ -164,7 +164,7 @@ def test_queues_of_adapters_rotate() -> None:
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=60), st.sampled_from([1.0, 5.0, 20.0]))
 @example([(0, 8)] * 30 + [(8, 0)] * 30, 5.0)  # a long good time earns no longer stay afterwards
 def test_switching_costs_at_most_three_times_the_best_plan(costs: list[tuple[int, int]], price: float) -> None:
-    switch, mode, paid = Switch(price), 0, 0.0
+    switch, mode, paid = ModeSwitch(price), 0, 0.0
     best = [0.0, price]
     for pair in costs:
         best = [min(best[m], best[1 - m] + price) + pair[m] for m in (0, 1)]
@@ -239,7 +239,7 @@ def test_planned_batches_hold_everybody_once_and_the_oldest_goes_first() -> None
 
 def test_a_chain_applies_its_rules_in_turn() -> None:
     rules = ({"name": "early_abort", "slo": 50}, {"name": "cluster", "d": 2}, "vtc", {"name": "drain", "max_wait": 40})
-    policy = Chain(rules)
+    policy = ChainPolicy(rules)
     waiting = [
         job("late", -99, "A", "t"), job("c1", 1, "C", "t"), job("a1", 2, "A", "t"), job("u1", 3, "C", "u"), job("u2", 4, "A", "u"),
     ]  # fmt: skip

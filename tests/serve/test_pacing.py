@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.serve.pacing import Pace
+from rankwise.serve.engine.pacing import Pace
 
 
 def test_a_job_that_is_dearer_than_the_last_is_believed_in_a_few_steps_and_a_busy_moment_is_not() -> None:

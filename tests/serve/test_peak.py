@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import OptionError
-from rankwise.serve.sched.admission import PeakTest, peak_blocks
-from rankwise.serve.sched.base import Job
+from rankwise.serve.policies.base import RequestInfo
+from rankwise.serve.simulate.admission import PeakTest, peak_blocks
 
 
 def by_hand(held: list[int], left: list[int], page: int) -> int:
@@ -28,31 +28,31 @@ def test_the_peak_is_that_of_the_run(pairs: list[tuple[int, int]], page: int) ->
 
 def test_the_bound_is_tight() -> None:
     test = PeakTest(page=1)
-    running = [Job("a", 0.0, 10, 20, generated=5)]
-    job = Job("b", 1.0, 8, 4)
+    running = [RequestInfo("a", 0.0, 10, 20, generated=5)]
+    job = RequestInfo("b", 1.0, 8, 4)
     # b makes its 4 tokens within 4 + 1 steps, a holds 15 + 5 by then: 8 + 5 + 20
     assert test.fits(running, job, 33) and not test.fits(running, job, 32)
 
 
 def test_pending_prompts_come_late_and_are_counted_so() -> None:
     test = PeakTest(page=1)
-    running = [Job("a", 0.0, 10, 100, generated=1)]
-    job = Job("b", 1.0, 50, 50)
+    running = [RequestInfo("a", 0.0, 10, 100, generated=1)]
+    job = RequestInfo("b", 1.0, 50, 50)
     assert test.fits(running, job, 163, chunk=0) and not test.fits(running, job, 163, chunk=10)
 
 
 def test_what_requests_use_of_their_bounds_is_learned_and_caution_wears_off() -> None:
     test = PeakTest(page=1, learn=0.9)
-    running = [Job("a", 0.0, 10, 100)]
-    job = Job("b", 1.0, 10, 100)
+    running = [RequestInfo("a", 0.0, 10, 100)]
+    job = RequestInfo("b", 1.0, 10, 100)
     assert not test.fits(running, job, 100)
     for _ in range(16):
-        test.finished(Job("x", 0.0, 1, 100, generated=30))
+        test.finished(RequestInfo("x", 0.0, 1, 100, generated=30))
     assert test.multiplier() == pytest.approx(0.3) and test.fits(running, job, 100)
     test.preempted()
     assert test.multiplier() == pytest.approx(0.4)
     for _ in range(10):
-        test.finished(Job("x", 0.0, 1, 100, generated=30))
+        test.finished(RequestInfo("x", 0.0, 1, 100, generated=30))
     assert test.multiplier() == pytest.approx(0.3)
     for _ in range(30):
         test.preempted()

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.serve.attention import paged
-from rankwise.serve.attention.rows import LEAST, RowTables, cells_of
-from rankwise.serve.plan import BASE, Role, Segment, Span, make_plan
+from rankwise.serve.batch import BASE, Role, Segment, Span, make_plan
+from rankwise.serve.model import paged_attention as paged
+from rankwise.serve.model.decode_tables import LEAST, RowTables, cells_of
 
 
 def spans_of(shapes: list[tuple[int, int, int]], page: int) -> list[Span]:
@@ -59,7 +59,7 @@ def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: i
         K[cells], V[cells] = (torch.randn(s.start, kv, d, generator=g) for _ in range(2))
     module = torch.nn.Module()
     module.layer_idx = 0
-    with paged.attending(paged.Step(plan), store):
+    with paged.attending(paged.AttentionStep(plan), store):
         got, _ = paged.paged_attention(module, q, k, v, None, sliding_window=window)
     want = paged.naive(q, K, V, plan, d**-0.5, window)
     torch.testing.assert_close(got[0], want, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_softcap_is_the_definitions() -> None:
     k, v, q = (torch.randn(1, 2, plan.T, 4, generator=g) for _ in range(3))
     K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))
     K.normal_(generator=g), V.normal_(generator=g)
-    with paged.attending(paged.Step(plan), store):
+    with paged.attending(paged.AttentionStep(plan), store):
         got, _ = paged.paged_attention(module, q, k, v, None, softcap=0.5)
     cells = cells_of(plan.spans[0], 2)
     scores = torch.einsum("hd,chd->hc", q[0, :, 0], K[cells]) * 4**-0.5
@@ -114,7 +114,7 @@ def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int |
         ill = plan.spans[-1].serial if rnd.random() < 0.3 else -1  # its last step makes NaN, which must stay its own
         if ill >= 0:
             k[:, :, -1] = v[:, :, -1] = torch.nan
-        with paged.attending(paged.Step(plan, tables), store):
+        with paged.attending(paged.AttentionStep(plan, tables), store):
             got, _ = paged.paged_attention(module, q, k, v, None, sliding_window=window)
         well = plan.T - (ill >= 0)
         assert limit is None or tables.nbytes <= limit * 2 * kv * d * 4

@@ -9,14 +9,14 @@ import pytest
 
 from rankwise import catalogue
 from rankwise.errors import OptionError, RankwiseError, UnknownName
-from rankwise.serve.pool import ADAPTER, KV
-from rankwise.serve.sched.base import Rule, Verdict, tried
-from rankwise.serve.sched.chain import make, names
-from rankwise.serve.sched.cluster import Cluster
-from rankwise.serve.sched.default import Default
-from rankwise.serve.sched.early_abort import EarlyAbort
-from rankwise.serve.sched.fcfs import Fcfs
-from rankwise.serve.simulator import Sent, SimOptions, Simulator
+from rankwise.serve.cache.block_pool import ADAPTER, KV
+from rankwise.serve.policies.base import Rule, Verdict, tried
+from rankwise.serve.policies.chain import make, names
+from rankwise.serve.policies.cluster import Cluster
+from rankwise.serve.policies.default import Default
+from rankwise.serve.policies.early_abort import EarlyAbort
+from rankwise.serve.policies.fcfs import Fcfs
+from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator
 from tests.serve.traffic import OPTIONS, Spy, flood, job, make_pool, simulator, state, trace
 
 ALL = sorted(names())

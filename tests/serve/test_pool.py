@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rankwise.errors import OptionError, UnknownName
-from rankwise.serve.ops.base import Cells, Group
-from rankwise.serve.pool import ADAPTER, KV, TRAIN_ACTIVATION, BlockPool, Unit, split
+from rankwise.serve.cache.block_pool import ADAPTER, KV, TRAIN_ACTIVATION, BlockPool, PoolUnit, split
+from rankwise.serve.ops.base import Group, LoraPages
 
-UNITS = {KV: Unit(16, 12), ADAPTER: Unit(40, 5), TRAIN_ACTIVATION: Unit(24, 6)}
+UNITS = {KV: PoolUnit(16, 12), ADAPTER: PoolUnit(40, 5), TRAIN_ACTIVATION: PoolUnit(24, 6)}
 FLOORS = {ADAPTER: 80, TRAIN_ACTIVATION: 30}
 BUDGET = 300
 TAGS = st.sampled_from(sorted(UNITS))
@@ -128,7 +128,7 @@ TestPool = PoolMachine.TestCase
 
 
 def test_owners_are_named() -> None:
-    pool = BlockPool({KV: Unit(1, 3)})
+    pool = BlockPool({KV: PoolUnit(1, 3)})
     (i,) = pool.allocate(1, KV, "request") or ()
     pool.share([i], KV, "index")
     assert set(pool.owners(i, KV)) == {"request", "index"}
@@ -136,7 +136,7 @@ def test_owners_are_named() -> None:
 
 
 def test_a_unified_pool_holds_what_a_split_one_cannot() -> None:
-    units = {KV: Unit(10, 100), ADAPTER: Unit(10, 100)}
+    units = {KV: PoolUnit(10, 100), ADAPTER: PoolUnit(10, 100)}
     unified, halves = BlockPool(units, 1000), split(units, {KV: 0.5, ADAPTER: 0.5}, 1000)
     assert unified.allocate(80, KV) is not None and halves.allocate(80, KV) is None
     assert halves.allocate(50, KV) is not None and halves.room(ADAPTER) == 50
@@ -147,8 +147,8 @@ def test_adapters_read_back_bit_for_bit_wherever_their_cells_lie() -> None:
     group = Group("qkv", ("q", "k"), 6, (5, 3))
     for seed in range(5):
         rng = random.Random(seed)
-        cells = Cells([group], 12)
-        pool = BlockPool({ADAPTER: Unit(cells.cell_bytes, 12)}, shuffle=rng)
+        cells = LoraPages([group], 12)
+        pool = BlockPool({ADAPTER: PoolUnit(cells.cell_bytes, 12)}, shuffle=rng)
         written: dict[str, tuple[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         for n in range(60):
             if written and rng.random() < 0.4:
@@ -170,7 +170,7 @@ def test_adapters_read_back_bit_for_bit_wherever_their_cells_lie() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda: Unit(0, 3), OptionError, "at least 1 byte"),
+        (lambda: PoolUnit(0, 3), OptionError, "at least 1 byte"),
         (lambda: BlockPool(UNITS, 100, {KV: 90, ADAPTER: 80}), OptionError, "170 bytes, more than the budget of 100"),
         (lambda: BlockPool(UNITS, 1000, {KV: 1000}), OptionError, "12 units are 192"),
         (lambda: BlockPool(UNITS, 1000, {"kw": 1}), UnknownName, "did you mean 'kv'"),

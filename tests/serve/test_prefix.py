@@ -7,14 +7,14 @@ import random
 import pytest
 
 from rankwise.errors import RankwiseError
-from rankwise.serve.pool import KV, BlockPool, Unit
-from rankwise.serve.prefix import PrefixIndex, salt
+from rankwise.serve.cache.block_pool import KV, BlockPool, PoolUnit
+from rankwise.serve.cache.prefix import PrefixIndex, salt
 
 PAGE = 4
 
 
 def index_of(blocks: int) -> PrefixIndex:
-    return PrefixIndex(BlockPool({KV: Unit(1, blocks)}), PAGE, tag=KV)
+    return PrefixIndex(BlockPool({KV: PoolUnit(1, blocks)}), PAGE, tag=KV)
 
 
 def fill(index: PrefixIndex, first: bytes, tokens: list[int]) -> list[int]:

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
-from rankwise.serve.sched.admission import PeakTest
-from rankwise.serve.sched.base import Policy
-from rankwise.serve.sched.chain import make
-from rankwise.serve.simulator import Sent, Simulator
+from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
+from rankwise.serve.policies.base import Policy
+from rankwise.serve.policies.chain import make
+from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.simulator import Sent, Simulator
 from rankwise.serve.types import Outcome
 from tests.serve.traffic import OPTIONS, TRUE, make_pool, simulator, trace
 
@@ -55,7 +55,7 @@ class Failing(BlockPool):
     """The ``k``-th call to allocate finds no room, whatever there is."""
 
     def __init__(self, k: int):
-        super().__init__({KV: Unit(1, 200), ADAPTER: Unit(1, 200)}, 60)
+        super().__init__({KV: PoolUnit(1, 200), ADAPTER: PoolUnit(1, 200)}, 60)
         self.k, self.calls = k, 0
 
     def allocate(self, n: int, tag: str, owner: str = "") -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.errors import OptionError
-from rankwise.serve.sampler import SamplerState, distribution, sample
+from rankwise.serve.engine.sampler import SamplerState, distribution, sample
 from rankwise.serve.types import Sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 1.9])

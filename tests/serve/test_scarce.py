@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankwise.errors import OptionError
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Server, Sizes, assemble
-from rankwise.serve.engine import collect, run_until_idle
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.sampler import SamplerState, sample
+from rankwise.serve.engine.engine import collect, run_until_idle
+from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.engine.sampler import SamplerState, sample
+from rankwise.serve.server import Server, Sizes, build_server
 from rankwise.serve.types import Event, Outcome, Overloaded, Request, Sampling
 from tests.serve.rig import base_model, check_greedy, configure, folder, server
 
@@ -229,7 +229,7 @@ def test_what_lasts_ends_with_a_429_and_is_over_when_it_is_over(made: Server, pl
 def shared(blocks: int, cells: int, **sizes: Any) -> Server:
     """A server whose blocks and cells live on one budget, which would hold so many of either."""
     cell = server(4, 14, 3, "bags", True, "fcfs").table._cells.cell_bytes
-    return assemble(
+    return build_server(
         base_model(), lambda intake: FolderSource(folder(), intake), op="bags", pack=True, policy="fcfs",
         sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + cells * cell, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
     )  # fmt: skip

@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import OptionError
-from rankwise.serve.timing import Coefficients, Load, Replica, StepBudget, StepTime, nonnegative, route, routing_cost
+from rankwise.serve.engine.step_time import (
+    Coefficients,
+    ReplicaLoad,
+    StepBudget,
+    StepLoad,
+    StepTime,
+    nonnegative,
+    route,
+    routing_cost,
+)
 
 TRUE = Coefficients(4e-3, 2e-5, 3e-4, 1e-6, 5e-6, 8e-4, knee=32)
 
 
-def steps(n: int, seed: int = 0, ranked: bool = True) -> list[Load]:
+def steps(n: int, seed: int = 0, ranked: bool = True) -> list[StepLoad]:
     rng = random.Random(seed)
-    return [Load(rng.randint(1, 300), rng.randint(0, 8000), rng.choice([0, 8, 64, 200]) if ranked else 0) for _ in range(n)]
+    return [StepLoad(rng.randint(1, 300), rng.randint(0, 8000), rng.choice([0, 8, 64, 200]) if ranked else 0) for _ in range(n)]
 
 
 def fitted(noise: float = 0.0, n: int = 256, **options: int) -> StepTime:
@@ -52,7 +61,7 @@ def test_only_the_window_counts() -> None:
 
 def test_without_adapters_their_columns_are_zero_and_one_sample_is_enough() -> None:
     model = StepTime()
-    load = Load(10, 100)
+    load = StepLoad(10, 100)
     assert model.predict(load) == 0 and model.observe(load, 0.01) == 0
     assert model.predict(load) == pytest.approx(0.01) and model.error_ratio() == 0
     for load in steps(40, ranked=False):
@@ -76,9 +85,9 @@ def test_nonnegative_least_squares_agree_with_scipy(seed: int, k: int, n: int) -
 @given(st.integers(0, 40), st.integers(0, 300), st.integers(0, 300), st.floats(1e-3, 0.1))
 def test_a_split_is_the_largest_that_fits(rows: int, prefill: int, train: int, slo: float) -> None:
     budget = StepBudget(TRUE.seconds, step_tokens=200, least_prefill=8)
-    decode = Load(rows, rows * 50, 8)
+    decode = StepLoad(rows, rows * 50, 8)
 
-    def most(load: Load, limit: int) -> int:
+    def most(load: StepLoad, limit: int) -> int:
         return max((n for n in range(limit + 1) if TRUE.seconds(load.joined(n)) <= slo), default=0)
 
     p, s = budget.split(decode, prefill, train, slo)
@@ -92,25 +101,25 @@ def test_a_split_is_the_largest_that_fits(rows: int, prefill: int, train: int, s
 
 def test_prompts_go_on_however_tight_the_limit_and_training_yields() -> None:
     budget = StepBudget(TRUE.seconds, step_tokens=64, least_prefill=16)
-    assert budget.split(Load(10, 500), 100, 100, 1e-9) == (16, 0)
-    assert budget.split(Load(64, 500), 100, 100, 1.0) == (0, 0)
-    assert budget.split(Load(0), 0, 100, 1.0) == (0, 64)
+    assert budget.split(StepLoad(10, 500), 100, 100, 1e-9) == (16, 0)
+    assert budget.split(StepLoad(64, 500), 100, 100, 1.0) == (0, 0)
+    assert budget.split(StepLoad(0), 0, 100, 1.0) == (0, 64)
 
 
 def test_routing_counts_limits_and_added_time() -> None:
-    crowd = Replica((8,) * 10, (0.2,) * 10)
-    few = Replica((64, 64), (0.2, 0.14))
+    crowd = ReplicaLoad((8,) * 10, (0.2,) * 10)
+    few = ReplicaLoad((64, 64), (0.2, 0.14))
     assert routing_cost(crowd, 8, 1.0, 1e-3, 0.0) == (0, pytest.approx(0.08 + 0.088))
     assert routing_cost(few, 64, 1.0, 1e-3, 0.0)[0] == 1  # 0.128 → 0.192 breaks 0.14 only
     assert routing_cost(few, 8, 0.1, 1e-3, 0.0)[0] == 1  # its own
-    assert routing_cost(Replica((64, 64), (0.1,)), 8, 1.0, 1e-3, 0.0)[0] == 0  # broken before
+    assert routing_cost(ReplicaLoad((64, 64), (0.1,)), 8, 1.0, 1e-3, 0.0)[0] == 0  # broken before
     assert routing_cost(crowd, 64, 1.0, 1e-3, 0.0, padded=True)[0] == 10  # 11·64: everybody pays for the largest rank
     assert route([few, crowd], 64, 1.0, 1e-3, 0.0) == 1 and route([few, crowd], 64, 1.0, 1e-3, 0.0, padded=True) == 0
-    assert route([Replica((), (), room=False)], 8, 1.0, 1e-3, 0.0) is None
+    assert route([ReplicaLoad((), (), room=False)], 8, 1.0, 1e-3, 0.0) is None
 
 
 def test_wrong_input_is_one_sentence() -> None:
     with pytest.raises(OptionError, match="takes more than 0"):
-        StepTime().observe(Load(1), 0.0)
+        StepTime().observe(StepLoad(1), 0.0)
     with pytest.raises(OptionError, match="each is at least 1"):
         StepTime(window=0)

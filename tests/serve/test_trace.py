@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rankwise.errors import OptionError, UnknownName
-from rankwise.serve.trace import SETTINGS, TraceOptions, effective, generate, popularity, punica_lengths, setting
+from rankwise.serve.simulate.trace import SETTINGS, TraceOptions, effective, generate, popularity, punica_lengths, setting
 
 
 def test_draw_for_draw_the_published_generator() -> None:

@@ -18,12 +18,12 @@ import rankwise as rw
 from rankwise import assets
 from rankwise.errors import ArtefactError, DataError, OptionError, RankwiseError
 from rankwise.recipe import Recipe
-from rankwise.serve.shadow import Net
-from rankwise.serve.train_job import Job, Status, TrainSpec
-from rankwise.serve.train_stream import TrainStream
-from rankwise.serve.training import Task, Training
+from rankwise.serve.finetune.chunked_backward import Sample
+from rankwise.serve.finetune.job import FineTuningJob, Status, TrainSpec
+from rankwise.serve.finetune.layerwise import LayerwiseModel
+from rankwise.serve.finetune.queue import TrainStream
+from rankwise.serve.finetune.training import Task, Training
 from rankwise.serve.types import Sampling
-from rankwise.serve.windows import Sample
 from tests.models import VOCAB, llama
 
 
@@ -51,7 +51,7 @@ def served() -> Served:
     return Served()
 
 
-def drive(stream: TrainStream, job: Job, budget: int = 16, until: Any = None, seconds: float = 60) -> None:
+def drive(stream: TrainStream, job: FineTuningJob, budget: int = 16, until: Any = None, seconds: float = 60) -> None:
     """Steps of an engine that has nothing to serve."""
     end = time.monotonic() + seconds
     while not job.status.final and not (until is not None and until()):
@@ -282,7 +282,11 @@ def test_a_loop_of_ones_own_by_the_primitives(tmp_path: Path) -> None:
     """Reward the token 5: sample, weigh, step; and greedy samples are those of the adapted model."""
     base = llama()
     training = Training(
-        Net(base), Recipe.of({"r": 4, "targets": ["all-linear", "lm_head"]}), lr=5e-2, total_steps=60, schedule="constant"
+        LayerwiseModel(base),
+        Recipe.of({"r": 4, "targets": ["all-linear", "lm_head"]}),
+        lr=5e-2,
+        total_steps=60,
+        schedule="constant",
     )
     prompt = [3, 9, 4]
     for step in range(60):

@@ -11,21 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.serve.engine import collect, run_until_idle
-from rankwise.serve.grams import REACH, Grams, lookup
-from rankwise.serve.sampler import SamplerState
-from rankwise.serve.sched.base import Job, Rule
-from rankwise.serve.scheduler import SWEPT, WINDOW
-from rankwise.serve.sequence import Sequence
+from rankwise.serve.engine.engine import collect, run_until_idle
+from rankwise.serve.engine.prompt_lookup import REACH, PromptLookup, lookup
+from rankwise.serve.engine.sampler import SamplerState
+from rankwise.serve.engine.scheduler import SWEPT, WINDOW
+from rankwise.serve.engine.sequence import Sequence
+from rankwise.serve.engine.waiting import Waiting
+from rankwise.serve.policies.base import RequestInfo, Rule
 from rankwise.serve.types import Event, Outcome, Request, Sampling, UnknownAdapter
-from rankwise.serve.waiting import Waiting
 from tests.serve.rig import configure, server
 
 
 def made(id: str, tenant: str = "", fetched: Any = None) -> Sequence:
     request = Request(id, (1,), tenant=tenant)
     state = SamplerState.of(request.sampling, 0, id)
-    return Sequence(request, lambda e: None, Job(id, 0.0, 1, 1, tenant), state, [1], b"", fetched=fetched)
+    return Sequence(request, lambda e: None, RequestInfo(id, 0.0, 1, 1, tenant), state, [1], b"", fetched=fetched)
 
 
 @settings(max_examples=150, deadline=None)
@@ -86,7 +86,7 @@ def test_everybody_is_looked_at_in_turn() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_kept_runs_give_the_guesses_of_a_search(seed: int) -> None:
-    rnd, grams = random.Random(seed), Grams()
+    rnd, grams = random.Random(seed), PromptLookup()
     alphabet = rnd.choice([2, 5, 40])
     tokens = [rnd.randrange(alphabet) for _ in range(rnd.choice([1, 2, 3, 5, 30, REACH - 1, REACH + 40]))]
     for _ in range(40):
@@ -102,11 +102,11 @@ class Counting(Rule):
         self.shown: list[int] = []
         self.asked = 0
 
-    def order(self, state: Any) -> list[Job]:
+    def order(self, state: Any) -> list[RequestInfo]:
         self.shown.append(len(state.waiting))
         return list(state.waiting)
 
-    def verdict(self, job: Job, state: Any) -> Any:
+    def verdict(self, job: RequestInfo, state: Any) -> Any:
         self.asked += 1
         return super().verdict(job, state)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.errors import AttachError, DataError, TrainingError
-from rankwise.roster import roster_of
-from rankwise.serve.attention import paged
-from rankwise.serve.shadow import Net, shadow
-from rankwise.serve.windows import Pass, Sample, run
-from rankwise.view import View
+from rankwise.runtime.registry import registry_of
+from rankwise.runtime.view import View
+from rankwise.serve.finetune.chunked_backward import ChunkedBackward, Sample, run
+from rankwise.serve.finetune.layerwise import LayerwiseModel, shadow
+from rankwise.serve.model import paged_attention as paged
 from tests.models import FAMILIES, VOCAB, llama
 
 CUTS = [(5, 5), (7, 3), (1, 1), (4, 9), (23, 23)]
@@ -53,8 +53,8 @@ def whole_gradients(model: Any, adapter: Any, s: Sample) -> tuple[float, dict[st
     return float(loss.detach()), {n: p.grad for n, p in adapter.named_parameters().items()}
 
 
-def the_view(net: Net) -> View:
-    return View(roster_of(net.model), {"a": 1.0})
+def the_view(net: LayerwiseModel) -> View:
+    return View(registry_of(net.model), {"a": 1.0})
 
 
 RECIPES = {
@@ -74,12 +74,12 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_windowed_gradients_are_the_full_ones(recipe: str, cuts: tuple[int, int]) -> None:
     base = llama(layers=3).double()
-    net, s = Net(base), sample()
+    net, s = LayerwiseModel(base), sample()
     mine, theirs = adapted(net.model, RECIPES[recipe]), adapted(base, RECIPES[recipe])
     loss, expected = whole_gradients(base, theirs, s)
     if recipe in ("lora", "dora"):
         assert len(mine.sites) == 3 * 7, "seven modules a layer"
-    assert abs(run(Pass(net, s, the_view(net)), *cuts) - loss) < 1e-12 * abs(loss)
+    assert abs(run(ChunkedBackward(net, s, the_view(net)), *cuts) - loss) < 1e-12 * abs(loss)
     got = mine.named_parameters()
     assert got.keys() == expected.keys()
     for name, p in got.items():
@@ -102,11 +102,11 @@ def test_other_decoders(family: str) -> None:
     else:
         make, targets = FAMILIES[family]
         base = make().double()
-    net, s = Net(base, check=True), sample()
+    net, s = LayerwiseModel(base, check=True), sample()
     recipe = {"r": 2, "targets": targets}
     mine, theirs = adapted(net.model, recipe), adapted(base, recipe)
     loss, expected = whole_gradients(base, theirs, s)
-    assert abs(run(Pass(net, s, the_view(net)), 5, 4) - loss) < 1e-6 * abs(loss)
+    assert abs(run(ChunkedBackward(net, s, the_view(net)), 5, 4) - loss) < 1e-6 * abs(loss)
     for name, p in mine.named_parameters().items():
         # Gemma norms in fp32 whatever the dtype
         assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
@@ -116,18 +116,18 @@ def test_other_decoders(family: str) -> None:
 def test_what_cannot_be_windowed_is_refused_by_name(family: str) -> None:
     model = FAMILIES[family][0]()
     with pytest.raises(AttachError, match=type(model).__name__):
-        Net(model, check=True)
+        LayerwiseModel(model, check=True)
 
 
 def test_the_bytes_kept_are_the_formulas() -> None:
     base = llama(layers=3)
-    net, s = Net(base), sample(29)
+    net, s = LayerwiseModel(base), sample(29)
 
     def graphs() -> dict[int, Tensor]:
         return {id(t): t for t in gc.get_objects() if isinstance(t, Tensor) and t.requires_grad and t.grad_fn}
 
     others = graphs()  # of whatever ran in this process before
-    work = Pass(net, s, None, most=8)
+    work = ChunkedBackward(net, s, None, most=8)
     while work.stage == "forward":
         work.take(8)
     c = base.config
@@ -140,11 +140,11 @@ def test_the_bytes_kept_are_the_formulas() -> None:
 
 def test_a_piece_fits_its_budget() -> None:
     base = llama(layers=3)
-    net, s = Net(base), sample(29)
+    net, s = LayerwiseModel(base), sample(29)
     adapter = adapted(net.model, {"r": 2})
     adapter.module.float()
     spent, kinds = 0.0, []
-    work = Pass(net, s, the_view(net))
+    work = ChunkedBackward(net, s, the_view(net))
     while not work.finished:
         unit = work.take(6)
         assert unit.cost <= 6 and unit.end > unit.start
@@ -173,10 +173,10 @@ def test_a_shadow_shares_every_number_and_leaves_the_served_model_alone() -> Non
     assert ours.keys() == theirs.keys() and all(ours[n] is p for n, p in theirs.items())
     assert all(a is b for a, b in zip(made.buffers(), base.buffers(), strict=True))
     assert "forward" not in vars(made.model.layers[0].mlp) and "forward" in vars(base.model.layers[0].mlp)
-    net = Net(base, check=True)
+    net = LayerwiseModel(base, check=True)
     adapter = adapted(net.model, {"form": "dora", "r": 2})
     adapter.module.float()
-    run(Pass(net, sample(), the_view(net)), 7, 5)
+    run(ChunkedBackward(net, sample(), the_view(net)), 7, 5)
     assert base.config._attn_implementation == paged.NAME and "rankwise" not in base._modules
     assert all(type(a) is type(b) for a, b in zip(base.modules(), plain.modules(), strict=True))
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in base.named_parameters())
@@ -188,7 +188,7 @@ def test_a_shadow_shares_every_number_and_leaves_the_served_model_alone() -> Non
 
 def test_a_dropped_shadow_is_gone() -> None:
     base = llama()
-    net = Net(base)
+    net = LayerwiseModel(base)
     adapter = rw.attach(net.model, {"r": 2}, name="a")
     held = [weakref.ref(adapter.trainable_parameters()[0]), weakref.ref(net.model)]
     adapter.detach()
@@ -199,12 +199,12 @@ def test_a_dropped_shadow_is_gone() -> None:
 
 def test_losses_that_are_not_finite_stop_the_pass() -> None:
     base = llama()
-    net = Net(base)
+    net = LayerwiseModel(base)
     adapter = rw.attach(net.model, {"r": 2, "targets": ["lm_head"]}, name="a")
     with torch.no_grad():
         adapter.trainable_parameters()[1].fill_(torch.nan)
     with pytest.raises(TrainingError, match="loss is nan"):
-        run(Pass(net, sample(), the_view(net)), 8, 8)
+        run(ChunkedBackward(net, sample(), the_view(net)), 8, 8)
 
 
 def test_samples_that_teach_nothing_are_refused() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rankwise.serve.pool import ADAPTER, KV, BlockPool, Unit
-from rankwise.serve.sched.admission import PeakTest
-from rankwise.serve.sched.base import Job, Policy, State
-from rankwise.serve.sched.chain import Chain
-from rankwise.serve.simulator import Sent, SimOptions, Simulator
-from rankwise.serve.timing import Coefficients
-from rankwise.serve.trace import TraceOptions, generate
+from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
+from rankwise.serve.engine.step_time import Coefficients
+from rankwise.serve.policies.base import Policy, RequestInfo, State
+from rankwise.serve.policies.chain import ChainPolicy
+from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator
+from rankwise.serve.simulate.trace import TraceOptions, generate
 
 TRUE = Coefficients(8e-3, 2e-4, 3e-4, 2e-7, 2e-5, 8e-4, knee=16)
 OPTIONS = SimOptions(page=8, max_running=8, step_tokens=64, slo=2.0)
@@ -18,10 +18,10 @@ OPTIONS = SimOptions(page=8, max_running=8, step_tokens=64, slo=2.0)
 
 def make_pool(blocks: int = 200, cells: int = 200, budget: int | None = None) -> BlockPool:
     """A block and a cell of one byte each."""
-    return BlockPool({KV: Unit(1, blocks), ADAPTER: Unit(1, cells)}, budget)
+    return BlockPool({KV: PoolUnit(1, blocks), ADAPTER: PoolUnit(1, cells)}, budget)
 
 
-class Spy(Chain):
+class Spy(ChainPolicy):
     """A policy that keeps the ids it let in, in order, and those it let go."""
 
     def __init__(self, policy: Policy):
@@ -29,7 +29,7 @@ class Spy(Chain):
         self.let_in: list[str] = []
         self.at: dict[str, float] = {}
 
-    def admitted(self, job: Job, now: float) -> None:
+    def admitted(self, job: RequestInfo, now: float) -> None:
         super().admitted(job, now)
         self.let_in.append(job.id)
         self.at.setdefault(job.id, now)
@@ -48,7 +48,7 @@ def simulator(
 
 def trace(rate: float, seconds: float = 10.0, seed: int = 42, tenants: int = 3, cv: float = 2.0, alpha: float = 0.5) -> list[Sent]:
     """Short requests of 12 adapters of ranks 8 … 64."""
-    from rankwise.serve.simulator import sent
+    from rankwise.serve.simulate.simulator import sent
 
     o = TraceOptions(12, alpha, rate, cv, seconds, (4, 64), (4, 48), (64, 32, 16, 8), seed)
     return sent(generate(o), tenants)
@@ -66,13 +66,13 @@ def flood(
 
 def job(
     name: str, arrival: float = 0.0, adapter: str | None = None, tenant: str = "", prompt: int = 10, bound: int = 10, **more: object
-) -> Job:
-    return Job(name, arrival, prompt, bound, tenant, adapter, **more)  # type: ignore[arg-type]
+) -> RequestInfo:
+    return RequestInfo(name, arrival, prompt, bound, tenant, adapter, **more)  # type: ignore[arg-type]
 
 
-def state(waiting: list[Job], running: list[Job] | None = None, now: float = 0.0, **more: object) -> State:
+def state(waiting: list[RequestInfo], running: list[RequestInfo] | None = None, now: float = 0.0, **more: object) -> State:
     return State(now, running or [], waiting, 100, 100, 8, more.pop("free_cells", 100), **more)  # type: ignore[arg-type]
 
 
-def ids(jobs: list[Job]) -> str:
+def ids(jobs: list[RequestInfo]) -> str:
     return " ".join(j.id for j in jobs)

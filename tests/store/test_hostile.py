@@ -24,7 +24,7 @@ from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import ArtefactError
 from rankwise.sites import find_sites
 from rankwise.store.native import FILE, load_native, load_state, rebuild_state, save_state
-from rankwise.store.peft import export_peft, read_peft
+from rankwise.store.peft.export import export_peft, read_peft
 from rankwise.store.tensorfile import read_tensors
 from tests.store.test_native import states
 from tests.store.test_tensorfile import same

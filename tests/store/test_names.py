@@ -16,7 +16,7 @@ from rankwise.adapter import adapters
 from rankwise.errors import ArtefactError, OptionError, RankwiseError
 from rankwise.store.names import check_name, open_inside
 from rankwise.store.native import load_native
-from rankwise.store.peft import read_peft
+from rankwise.store.peft.export import read_peft
 from rankwise.store.tensorfile import read_small, read_tensors
 
 GOOD = ["default", "a", "Müller's tone v2.1", "日本語", "x_y-z.1", "run 7 (best)", "ü" * 64, "a+b=c", "100% sure", "e.g"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.errors import ArtefactError
 from rankwise.sites import find_sites
 from rankwise.store import tensorfile
-from rankwise.store.peft import export_peft, read_peft
+from rankwise.store.peft.export import export_peft, read_peft
 from tests.store import store_models as models
 
 peft = pytest.importorskip("peft")

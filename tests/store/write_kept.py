@@ -35,8 +35,8 @@ RUN = dict(
 )
 
 
-def base() -> Any:
-    return llama(layers=2)
+def base(tied: bool = False) -> Any:
+    return llama(layers=2, tie=tied)
 
 
 def digest(adapter: Any) -> str:
@@ -79,11 +79,9 @@ def main(folder: Path) -> None:
         adapter.save(folder / name)
         expected["files"][name] = {"digest": digest(adapter), "logits": logits(model, batch_for(model)).flatten()[:64].tolist()}
     for codec in CODECS:
-        from rankwise.files import save_coded
-
         model, adapter = attached({"form": "lora", "r": 4, "targets": ["q_proj"]})
         name = f"coded-{codec if isinstance(codec, str) else codec['name']}"
-        save_coded(adapter, folder / name, codec)
+        adapter.save(folder / name, codec=codec)
         loaded = rw.load(base(), folder / name)
         expected["files"][name] = {"digest": digest(loaded)}
     for format in ("peft", "gguf", "kohya"):
@@ -93,6 +91,12 @@ def main(folder: Path) -> None:
         model = base()
         loaded = rw.load(model, folder / name)
         expected["files"][name] = {"digest": digest(loaded), "logits": logits(model, batch_for(model)).flatten()[:64].tolist()}
+    model = base(tied=True)
+    adapter = rw.attach(model, rw.Recipe(r=2, targets=["embed_tokens"], separate_tied=True), name="kept")  # was written as untie=True
+    move(adapter)
+    adapter.save(folder / "tied-untie")
+    first = logits(model, batch_for(model)).flatten()[:64].tolist()
+    expected["files"]["tied-untie"] = {"digest": digest(adapter), "logits": first, "tied": True}
     work = folder / "run"
     done = run(work, resume=False)
     expected["checkpoint"] = {"digest": digest(done.adapter), "loss": done.metrics["train"]["train_loss"]}

@@ -109,10 +109,12 @@ def test_an_adapter_that_does_not_come_back_stops_before_the_first_step(tmp_path
 
 
 def _lossy(adapter: Any, folder: Any) -> None:
-    from rankwise.files import header
+    from rankwise.runtime.write import header
     from rankwise.store.native import save_native
 
-    save_native(folder, {k: t.detach().bfloat16().float() for k, t in adapter.tensors().items()}, header(adapter))
+    save_native(
+        folder, {k: t.detach().bfloat16().float() for k, t in adapter.tensors().items()}, header(adapter._record, adapter.model)
+    )
 
 
 @pytest.mark.parametrize("scaled", [None, True, False])

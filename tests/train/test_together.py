@@ -13,7 +13,7 @@ import rankwise as rw
 from rankwise.errors import OptionError, RecipeError
 from rankwise.recipe import Recipe
 from rankwise.train.data import Collator, Example, pack
-from rankwise.train.together import Job, Running, _inputs, step, train_together, why_alone
+from rankwise.train.together import AdapterJob, Running, _inputs, step, train_together, why_alone
 from tests.models import VOCAB, llama, move
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dora": {"form": "dora", "r": 2},
     "adalora": {"preset": "adalora", "r": 4},
     "block": {"form": "bottleneck", "r": 4},
-    "residual": {"r": 2, "init": "pissa"},
+    "has_frozen_start": {"r": 2, "init": "pissa"},
     "losses": {"r": 2, "losses": ["ba_lora", "orthogonality"]},
     "embedding": {"r": 2, "targets": ["embed_tokens", "q_proj"]},
     "calibrated": {"r": 2, "init": "lora_ga", "optimizer": "lora_pro"},
@@ -39,12 +39,12 @@ def rows(n: int = 12, seed: int = 0) -> list[Example]:
     return [Example(ids, list(ids)) for ids in made]
 
 
-def job(name: str, recipe: Any = None, **more: Any) -> Job:
+def job(name: str, recipe: Any = None, **more: Any) -> AdapterJob:
     given: dict[str, Any] = {"rows": rows(seed=len(name)), "lr": 1e-2, "steps": 6, "batch": 2, **more}
-    return Job(name=name, recipe=Recipe(**(recipe or {"r": 2})), **given)
+    return AdapterJob(name=name, recipe=Recipe(**(recipe or {"r": 2})), **given)
 
 
-def run(jobs: list[Job], together: int, model: Any = None) -> dict[str, Running]:
+def run(jobs: list[AdapterJob], together: int, model: Any = None) -> dict[str, Running]:
     model = llama() if model is None else model
     before = {k: t.clone() for k, t in model.state_dict().items()}
     out: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def run(jobs: list[Job], together: int, model: Any = None) -> dict[str, Running]
     return out
 
 
-def moved(jobs: list[Job], model: Any) -> list[Running]:
+def moved(jobs: list[AdapterJob], model: Any) -> list[Running]:
     """Jobs in the middle of a run: adapters away from their start."""
     running = [Running(model, j, Collator.for_model(model, 0)) for j in jobs]
     for i, r in enumerate(running):
@@ -73,7 +73,7 @@ def test_gradients_equal_those_of_separate_runs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Running, "update", lambda self, loss: self.losses.append(loss))  # look at the gradients, take no step
     jobs = [job("a"), job("bb", {"r": 4, "alpha": 3}, batch=1), job("ccc", {"form": "dora", "r": 2}, batch=3)]
 
-    def gradients(chosen: list[Job]) -> dict[str, Tensor]:
+    def gradients(chosen: list[AdapterJob]) -> dict[str, Tensor]:
         model = llama().double()
         everyone = {r.job.name: r for r in moved(jobs, model)}
         step(model, [everyone[j.name] for j in chosen], Collator.for_model(model, 0))
@@ -181,7 +181,7 @@ def test_what_cannot_share_a_batch_is_refused_by_name_and_trains_alone(says: str
         ([], "0 jobs"),
     ],
 )
-def test_what_could_not_be_trained_is_refused(jobs: list[Job], says: str) -> None:
+def test_what_could_not_be_trained_is_refused(jobs: list[AdapterJob], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         run(jobs, together=2)
 

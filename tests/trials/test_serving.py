@@ -11,7 +11,7 @@ import torch
 import transformers as T
 
 from rankwise.serve.adapters.memory import MemorySource
-from rankwise.serve.assemble import Sizes, assemble
+from rankwise.serve.server import Sizes, build_server
 from rankwise.serve.types import Request, Sampling, Token
 
 B: dict[str, Any] = dict(
@@ -36,7 +36,7 @@ def generated(m: Any, prompts: list[list[int]], n: int = 20) -> list[list[int]]:
 
 
 def served(m: Any, prompts: list[list[int]], n: int = 20) -> list[list[int]]:
-    s = assemble(m, lambda i: MemorySource(i.layout), sizes=Sizes(kv_tokens=2048))
+    s = build_server(m, lambda i: MemorySource(i.layout), sizes=Sizes(kv_tokens=2048))
     s.engine.start()
     out: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
     left, done = set(out), threading.Event()

@@ -13,7 +13,7 @@ from rankwise.assets.measure import bits_per_byte, unigram_bits_per_byte
 from rankwise.assets.tasks import domains
 
 if TYPE_CHECKING:
-    from rankwise.assets.pretrain import Run
+    from rankwise.assets.pretrain_run import PretrainRun
 
 
 def measure(model: Any, tokenizer: Any) -> dict[str, tuple[float, float, int]]:
@@ -30,7 +30,7 @@ def measure(model: Any, tokenizer: Any) -> dict[str, tuple[float, float, int]]:
     }
 
 
-def export(run: Run, out: Path) -> None:
+def export(run: PretrainRun, out: Path) -> None:
     """Writes the base of ``run`` to ``out`` as it will be loaded: measured after the rounding to bf16, not before."""
     from transformers import LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def export(run: Run, out: Path) -> None:
     print(card)
 
 
-def render_card(run: Run, measured: dict[str, tuple[float, float, int]]) -> str:
+def render_card(run: PretrainRun, measured: dict[str, tuple[float, float, int]]) -> str:
     """The model card; a run whose budget is not spent is marked as interim."""
     config = run.config
     rows = "\n".join(f"| {name} | {size:,} | {bits:.3f} | {unigram:.3f} |" for name, (bits, unigram, size) in measured.items())

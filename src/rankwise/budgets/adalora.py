@@ -22,7 +22,7 @@ from rankwise.recipe import preset
     title="AdaLoRA: a global, shrinking budget of triplets",
     paper="arXiv 2303.10512",
     reference="203",
-    needs=("core:diag",),
+    requires=("core:diag",),
 )
 @dataclasses.dataclass(kw_only=True)
 class AdaLoRA(Budget):

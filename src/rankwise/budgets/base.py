@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from rankwise.allocation import Allocation
-from rankwise.catalogue import MethodInfo
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
+    from rankwise.catalogue import MethodInfo
     from rankwise.optim.optimizer import TransformOptimizer
 
 

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from rankwise.budgets.base import Budget, Run
 from rankwise.catalogue import register
-from rankwise.delta import AdapterState, Delta, Entries
+from rankwise.delta.sparse import Entries
+from rankwise.delta.state import AdapterState
 from rankwise.errors import MergeError, OptionError, RecipeError
 from rankwise.recipe import preset
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
+    from rankwise.delta.base import Delta
 
 
 @register(
-    "budget", "lt_sft", title="LT-SFT: lottery-ticket sparse fine-tuning", paper="ACL 2022, 2110.07560", reference="177", needs=("weight",)
+    "budget", "lt_sft", title="LT-SFT: lottery-ticket sparse fine-tuning", paper="ACL 2022, 2110.07560", reference="177", requires=("weight",)
 )  # fmt: skip
 @dataclasses.dataclass(kw_only=True)
 class LTSFT(Budget):

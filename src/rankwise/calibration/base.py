@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError, DataError
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
 class Accumulator:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from rankwise.calibration.base import Accumulator
 from rankwise.errors import DataError
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
 class MeanGradient(Accumulator):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from rankwise.calibration.base import Accumulator
 from rankwise.delta.solve import randomized_svd
 from rankwise.errors import DataError
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
 class StreamingPCA(Accumulator):

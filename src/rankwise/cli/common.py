@@ -40,7 +40,7 @@ def load_model(name: str, *, task: str = "causal") -> tuple[Any, Any]:
         RankwiseError: no such folder or id; the message has the loader's own reason.
     """
     from rankwise import assets
-    from rankwise.codecs import keep_stored
+    from rankwise.codecs.library import keep_stored
 
     try:
         import transformers

@@ -101,7 +101,7 @@ def _check_reference(adapter: str, codec: str | None, reference: str | None) -> 
 
 
 def _cut(net: Any, loaded: Any, rank: int, quiet: bool) -> Any:
-    from rankwise.merge import attach_state
+    from rankwise.merge.engine.files import attach_state
 
     widest = max((d.component_count() for d in loaded.sites.values()), default=0)
     if not 1 <= rank <= widest:
@@ -151,13 +151,12 @@ def write(net: Any, loaded: Any, to: str, named: dict[str, Any], reference: str 
     Returns bytes of the coded file, of the plain native file, of the bare tensors as fp32 and bf16, and each place's relative error.
     """
     import rankwise as rw
-    from rankwise.files import save_coded
 
     reference = reference if named["name"] == "delta" else None
     numel = sum(t.numel() for t in loaded.tensors().values())
     with tempfile.TemporaryDirectory() as folder:
         plain = loaded.save(folder).stat().st_size
-    path = save_coded(loaded, to, named, reference=reference)
+    path = loaded.save(to, codec=named, reference=reference)
     # a wrapped block (bottleneck) is no change of a weight, so it has no such error
     was = {n: loaded.delta(n) for n, d in loaded.sites.items() if d.site.spec.mode != "block"}
     loaded.detach()

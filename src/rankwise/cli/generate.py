@@ -118,15 +118,15 @@ def _fusion(
         return None
     if not experts:
         raise OptionError(f"--fuse {fuse} needs experts: give --expert folder, once for each.")
-    from rankwise.merge.decoding import Fusion, Voice
-    from rankwise.merge.logits import Term
+    from rankwise.decoding.combine import Term
+    from rankwise.decoding.model import DecodingModel, Fusion
 
     owner, reader = (net, tokenizer) if expert_model is None else load_text_model(expert_model)
     weights = _load(owner, experts, "--expert", "e")
-    target = Voice(net, strengths if hasattr(net, "rankwise") else None, tokenizer)
+    target = DecodingModel(net, strengths if hasattr(net, "rankwise") else None, tokenizer)
     same = owner is net and not strengths
-    voices = {"base": target} | ({} if same else {"anti": Voice(owner, {}, reader)})
-    voices |= {n: Voice(owner, {n: 1.0}, reader) for n in weights}
+    voices = {"base": target} | ({} if same else {"anti": DecodingModel(owner, {}, reader)})
+    voices |= {n: DecodingModel(owner, {n: 1.0}, reader) for n in weights}
     options = {}
     for s in settings or ():
         key, sep, raw = s.partition("=")

@@ -52,7 +52,7 @@ def methods(
 
 def _row(m: Any) -> dict[str, Any]:
     return {
-        "name": m.name, "kind": m.kind, "title": m.title, "paper": m.paper, "reference": m.reference, "needs": list(m.needs),
+        "name": m.name, "kind": m.kind, "title": m.title, "paper": m.paper, "reference": m.reference, "requires": list(m.requires),
         "mergeable": m.mergeable, "exports_to_peft": m.exports_to_peft, "options": {k: str(v) for k, v in m.options.items()},
     }  # fmt: skip
 
@@ -63,8 +63,8 @@ def _page(m: Any) -> None:
         f"{m.title}" + (f"  ({m.paper})" if m.paper else "") + (f"  card {m.reference}" if m.reference else ""), highlight=False
     )
     out.print("\n" + "\n".join(line.removeprefix("    ") for line in m.doc.splitlines()) + "\n", highlight=False, markup=False)
-    if m.needs:
-        out.print(f"needs a form that gives: {', '.join(m.needs)}", highlight=False)
+    if m.requires:
+        out.print(f"needs a form that gives: {', '.join(m.requires)}", highlight=False)
     if m.options:
         table("options", ["name", "default"], [(k, repr(v)) for k, v in m.options.items()])
     out.print()
@@ -83,8 +83,8 @@ def _markdown(found: list[Any]) -> str:
             lines += ["", f'<a id="{kind}-{m.name}"></a>', f"### {m.name}", ""]
             lines += [" · ".join(x for x in (m.title, m.paper, f"card {m.reference}" if m.reference else None) if x), ""]
             lines += ["```text", inspect.cleandoc(m.doc), "```"]
-            if m.needs:
-                lines += ["", f"Needs a form that gives: {', '.join(m.needs)}."]
+            if m.requires:
+                lines += ["", f"Needs a form that gives: {', '.join(m.requires)}."]
             if m.options:
                 lines += ["", "| option | default |", "|---|---|", *(f"| `{k}` | `{v!r}` |" for k, v in m.options.items())]
     return "\n".join(lines)

@@ -13,14 +13,14 @@ import typer
 
 from rankwise.cli.common import _value, err, load_model, out
 from rankwise.cli.merge_report import folded, models_told, state_told
-from rankwise.cli.merge_score import Held, draw, fits, held_from, progress_of, told
+from rankwise.cli.merge_score import HeldOut, draw, fits, held_from, progress_of, told
 from rankwise.codecs.library import find_bridge
 from rankwise.errors import OptionError
 
 #: options of a merge of whole models, whatever the method
 _FILES = {"missing", "vocabulary", "untie", "on"}
 #: what --set may not reach: it has a flag of its own, or is the verb's affair
-_TAKEN = {"oracle", "seed", "force", "progress", "dtype", "base", "weights", "out", "method", "folders", "states", "shard_bytes"}
+_TAKEN = {"evaluator", "seed", "force", "progress", "dtype", "base", "weights", "out", "method", "folders", "states", "shard_bytes"}
 
 
 def add(app: typer.Typer) -> None:
@@ -178,7 +178,7 @@ def _drawn(picture: str, json: bool) -> None:
 
 # --- whole models ---------------------------------------------------------------------------------------------
 def _models(
-    folders: Sequence[str], to: str, method: str, weights: Any, base: str | None, options: dict[str, Any], held: Held, json: bool
+    folders: Sequence[str], to: str, method: str, weights: Any, base: str | None, options: dict[str, Any], held: HeldOut, json: bool
 ) -> None:  # fmt: skip
     from rankwise.merge.checkpoints import merge_checkpoints
     from rankwise.merge.mergekit import _dtype
@@ -208,8 +208,8 @@ def _without_model(
     folders: Sequence[str], to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None, json: bool
 ) -> None:  # fmt: skip
     """Folders of plain LoRA, one site at a time; the result in PEFT's format."""
-    from rankwise.merge import merge_states
-    from rankwise.merge.folders import export_merged, open_folders
+    from rankwise.merge.engine.base import merge_states
+    from rankwise.merge.engine.folders import export_merged, open_folders
 
     if source_rank is not None:
         raise OptionError("--source-rank cuts what is read with its model; give --model.")
@@ -222,12 +222,13 @@ def _without_model(
 
 def _with_model(
     folders: Sequence[str], model: str, to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None,
-    into_base: bool, json: bool, held: Held,
+    into_base: bool, json: bool, held: HeldOut,
 ) -> None:  # fmt: skip
     """Read with the base at hand, so that any form may come; saved natively, or folded in."""
     import rankwise as rw
     from rankwise.catalogue import find
-    from rankwise.merge import Merge, attach_state, read_state
+    from rankwise.merge.engine.base import Merge
+    from rankwise.merge.engine.files import attach_state, read_state
 
     net, tokenizer = load_model(model)
     state = found = None
@@ -258,13 +259,13 @@ def _with_model(
 
 
 def _merged(
-    net: Any, reader: Any, folders: Sequence[str], states: Sequence[Any], method: str, weights: Any, options: Any, seed: int, held: Held
+    net: Any, reader: Any, folders: Sequence[str], states: Sequence[Any], method: str, weights: Any, options: Any, seed: int, held: HeldOut
 ) -> tuple[Any, Any]:  # fmt: skip
     """The merged value, and what a search found; what was scored is in its meta."""
-    from rankwise.merge import merge_states
+    from rankwise.merge.engine.base import merge_states
     from rankwise.merge.search import search_states
 
-    judge = held.oracle(net, reader) if held.data else None
+    judge = held.evaluator(net, reader) if held.data else None
     meta: dict[str, Any] = {}
     if held.search and judge is not None:
         with _bar("places of the search") as tick:
@@ -275,7 +276,7 @@ def _merged(
     else:
         found = None
         with _bar("places", len({n for s in states for n in s.sites})) as tick:
-            state = merge_states(states, weights, method, seed=seed, progress=tick, oracle=judge, **options)
+            state = merge_states(states, weights, method, seed=seed, progress=tick, evaluator=judge, **options)
     if judge is not None:
         plain = type(state)(state.sites)
         alone = {f: judge.score(type(s)(s.sites)) for f, s in zip(folders, states, strict=True)}
@@ -285,8 +286,8 @@ def _merged(
 
 def write_merged(model: Any, tokenizer: Any, to: str) -> None:
     """Save a model with its merged adapters as an ordinary model folder: the roster taken off, the bits kept."""
-    roster = model._modules.pop("rankwise")
-    for module in {id(s.module): s.module for s in roster.known.values() if s.spec.quantised}.values():
+    registry = model._modules.pop("rankwise")
+    for module in {id(s.module): s.module for s in registry.known.values() if s.spec.quantised}.values():
         if (bridge := find_bridge(module)) is not None:
             bridge.settle(module)
     conversions = getattr(model, "_weight_conversions", None)
@@ -297,7 +298,7 @@ def write_merged(model: Any, tokenizer: Any, to: str) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(to)
     finally:
-        model._modules["rankwise"] = roster
+        model._modules["rankwise"] = registry
         if conversions is not None:
             model._weight_conversions = conversions
 

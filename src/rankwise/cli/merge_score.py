@@ -10,11 +10,11 @@ from typing import Any
 
 from rankwise.cli.common import _value, table
 from rankwise.errors import OptionError, need
-from rankwise.merge.search import Found
+from rankwise.merge.search import SearchResult
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class HeldOut:
     """``data``: paths or shipped domains, of which the first chooses; ``score``: of which kind; ``search``: option → values."""
 
     data: tuple[str, ...] = ()
@@ -22,11 +22,11 @@ class Held:
     search: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     picture: str | None = None
 
-    def oracle(self, net: Any, reader: Any) -> Any:
+    def evaluator(self, net: Any, reader: Any) -> Any:
         """Of ``net``, with a split for each data set."""
         from rankwise.cli.compare import texts_of
-        from rankwise.merge.held_out import held_out
-        from rankwise.merge.oracle import Oracle
+        from rankwise.merge.judge.evaluator import Evaluator
+        from rankwise.merge.judge.held_out import held_out
 
         read = {}
         for d in self.data:
@@ -34,18 +34,18 @@ class Held:
             read[d] = held_out(net, reader, source, self.score)
         first = read[self.data[0]]
         scores = {d: h.score for d, h in read.items()}
-        return Oracle(net, scores, batches=first.batches, higher_is_better=first.higher_is_better)
+        return Evaluator(net, scores, batches=first.batches, higher_is_better=first.higher_is_better)
 
     def models(self, folders: Sequence[str]) -> Any:
         """Whole models, judged in the first one."""
         from rankwise.cli.common import load_model
-        from rankwise.merge.model_soups import Models
+        from rankwise.merge.judge.model_soups import Models
 
         net, reader = load_model(folders[0])
-        return Models(self.oracle(net, reader), folders, lambda f: load_model(f)[0])
+        return Models(self.evaluator(net, reader), folders, lambda f: load_model(f)[0])
 
 
-def held_from(data: Sequence[str], score: str, search: Sequence[str], picture: str | None) -> Held:
+def held_from(data: Sequence[str], score: str, search: Sequence[str], picture: str | None) -> HeldOut:
     """The flags, checked for what needs no reading."""
     from rankwise.cli.common import picture_path
 
@@ -63,7 +63,7 @@ def held_from(data: Sequence[str], score: str, search: Sequence[str], picture: s
         raise OptionError("--picture draws the search of one option that is a number; give one --search option=first:last:step.")
     if len(set(data)) < len(data):
         raise OptionError(f"--score-data names {next(d for d in data if list(data).count(d) > 1)!r} twice; give each once.")
-    return Held(tuple(data), score, grid, picture_path(picture))
+    return HeldOut(tuple(data), score, grid, picture_path(picture))
 
 
 def values_of(key: str, raw: str) -> list[Any]:
@@ -82,7 +82,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def fits(held: Held, method: str, options: Mapping[str, Any], given: Mapping[str, Any], kind: str) -> None:
+def fits(held: HeldOut, method: str, options: Mapping[str, Any], given: Mapping[str, Any], kind: str) -> None:
     """Whether the method is chosen by a score and what that needs was given; before any work.
 
     Args:
@@ -94,24 +94,24 @@ def fits(held: Held, method: str, options: Mapping[str, Any], given: Mapping[str
     from rankwise.merge.search import combinations
 
     rules = [make("merge", method, **{**options, **some}) for some in combinations(held.search)]
-    needs = next((r for r in rules if r.needs_oracle), None)
-    if needs is None and not held.search and (held.data or held.score != "loss"):
+    requires = next((r for r in rules if r.needs_evaluator), None)
+    if requires is None and not held.search and (held.data or held.score != "loss"):
         flag = "--score-data" if held.data else "--score"
         raise OptionError(
             f"{flag} says nothing to the merge {method!r}, which asks no score; leave it out, choose greedy_soup or learned_soup, or "
             "search an option with --search."
         )
-    if needs is not None and not held.data:
+    if requires is not None and not held.data:
         raise OptionError(
             f"The merge {method!r} is chosen by a score on held-out data; give that data with --score-data (text or images that nothing was trained on)."
         )
-    if needs is not None and needs.finds_weights and given["weights"] is not None:
+    if requires is not None and requires.finds_weights and given["weights"] is not None:
         raise OptionError(f"The merge {method!r} finds its weights itself; leave --weights out.")
     if held.data and kind == "adapters" and given["model"] is None:
         raise OptionError(f"The merge {method!r} scores the adapters on their base; give it with --model.")
 
 
-def told(found: Found, held: Held) -> dict[str, Any]:
+def told(found: SearchResult, held: HeldOut) -> dict[str, Any]:
     """For JSON and the report."""
     rows = [{**p.options, "scores": p.scores} for p in found.points]
     return {"of": held.score, "chosen_on": held.data[0], "best": found.best.options, "points": rows}
@@ -132,7 +132,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def draw(found: Found, held: Held, title: str) -> None:
+def draw(found: SearchResult, held: HeldOut, title: str) -> None:
     """One line a data set over the option's values, the chosen place ringed."""
     assert held.picture is not None
     try:
@@ -142,7 +142,7 @@ def draw(found: Found, held: Held, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from rankwise.merge.held_out import SCORES
+    from rankwise.merge.judge.held_out import SCORES
 
     (option,) = held.search
     points = sorted(found.points, key=lambda p: p.options[option])

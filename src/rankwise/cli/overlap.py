@@ -21,16 +21,16 @@ def compare(
     folders: Sequence[str], model: str | None, picture: str | None, source_rank: int | None, match: float, json: bool
 ) -> None:
     """Read, compare, show.  Without a model the folders must be plain LoRA of one base."""
-    from rankwise.merge.overlap import compare_states
+    from rankwise.merge.judge.overlap import compare_states
 
     if model is None:
-        from rankwise.merge.folders import open_folders
+        from rankwise.merge.engine.folders import open_folders
 
         if source_rank is not None:
             raise OptionError("--source-rank cuts what is read with its model; give --model.")
         sources: list[Any] = list(open_folders(folders))
     else:
-        from rankwise.merge.files import read_state
+        from rankwise.merge.engine.files import read_state
 
         net, _ = load_model(model)
         sources = [read_state(net, f, rank=source_rank) for f in folders]

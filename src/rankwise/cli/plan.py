@@ -138,8 +138,8 @@ def folded(names: Sequence[str]) -> list[str]:
 
 def _products(adapter: Any, rows: int) -> tuple[int, str | None]:
     """(bytes of packed copies, how most frozen products run here and why), timed by the probe that a run decides by."""
-    from rankwise.forms.fast import foreseen
     from rankwise.forms.packed import PACKED
+    from rankwise.runtime.fast import foreseen
 
     found = [(c, d.site.spec.out * d.site.spec.inp) for d in adapter.sites.values() if (c := foreseen(d, rows)) is not None]
     if not found:

@@ -83,13 +83,13 @@ def serve(
     """
     try:
         from rankwise.host import keep_freed_memory
-        from rankwise.serve.assemble import Sizes, assemble
+        from rankwise.serve.engine.options import EngineOptions
+        from rankwise.serve.finetune.queue import beside
         from rankwise.serve.http.app import make_app
         from rankwise.serve.http.auth import Keys, is_loopback
-        from rankwise.serve.http.server import Server
+        from rankwise.serve.http.server import HttpServer
         from rankwise.serve.http.settings import Settings
-        from rankwise.serve.options import EngineOptions
-        from rankwise.serve.train_stream import beside
+        from rankwise.serve.server import Sizes, build_server
     except ModuleNotFoundError as error:
         raise need(error.name or "starlette", "serve", "Serving") from error
     keys = Keys() if api_keys is None else Keys.read(Path(api_keys))
@@ -110,7 +110,7 @@ def serve(
             model=shown, context=context, vocabulary=vocabulary, root=model, ends=ends, strict=strict, aliases=vllm_metrics, drain_seconds=drain,
             train_roots=tuple(map(Path, train_data or ())),
         )  # fmt: skip
-        behind = assemble(
+        behind = build_server(
             net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
             options=EngineOptions(
                 max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
@@ -122,7 +122,7 @@ def serve(
         logging.getLogger("rankwise.serve").setLevel(logging.INFO)
         stream = None if train is None else beside(behind, train, context=context)
         app = make_app(behind.engine, behind.cache, tokenizer, settings, keys, stream)
-        server = Server(app, host, port, lambda: _greet(door, shown, behind.cache.names(), bool(keys)))
+        server = HttpServer(app, host, port, lambda: _greet(door, shown, behind.cache.names(), bool(keys)))
         if team is not None:
             team.when_lost(lambda why: setattr(server, "should_exit", True))
         server.run(sockets=[door])

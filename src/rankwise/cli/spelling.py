@@ -14,7 +14,7 @@ _SWITCHES = {("packing", "False"): "--no-packing", ("resume", "True"): "--resume
 #: an option of a part → where --set finds it
 _PARTS = {"keep": "form.keep", "adapters": "router.adapters"}
 _WORDS = {
-    "exclude", "targets", "layers", "rank_pattern", "alpha_pattern", "modules_to_save", "untie", "optimizer", "losses", "normalize", "r", "alpha",
+    "exclude", "targets", "layers", "rank_pattern", "alpha_pattern", "modules_to_save", "separate_tied", "optimizer", "losses", "normalize", "r", "alpha",
     "scale",
 }  # fmt: skip
 _GIVEN = re.compile(r"\b([a-z_]+)=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\{[^}]*\}|True|False|None|…|\.\.\.|-?\d[\w.]*)")

@@ -150,7 +150,7 @@ def _plain(value: Any) -> str:
 
 def _job(name: str, point: Choice, base: Mapping[str, Any], settings: Sequence[str], rows: Sequence[Any]) -> Any:
     from rankwise.recipe import Recipe
-    from rankwise.train.together import Job
+    from rankwise.train.together import AdapterJob
 
     file = point["recipe"].endswith((".yaml", ".yml", ".json"))
     recipe = recipe_from(point["recipe"], None, None, settings) if file else recipe_from(None, point["recipe"], None, settings)
@@ -163,7 +163,7 @@ def _job(name: str, point: Choice, base: Mapping[str, Any], settings: Sequence[s
         fields["seed"] = numbers["seed"]
     epochs, steps = numbers.pop("epochs"), numbers.pop("steps")
     numbers["steps"] = steps or max(1, math.ceil(len(rows) * epochs / numbers["batch"]))
-    return Job(name=name, recipe=Recipe(**fields), rows=rows, **numbers)
+    return AdapterJob(name=name, recipe=Recipe(**fields), rows=rows, **numbers)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------

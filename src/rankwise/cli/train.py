@@ -173,7 +173,8 @@ def _scorer(
 ) -> tuple[Callable[[], dict[str, float]], int]:
     """(what scores the model under the view of the moment, number of rows)."""
     from rankwise.train import stages
-    from rankwise.train.data import read, tokenize
+    from rankwise.train.data.readers import read
+    from rankwise.train.data.tokens import tokenize
     from rankwise.train.evaluate import classify, evaluate
 
     if stages.sees(net):

@@ -114,7 +114,7 @@ def train_on_server(
 
 
 def _records(data: str, stage: str, format: str, split: str | None) -> list[dict[str, Any]]:
-    from rankwise.train.data import read
+    from rankwise.train.data.readers import read
 
     if stage not in ("pt", "sft"):
         raise OptionError(f"--stage is pt or sft with --server; it is {stage!r}.")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rankwise.catalogue import MethodInfo
 from rankwise.errors import ArtefactError, OptionError
+
+if TYPE_CHECKING:
+    from rankwise.catalogue import MethodInfo
 
 State = dict[str, Any]
 
@@ -59,6 +61,11 @@ class AdapterCodec(ABC):
 
     info: ClassVar[MethodInfo]
     exact: bool = False
+    relative: ClassVar[bool] = False  # True where a stream is a difference from another adapter, given by ``bind``
+
+    def bind(self, reference: Mapping[str, Tensor]) -> AdapterCodec:
+        """The same codec against ``reference``, the tensors of another adapter; only a ``relative`` codec has one."""
+        raise OptionError(f"The codec {self.name!r} needs no other adapter; leave the reference out.")
 
     @property
     def name(self) -> str:

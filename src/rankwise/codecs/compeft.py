@@ -13,7 +13,7 @@ from rankwise.catalogue import register
 from rankwise.codecs import golomb, sections, stream
 from rankwise.codecs.base import AdapterCodec
 from rankwise.codecs.signs import Signs, prune
-from rankwise.codecs.stream import TensorSpec
+from rankwise.codecs.stream import StreamSpec
 from rankwise.errors import ArtefactError, OptionError
 
 
@@ -51,7 +51,7 @@ class ComPEFT(AdapterCodec):
 
     def encode_tensors(self, tensors: Mapping[str, Tensor]) -> bytes:
         """The stream of ``tensors``; its body is within 1 % of :meth:`bits` on long random vectors."""
-        spec = TensorSpec.of(tensors)
+        spec = StreamSpec.of(tensors)
         header = {"density": self.density, "per_tensor": self.per_tensor, "tensors": spec.to_json()}
         return stream.frame(self.name, header, self._write(self.signs(tensors), _sizes(spec, self.per_tensor)))
 
@@ -63,14 +63,14 @@ class ComPEFT(AdapterCodec):
             raise ArtefactError(
                 f"The {self.name} header's keys {sorted(header)[:8]} or their values are wrong: the stream is damaged."
             )
-        spec = TensorSpec.from_json(header["tensors"], max_numel)
+        spec = StreamSpec.from_json(header["tensors"], max_numel)
         parts = self._read(body, _sizes(spec, header["per_tensor"]))
         vector = np.concatenate([part.dense() for part in parts])
         return spec.unflatten(vector)
 
     def signs(self, tensors: Mapping[str, Tensor]) -> list[Signs]:
         """What is stored: one value of all tensors, or with ``per_tensor`` one a tensor that has entries."""
-        spec = TensorSpec.of(tensors)
+        spec = StreamSpec.of(tensors)
         vector = spec.flatten(tensors)
         return [
             prune(vector[start:stop], self.density, self.alpha, dtypes, where)
@@ -96,13 +96,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _sizes(spec: TensorSpec, per_tensor: bool) -> list[list[int]]:
+def _sizes(spec: StreamSpec, per_tensor: bool) -> list[list[int]]:
     """Entries of the tensors of each vector that is pruned on its own, empty tensors left out."""
     sizes = [n for n in spec.sizes if n]
     return [[n] for n in sizes] if per_tensor else [sizes]
 
 
-def _spans(spec: TensorSpec, per_tensor: bool) -> Iterator[tuple[int, int, tuple[str, ...], str]]:
+def _spans(spec: StreamSpec, per_tensor: bool) -> Iterator[tuple[int, int, tuple[str, ...], str]]:
     """(start, stop, dtypes, words for a message) of each vector that is pruned on its own."""
     if not per_tensor:
         yield 0, spec.numel, spec.dtypes, "all tensors"

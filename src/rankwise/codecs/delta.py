@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from rankwise.catalogue import register
 from rankwise.codecs import lossless, stream
 from rankwise.codecs.base import AdapterCodec
-from rankwise.codecs.stream import DTYPES, TensorSpec
+from rankwise.codecs.stream import DTYPES, StreamSpec
 from rankwise.codecs.weights import adapter_codec
 from rankwise.errors import ArtefactError, OptionError
 
@@ -35,12 +35,13 @@ class Difference(AdapterCodec):
     decoding raises ArtefactError.
     """
 
+    relative: ClassVar[bool] = True
     inner: str | dict[str, Any] = "lossless"
 
     def __post_init__(self) -> None:
         self._inner = adapter_codec(self.inner)
         self._reference: Mapping[str, Tensor] | None = None
-        if isinstance(self._inner, Difference):
+        if self._inner.relative:
             raise OptionError("delta got inner='delta'; the difference itself must be coded by another codec.")
         self.exact = self._inner.exact
 
@@ -52,7 +53,7 @@ class Difference(AdapterCodec):
 
     def encode_tensors(self, tensors: Mapping[str, Tensor]) -> bytes:
         """One stream that holds the inner codec's."""
-        spec = TensorSpec.of(tensors)
+        spec = StreamSpec.of(tensors)
         mine = self._matching(spec, OptionError)
         if self._inner.exact:
             body = lossless.pack(tensors, spec, mine)
@@ -66,7 +67,7 @@ class Difference(AdapterCodec):
         header, body = stream.unframe(self.name, data)
         if set(header) != _KEYS or not isinstance(header["inner"], str) or header["inner"] == self.name:
             raise ArtefactError(f"The {self.name} header's keys {sorted(header)[:8]} are wrong: the stream is damaged.")
-        spec = TensorSpec.from_json(header["tensors"], max_numel)
+        spec = StreamSpec.from_json(header["tensors"], max_numel)
         mine = self._matching(spec, ArtefactError)
         if digest(mine) != header["reference"]:
             raise ArtefactError(
@@ -88,7 +89,7 @@ class Difference(AdapterCodec):
         """Those of the inner codec."""
         return self._inner.bits(numel)
 
-    def _matching(self, spec: TensorSpec, error: type[Exception]) -> dict[str, Tensor]:
+    def _matching(self, spec: StreamSpec, error: type[Exception]) -> dict[str, Tensor]:
         """The reference's tensors of ``spec``'s names, on the CPU."""
         if self._reference is None:
             raise error("This adapter is stored as a difference from another one; give that one as the reference.")

@@ -7,11 +7,14 @@ within 3 % of their entropy.  Source: sparse ternary compression, arXiv:1903.028
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankwise.codecs.bits import I64, BitReader, BitWriter
 from rankwise.errors import ArtefactError, OptionError
+
+if TYPE_CHECKING:
+    from rankwise.codecs.bits import I64, BitReader, BitWriter
 
 
 def parameter(density: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from rankwise.catalogue import register
 from rankwise.codecs import stream
 from rankwise.codecs.base import AdapterCodec
-from rankwise.codecs.bits import U8
-from rankwise.codecs.stream import DTYPES, TensorSpec
+from rankwise.codecs.stream import DTYPES, StreamSpec
 from rankwise.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from rankwise.codecs.bits import U8
 
 _UINTS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
@@ -35,7 +37,7 @@ class Lossless(AdapterCodec):
 
     def encode_tensors(self, tensors: Mapping[str, Tensor]) -> bytes:
         """One stream of all tensors."""
-        spec = TensorSpec.of(tensors)
+        spec = StreamSpec.of(tensors)
         return stream.frame(self.name, {"tensors": spec.to_json()}, pack(tensors, spec))
 
     def decode_tensors(self, data: bytes, max_numel: int = stream.MAX_NUMEL) -> dict[str, Tensor]:
@@ -43,14 +45,14 @@ class Lossless(AdapterCodec):
         header, body = stream.unframe(self.name, data)
         if set(header) != {"codec", "tensors"}:
             raise ArtefactError(f"The {self.name} header has the keys {sorted(header)[:8]}: the stream is damaged.")
-        return unpack(body, TensorSpec.from_json(header["tensors"], max_numel))
+        return unpack(body, StreamSpec.from_json(header["tensors"], max_numel))
 
     def bits(self, numel: int | None = None) -> float:
         """An upper bound for fp32: 32, and what deflate adds to bytes that it cannot shrink."""
         return 32 * (1 + 2**-10) + (8 * 64 / numel if numel else 0.0)
 
 
-def pack(tensors: Mapping[str, Tensor], spec: TensorSpec, reference: Mapping[str, Tensor] | None = None) -> bytes:
+def pack(tensors: Mapping[str, Tensor], spec: StreamSpec, reference: Mapping[str, Tensor] | None = None) -> bytes:
     """Deflated byte planes of ``tensors``, or of their integers less those of ``reference`` (same shapes and dtypes)."""
     planes = []
     for name in spec.names:
@@ -61,7 +63,7 @@ def pack(tensors: Mapping[str, Tensor], spec: TensorSpec, reference: Mapping[str
     return zlib.compress(np.concatenate(planes).tobytes(), 9)
 
 
-def unpack(body: bytes, spec: TensorSpec, reference: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def unpack(body: bytes, spec: StreamSpec, reference: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The inverse of :func:`pack`; ArtefactError unless ``body`` inflates to exactly what ``spec`` needs."""
     widths = [DTYPES[d].itemsize for d in spec.dtypes]
     raw = np.frombuffer(inflate(body, sum(w * n for w, n in zip(widths, spec.sizes))), np.uint8)

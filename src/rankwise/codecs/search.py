@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rankwise.codecs.compeft import ComPEFT
 from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.codecs.compeft import ComPEFT
 
 #: the paper's grids (arXiv:2311.13171); its data-free rule is the codec's default, k = 0.2 and α = 1
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -17,7 +20,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class CodecSearch:
     """The best codec, and every (density, alpha, score) that was tried, in order."""
 
     codec: ComPEFT
@@ -32,7 +35,7 @@ def search(
     alphas: Sequence[float] = ALPHAS,
     densities: Sequence[float] | None = None,
     higher_is_better: bool = False,
-) -> Found:
+) -> CodecSearch:
     """The α (and k, where ``densities`` are given) of the best ``score`` of the decoded tensors; the first of equals.
 
     ``score`` must read data that no result is reported on.  One call a pair.
@@ -52,4 +55,4 @@ def search(
     if not real:
         raise OptionError("No scale of the grid gives a finite score; the adapter or the data is at fault.")
     density, alpha, _ = (max if higher_is_better else min)(real, key=lambda t: t[2])
-    return Found(dataclasses.replace(codec, density=density, alpha=alpha), tuple(tried))
+    return CodecSearch(dataclasses.replace(codec, density=density, alpha=alpha), tuple(tried))

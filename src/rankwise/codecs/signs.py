@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankwise.codecs.bits import I64
 from rankwise.codecs.stream import DTYPES
 from rankwise.errors import ArtefactError, OptionError
+
+if TYPE_CHECKING:
+    from rankwise.codecs.bits import I64
 
 F64 = NDArray[np.float64]
 

@@ -28,7 +28,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class StreamSpec:
     """Names, shapes and dtypes of a set of tensors in sorted-name order: how it is one vector."""
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class TensorSpec:
     dtypes: tuple[str, ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> TensorSpec:
+    def of(cls, tensors: Mapping[str, Tensor]) -> StreamSpec:
         """The spec of ``tensors``; OptionError for one that is not floating, or for no entries at all."""
         names = tuple(sorted(tensors))
         for name in names:
@@ -87,7 +87,7 @@ class TensorSpec:
         return [[n, d, list(s)] for n, d, s in zip(self.names, self.dtypes, self.shapes)]
 
     @classmethod
-    def from_json(cls, rows: Any, max_numel: int) -> TensorSpec:
+    def from_json(cls, rows: Any, max_numel: int) -> StreamSpec:
         """The spec of a header; ArtefactError for anything that :meth:`to_json` would not write."""
         if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == 3 for r in rows):
             raise ArtefactError("The header's list of tensors is not a list of [name, dtype, shape]: the stream is damaged.")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rankwise.catalogue import register
 from rankwise.codecs import stream
-from rankwise.codecs.bits import U8
 from rankwise.codecs.compeft import ComPEFT
-from rankwise.codecs.sections import Sizes
 from rankwise.codecs.signs import Signs, bf16_bits, bf16_value
 from rankwise.errors import ArtefactError, OptionError
+
+if TYPE_CHECKING:
+    from rankwise.codecs.bits import U8
+    from rankwise.codecs.sections import Sizes
 
 _GAMMA = struct.Struct("<H")
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rankwise import catalogue
 from rankwise.codecs import stream
 from rankwise.codecs.base import AdapterCodec, Codec
-from rankwise.codecs.stream import DTYPES, TensorSpec
+from rankwise.codecs.stream import DTYPES, StreamSpec
 from rankwise.errors import ArtefactError, OptionError, RankwiseError
 
 
@@ -47,7 +47,7 @@ class Weights(AdapterCodec):
 
     def encode_tensors(self, tensors: Mapping[str, Tensor]) -> bytes:
         """The states' bytes one after the other; their shapes follow from the options and the tensors' shapes."""
-        spec, body = TensorSpec.of(tensors), []
+        spec, body = StreamSpec.of(tensors), []
         for name in spec.names:
             t = tensors[name]
             if not t.numel():
@@ -68,7 +68,7 @@ class Weights(AdapterCodec):
             codec: Codec = catalogue.make("codec", self.name, **header["options"])
         except (RankwiseError, TypeError) as error:
             raise ArtefactError(f"The {self.name} stream's options are not valid: {error}") from error
-        spec, out, at = TensorSpec.from_json(header["tensors"], max_numel), {}, 0
+        spec, out, at = StreamSpec.from_json(header["tensors"], max_numel), {}, 0
         for name, shape, dtype in zip(spec.names, spec.shapes, spec.dtypes):
             value, numel = torch.zeros(0), math.prod(shape)
             if numel:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from rankwise.delta.geometry import LINEAR, Geometry
-from rankwise.errors import OptionError
+from rankwise.errors import OptionError, unknown
 
-if TYPE_CHECKING:
-    from rankwise.delta.lowrank import LowRank
-
-#: kind → class; filled as the kinds are defined
+#: kind → class; filled as the kinds are defined.  What this file makes of other kinds (a sum, a low rank) it finds here.
 KINDS: dict[str, type[Delta]] = {}
 
 
@@ -69,7 +66,7 @@ class Delta:
         """False where x decides the change, so that it is no single weight."""
         return True
 
-    def _exact(self) -> LowRank | None:
+    def _exact(self) -> Any:
         """The exact low-rank form itself, where there is one."""
         return None
 
@@ -128,20 +125,16 @@ class Delta:
 
     def transposed(self) -> Delta:
         """The change of Wᵀ."""
-        from rankwise.delta.dense import Dense
-
-        return Dense(self.dense().mT)
+        return KINDS["dense"](self.dense().mT)  # type: ignore[call-arg]
 
     def __add__(self, other: Delta) -> Delta:
-        from rankwise.delta.dense import Sum
-
         if not isinstance(other, Delta):
             return NotImplemented
         a, b = self._match(other, "added")
         joined = a._join(b)
         if joined is None:
             joined = b._join(a)
-        return joined if joined is not None else Sum((a, b))
+        return joined if joined is not None else KINDS["sum"]((a, b))  # type: ignore[call-arg]
 
     def _join(self, other: Delta) -> Delta | None:
         """The sum as one value, where the kinds allow it."""
@@ -173,18 +166,14 @@ class Delta:
         return self + (-other)
 
     # --- lowering -----------------------------------------------------------------------------------------------
-    def to_lowrank(
-        self, rank: int | None = None, energy: float | None = None, weight: Tensor | None = None
-    ) -> tuple[LowRank, float]:
-        """(low-rank value, relative Frobenius error made).
+    def to_lowrank(self, rank: int | None = None, energy: float | None = None, weight: Tensor | None = None) -> tuple[Any, float]:
+        """(:class:`~rankwise.delta.lowrank.LowRank` value, relative Frobenius error made).
 
         Without arguments the form is exact (error 0.0) or refused; ``rank`` or ``energy`` (share of ‖Δ‖² kept) cut it.
 
         Raises:
             OptionError: no exact form and neither given; both given; out of range.
         """
-        from rankwise.delta.lowrank import cut
-
         if rank is not None and energy is not None:
             raise OptionError("to_lowrank takes rank or energy, not both.")
         exact = self._exact()
@@ -197,7 +186,7 @@ class Delta:
         if exact is not None:
             return exact.truncate(rank=rank, energy=energy)
         W = self.dense(weight)
-        low, error = cut(*torch.linalg.svd(W.double(), full_matrices=False), rank=rank, energy=energy)
+        low, error = KINDS["lowrank"].from_svd(*torch.linalg.svd(W.double(), full_matrices=False), rank=rank, energy=energy)  # type: ignore[attr-defined]
         return low.to(W.dtype), error
 
     # --- geometry of values -------------------------------------------------------------------------------------
@@ -229,8 +218,6 @@ class Delta:
 
 def rebuild(kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
     """The value of a stored kind, its tensors and its meta."""
-    from rankwise.errors import unknown
-
     if kind not in KINDS:
         raise unknown("kind of change", kind, KINDS)
     return KINDS[kind].from_tensors(tensors, meta)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from rankwise.delta.base import Delta, rebuild
 from rankwise.delta.geometry import LINEAR, Geometry
-from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.delta.lowrank import LowRank
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

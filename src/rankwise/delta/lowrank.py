@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankwise.delta.base import Delta
 from rankwise.delta.geometry import LINEAR, Geometry
+from rankwise.delta.solve import thin_svd_of_product
 from rankwise.errors import OptionError
 
 
@@ -91,8 +92,6 @@ class LowRank(Delta):
     # --- spectrum -------------------------------------------------------------------------------------------------
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Thin (U, S, Vh) in fp64, by QR of both factors and the SVD of the r×r core."""
-        from rankwise.delta.solve import thin_svd_of_product
-
         A, B = self._wide().factors()  # the scale is folded in fp64: the spectrum is of the value, not of a rounded copy
         return thin_svd_of_product(B, A)
 
@@ -101,7 +100,7 @@ class LowRank(Delta):
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
         """The best value of a lower rank (per stack: one rank for all), √S on each side, and its relative error."""
-        low, error = cut(*self.svd(), rank=rank, energy=energy)
+        low, error = self.from_svd(*self.svd(), rank=rank, energy=energy)
         return LowRank(low.A.to(self.A.dtype), low.B.to(self.B.dtype)), error
 
     def canonical(self) -> LowRank:
@@ -123,12 +122,37 @@ class LowRank(Delta):
     def from_units(cls, a: Tensor, b: Tensor) -> LowRank:
         return cls(a, b.mT)
 
+    @classmethod
+    def from_svd(
+        cls, U: Tensor, S: Tensor, Vh: Tensor, *, rank: int | None = None, energy: float | None = None
+    ) -> tuple[LowRank, float]:
+        """The leading part of an SVD, √S on each side, and ‖what is left‖/‖Δ‖; a stack gets one rank, its largest need.
+
+        Raises:
+            OptionError: not one of rank ≥ 1 and 0 < energy ≤ 1 (the share of ‖Δ‖² that is kept).
+        """
+        if (rank is None) == (energy is None):
+            raise OptionError(f"Cutting a spectrum takes either rank or energy; it got rank = {rank}, energy = {energy}.")
+        total = S.square().sum(-1, keepdim=True)
+        if energy is not None:
+            if not 0 < energy <= 1:
+                raise OptionError(f"energy = {energy}; it is a share in (0, 1].")
+            short = S.square().cumsum(-1) < energy * (1 - 1e-12) * total  # nowhere true where Δ is zero
+            rank = int(short.sum(-1).max()) + 1
+        if rank is None or rank < 1:
+            raise OptionError(f"rank = {rank}; a rank is at least 1.")
+        k = min(rank, S.shape[-1])
+        root = S[..., :k].sqrt()
+        size = total.sum()
+        error = float((S[..., k:].square().sum() / size).sqrt()) if size > 0 else 0.0
+        return cls(root[..., :, None] * Vh[..., :k, :], U[..., :k] * root[..., None, :]), error
+
     def select(self, index: Tensor) -> LowRank:
         """Only the components ``index`` (a dense core mixes components, so it is taken into B first)."""
         A, B = self.factors()
         return LowRank(A.index_select(-2, index), B.index_select(-1, index))
 
-    def standing(self) -> LowRank:
+    def without_zero_components(self) -> LowRank:
         """Without the components whose entry of a diagonal core is zero (in all of a stack), as a budget's mask leaves them."""
         if self.core is None or self.core.dim() != self.A.dim() - 1:
             return self
@@ -142,36 +166,13 @@ class LowRank(Delta):
         return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))
 
 
-def standing(sites: Mapping[str, Delta]) -> dict[str, Delta]:
+def drop_zero_sites(sites: Mapping[str, Delta]) -> dict[str, Delta]:
     """The sites without masked components, and without the sites that keep none; all as they are where none stands, as before training."""
-    kept = {n: d.standing() if isinstance(d, LowRank) else d for n, d in sites.items()}
+    kept = {n: d.without_zero_components() if isinstance(d, LowRank) else d for n, d in sites.items()}
     return {n: d for n, d in kept.items() if not isinstance(d, LowRank) or d.r} or dict(sites)
 
 
 def from_dense(W: Tensor) -> LowRank:
     """A full-rank pair of a dense change, by its SVD in fp64."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    return cut(U, S, Vh, rank=S.shape[-1])[0].to(W.dtype)
-
-
-def cut(U: Tensor, S: Tensor, Vh: Tensor, *, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
-    """The leading part of an SVD, √S on each side, and ‖what is left‖/‖Δ‖; a stack gets one rank, its largest need.
-
-    Raises:
-        OptionError: not one of rank ≥ 1 and 0 < energy ≤ 1 (the share of ‖Δ‖² that is kept).
-    """
-    if (rank is None) == (energy is None):
-        raise OptionError(f"Cutting a spectrum takes either rank or energy; it got rank = {rank}, energy = {energy}.")
-    total = S.square().sum(-1, keepdim=True)
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise OptionError(f"energy = {energy}; it is a share in (0, 1].")
-        short = S.square().cumsum(-1) < energy * (1 - 1e-12) * total  # nowhere true where Δ is zero
-        rank = int(short.sum(-1).max()) + 1
-    if rank is None or rank < 1:
-        raise OptionError(f"rank = {rank}; a rank is at least 1.")
-    k = min(rank, S.shape[-1])
-    root = S[..., :k].sqrt()
-    size = total.sum()
-    error = float((S[..., k:].square().sum() / size).sqrt()) if size > 0 else 0.0
-    return LowRank(root[..., :, None] * Vh[..., :k, :], U[..., :k] * root[..., None, :]), error
+    return LowRank.from_svd(U, S, Vh, rank=S.shape[-1])[0].to(W.dtype)

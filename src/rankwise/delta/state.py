@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rankwise.delta.base import Delta
 from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
 
 
 @dataclasses.dataclass(frozen=True)

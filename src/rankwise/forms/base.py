@@ -1,7 +1,7 @@
 """The seam of forms: how a change of weight is parametrised.
 
 A form works in two phases.  ``plan`` sees all its sites at once (shared banks, global shapes) and refuses
-what cannot be met; ``build`` gives each site a :class:`SiteDelta`, a module with ``delta()`` and, only where
+what cannot be met; ``build`` gives each site a :class:`AdapterLayer`, a module with ``delta()`` and, only where
 that is faster or where x decides, a ``forward`` of its own.  A form never asks what layer class it is on.
 """
 
@@ -11,16 +11,20 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.catalogue import MethodInfo
-from rankwise.delta import Delta, LowRank
+from rankwise._renamed import old_names, renamed_attribute, warn
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError, RecipeError
 from rankwise.seeds import generator
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.catalogue import MethodInfo
+    from rankwise.delta.base import Delta
+    from rankwise.sites.site import Site
 
 #: scale policies: a named choice, never implicit
 SCALES = {
@@ -38,7 +42,7 @@ class Plan:
     scales: dict[str, float]
     seed: int = 0
     dropout: float = 0.0
-    banks: dict[str, Bank] = dataclasses.field(default_factory=dict)
+    banks: dict[str, SharedTensors] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generator(self, purpose: str, name: str) -> torch.Generator:
@@ -46,7 +50,7 @@ class Plan:
         return generator(self.seed, purpose, name)
 
 
-class Bank(nn.Module):
+class SharedTensors(nn.Module):
     """Tensors shared by many sites: registered, counted, optimised and saved once, read through the module each call."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = True):
@@ -63,7 +67,7 @@ def index_buffer(module: nn.Module, name: str, values: Tensor) -> None:
     module.register_buffer(name, values.to(torch.int64))
 
 
-class SiteDelta(nn.Module):
+class AdapterLayer(nn.Module):
     """The change of one site's weight, as a module that holds its tensors.
 
     Class attributes a form declares:
@@ -78,7 +82,7 @@ class SiteDelta(nn.Module):
     fills: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[Mapping[str, str]] = {}
 
-    A0: Tensor  # these three only where ``residual`` is True
+    A0: Tensor  # these three only where ``has_frozen_start`` is True
     B0: Tensor
     start_scale: float
 
@@ -89,7 +93,7 @@ class SiteDelta(nn.Module):
         self.dropout = dropout
         self.replaced = False  # True while this adapter's own weight stands in W's place
         self.base_weight: Tensor | None = None  # what an init wants W replaced by (base rule *replace*)
-        self.residual = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
+        self.has_frozen_start = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
         self.keeps: Callable[[str, Tensor, float], Tensor] | None = None  # (site, x, p) → dropout's mask; None: torch draws it
 
     # --- what every form fills in -------------------------------------------------------------------------
@@ -100,27 +104,31 @@ class SiteDelta(nn.Module):
     def complete(self, filled: Mapping[str, Tensor]) -> None:
         """Fill the tensors an init left out, given those it filled (default: nothing to do)."""
 
-    def on_attach(self, roster: Any, record: Any) -> None:
+    def on_attach(self, registry: Any, record: Any) -> None:
         """Called once the adapter stands in the model: writes the weight an init wants in W's place."""
         if self.base_weight is not None:
-            roster.replace(self.site, record, self.base_weight)
+            registry.replace(self.site, record, self.base_weight)
             self.base_weight, self.replaced = None, True
 
-    def on_detach(self, roster: Any, record: Any) -> None:
+    def on_detach(self, registry: Any, record: Any) -> None:
         """Called before the adapter is taken out: gives a replaced weight its bits back."""
-        roster.put_back(self.site, record)
+        registry.put_back(self.site, record)
 
-    def before_merge(self, roster: Any) -> None:
+    def before_merge(self, registry: Any) -> None:
         """Called before the change is folded into W."""
+
+    def fused_factors(self) -> list[tuple[Tensor, Tensor, float]] | None:
+        """The (A, B, scale) whose Σ scale·B·A is all that this change does to a linear's output, for the fused executor; None: more."""
+        return None
 
     def for_peft(self) -> tuple[Delta, Tensor | None]:
         """What leaves in PEFT's format: a low-rank delta against the untouched W, and a magnitude where the form has one."""
-        return self.effective(), None
+        return self.total_delta(), None
 
     # --- what the core does for all -----------------------------------------------------------------------
     def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
         """Δy for the module's input ``x`` and base output ``y`` (with bias), in ``y``'s dtype."""
-        d = self.effective()
+        d = self.total_delta()
         if strength is not None:
             d = d.scaled(strength)
         return self.dropped(d, self.site, x, y)
@@ -132,16 +140,21 @@ class SiteDelta(nn.Module):
             change = change * self.drop(change.new_ones(*x.shape, 1))
         return change
 
-    def effective(self) -> Delta:
+    def total_delta(self) -> Delta:
         """``delta()`` less the start an init subtracted: what acts on the untouched W."""
         d = self.delta()
-        return d + self.start() if self.residual else d
+        return d + self.start() if self.has_frozen_start else d
+
+    def effective(self) -> Delta:
+        """The old spelling of :meth:`total_delta`."""
+        warn("AdapterLayer.effective()", "total_delta()")
+        return self.total_delta()
 
     def start(self) -> LowRank:
         """The frozen −s₀·B₀A₀, of the factors as cast to storage."""
         return LowRank(self.A0, -self.B0, self.start_scale)
 
-    def hold_start(self) -> None:
+    def freeze_initial_delta(self) -> None:
         """Freeze today's delta as the part of W that the factors stand for (base rule *subtract*)."""
         d = self.delta()
         if not isinstance(d, LowRank):
@@ -152,11 +165,11 @@ class SiteDelta(nn.Module):
         self.register_buffer("A0", A.detach().clone())
         self.register_buffer("B0", B.detach().clone())
         self.start_scale = 1.0
-        self.residual = True
+        self.has_frozen_start = True
 
     def file_state(self) -> dict[str, Any]:
         """What a file must say beside the tensors to rebuild this module."""
-        start = {"start_scale": self.start_scale} if self.residual else {}
+        start = {"start_scale": self.start_scale} if self.has_frozen_start else {}
         return {**start, "replaced": True} if self.replaced else start
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -170,7 +183,7 @@ class SiteDelta(nn.Module):
         if "start_scale" in state:
             self.register_buffer("A0", torch.zeros_like(tensors[f"{name}::A0"]))
             self.register_buffer("B0", torch.zeros_like(tensors[f"{name}::B0"]))
-            self.start_scale, self.residual = float(state["start_scale"]), True
+            self.start_scale, self.has_frozen_start = float(state["start_scale"]), True
 
     def drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training and x.is_floating_point()):
@@ -232,11 +245,15 @@ class Form:
 
     info: ClassVar[MethodInfo]
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts")
-    gives: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[tuple[str, ...]] = ("called", "read")
     linear_in_params: ClassVar[bool] = False
     ranked: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        renamed_attribute(cls, {"gives": "provides"})
 
     def plan(self, sites: Sequence[Site], plan: Plan) -> Plan:
         """See all sites at once; add banks and notes to ``plan``; refuse what cannot be met."""
@@ -246,7 +263,7 @@ class Form:
         """The scale policy this form stands for; None: the recipe's."""
         return None
 
-    def build(self, site: Site, plan: Plan) -> SiteDelta:
+    def build(self, site: Site, plan: Plan) -> AdapterLayer:
         """The module for one site, with the form's own first values."""
         raise NotImplementedError(f"The form {type(self).__name__} must build its sites.")
 
@@ -272,3 +289,6 @@ def factor(shape: Sequence[int], g: torch.Generator, *, fan_in: int, device: tor
 def lead(site: Site) -> tuple[int, ...]:
     """The leading axes of a site's tensors: (E,) for a stack, else ()."""
     return (site.spec.stack,) if site.spec.stack else ()
+
+
+__getattr__ = old_names(__name__, "Bank", "SiteDelta")

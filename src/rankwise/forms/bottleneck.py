@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError, ViewError
-from rankwise.forms.base import Form, Plan, SiteDelta
-from rankwise.sites.site import Site
+from rankwise.forms.base import Form, Plan
+from rankwise.forms.block import BlockDelta, Masks
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -22,28 +25,8 @@ _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-Masks = Callable[[Tensor], Tensor | None]
 
-
-class BlockDelta(SiteDelta):
-    """A form of block scope: ``block`` gives what is added to the block's first output (or stands in its place)."""
-
-    replaces: ClassVar[bool] = False
-
-    def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masks: Masks) -> Any:
-        """The change of ``y`` for the block's inputs; ``base`` is the plain block.
-
-        The core masks what is added; what ``replaces`` asks ``masks`` (an output → its row mask or None) itself, for inside
-        it the sites have masked already.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must say what it does to its block.")
-
-    def plain(self, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The block without this adapter; what ``replaces`` quietens its own sites inside."""
-        return base(*args, **kwargs)
-
-
-class Bottleneck(BlockDelta):
+class BottleneckLayer(BlockDelta):
     """Δ = s·up(act(down(·))) of the block's output (*after*) or first input (*parallel*)."""
 
     roles: ClassVar[Mapping[str, str]] = {"A": "A", "B": "B", "a": "other", "b": "other"}
@@ -87,7 +70,7 @@ class BottleneckForm(Form):
     be merged or exported.  Source: Houlsby et al. 2019 (serial) and He et al. 2021 (parallel).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"block"})
+    provides: ClassVar[frozenset[str]] = frozenset({"block"})
     kinds: ClassVar[tuple[str, ...]] = ("block",)
     reads: ClassVar[tuple[str, ...]] = ("block",)
     bounded: ClassVar[bool] = False
@@ -101,5 +84,5 @@ class BottleneckForm(Form):
                 f"The form 'bottleneck' has act in {sorted(_ACTS)} and mode 'after' or 'parallel'; it got {self.act!r}, {self.mode!r}."
             )
 
-    def build(self, site: Site, plan: Plan) -> Bottleneck:
-        return Bottleneck(site, plan.ranks[site.name], plan, self.act, self.mode)
+    def build(self, site: Site, plan: Plan) -> BottleneckLayer:
+        return BottleneckLayer(site, plan.ranks[site.name], plan, self.act, self.mode)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from rankwise.catalogue import register
-from rankwise.delta import Dense
-from rankwise.forms.base import Form, Plan, SiteDelta
-from rankwise.sites.site import Site
+from rankwise.delta.dense import Dense
+from rankwise.forms.base import AdapterLayer, Form, Plan
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class Difference(SiteDelta):
+class DenseLayer(AdapterLayer):
     """Δ = D, of the weight's own shape, trained from zero."""
 
     fills: ClassVar[tuple[str, ...]] = ("D",)
@@ -41,12 +43,12 @@ class DenseForm(Form):
     Source: PEFT's ``modules_to_save``, which keeps a copy of the module where this keeps a difference.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:D", "constant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fill:D", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
     linear_in_params: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"form": "dense", "targets": ["lm_head", "norm"]}
 
-    def build(self, site: Site, plan: Plan) -> Difference:
-        return Difference(site)
+    def build(self, site: Site, plan: Plan) -> DenseLayer:
+        return DenseLayer(site)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rankwise._renamed import old_names
 from rankwise.catalogue import make, register
-from rankwise.delta import Delta, LowRank, Scale, Sum
+from rankwise.delta.affine import Scale
+from rankwise.delta.dense import Sum
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import RecipeError
-from rankwise.forms.base import Form, Plan, SiteDelta, lead
-from rankwise.sites.site import Site
+from rankwise.forms.base import AdapterLayer, Form, Plan, lead
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
+    from rankwise.sites.site import Site
 
 
-class Magnitude(SiteDelta):
+class DoraLayer(AdapterLayer):
     """W + Δ = diag(m/n)·(W + inner), n = row norms of W + inner; inner is any low-rank form's delta."""
 
     roles: ClassVar[Mapping[str, str]] = {"m": "magnitude"}
 
-    def __init__(self, site: Site, inner: SiteDelta):
+    def __init__(self, site: Site, inner: AdapterLayer):
         super().__init__(site, scale=inner.scale, dropout=inner.dropout)
         self.inner = inner
         self.components = {f"inner.{k}": v for k, v in inner.components.items()}  # type: ignore[misc]
@@ -34,14 +40,14 @@ class Magnitude(SiteDelta):
     @torch.no_grad()
     def complete(self, filled: Mapping[str, Tensor]) -> None:
         self._norms = None
-        self.m.copy_(self.row_norms(self.inner.effective()))
+        self.m.copy_(self.row_norms(self.inner.total_delta()))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         self.inner.fill(tensors)
         self.complete(tensors)
 
-    def hold_start(self) -> None:
-        self.inner.hold_start()
+    def freeze_initial_delta(self) -> None:
+        self.inner.freeze_initial_delta()
         self.complete({})
 
     @torch.no_grad()
@@ -58,13 +64,13 @@ class Magnitude(SiteDelta):
         return (self._norms + 2 * cross + own).clamp_min(1e-24).sqrt()
 
     def delta(self) -> Delta:
-        d = self.inner.effective()
+        d = self.inner.total_delta()
         gain = self.m / self.row_norms(d)  # n is a constant in backward
         A, B = d.factors()  # type: ignore[attr-defined]
         return Sum((Scale(gain, other=A.shape[-1]), LowRank(A, gain[..., None] * B)))
 
     def for_peft(self) -> tuple[Delta, Tensor | None]:
-        return self.inner.effective(), self.m
+        return self.inner.total_delta(), self.m
 
     def file_state(self) -> dict[str, Any]:
         return self.inner.file_state()
@@ -89,20 +95,23 @@ class DoRA(Form):
     Source: NVlabs/DoRA.  Errors: embeddings and convolutions are refused (their rows are not outputs of a product).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "constant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
     inner: str = "lora"
 
-    def build(self, site: Site, plan: Plan) -> Magnitude:
+    def build(self, site: Site, plan: Plan) -> DoraLayer:
         form = make("form", self.inner)
-        if "lowrank" not in form.gives:
+        if "lowrank" not in form.provides:
             raise RecipeError(
                 f"The form 'dora' needs an inner form with a low-rank delta, but {self.inner!r} has none; use lora, lora_xs or mos."
             )
-        return Magnitude(site, form.build(site, plan))
+        return DoraLayer(site, form.build(site, plan))
 
     def scaling(self) -> str | None:
         return make("form", self.inner).scaling()  # type: ignore[no-any-return]
 
     def plan(self, sites: Any, plan: Plan) -> Plan:
         return make("form", self.inner).plan(sites, plan)
+
+
+__getattr__ = old_names(__name__, "Magnitude")

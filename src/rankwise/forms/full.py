@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from rankwise.catalogue import register
-from rankwise.delta import Delta, Dense
+from rankwise.delta.dense import Dense
 from rankwise.errors import AttachError, OptionError
-from rankwise.forms.base import Form, Plan, SiteDelta
-from rankwise.sites.site import Site
+from rankwise.forms.base import AdapterLayer, Form, Plan
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
+    from rankwise.sites.site import Site
 
 
-class Trained(SiteDelta):
+class FullLayer(AdapterLayer):
     """Δ = W_now − W_before; W_before is a copy (``original``), acting in views that leave this adapter out."""
 
     in_place: ClassVar[bool] = True
@@ -34,20 +37,22 @@ class Trained(SiteDelta):
         """The base's own parameter, which this adapter trains."""
         return {"weight": self.site.param}
 
-    def on_attach(self, roster: Any, record: Any) -> None:
+    def on_attach(self, registry: Any, record: Any) -> None:
         key = (self.site.spec.module, self.site.spec.param)
-        if key in roster.moved:
-            raise AttachError(f"{self.site.name!r} is already moved by adapter {roster.moved[key][0]!r}; one adapter a weight.")
+        if key in registry.replaced_weights:
+            raise AttachError(
+                f"{self.site.name!r} is already moved by adapter {registry.replaced_weights[key][0]!r}; one adapter a weight."
+            )
         if self.keep:
             self.__dict__["original"] = nn.Parameter(self.site.param.detach().clone(), requires_grad=False)
-            ends = [self.site, *(roster.known[f] for f in record.followers.get(self.site.name, ()))]
+            ends = [self.site, *(registry.known[f] for f in record.tied_sites.get(self.site.name, ()))]
             for end in ends:
                 place = end.module.__dict__["_rankwise"]
                 place.originals.setdefault(record.name, {})[end.spec.param] = self.original
-        roster.moved[key] = (record.name, self.original)
+        registry.replaced_weights[key] = (record.name, self.original)
         self.site.param.requires_grad_(True)
 
-    def on_detach(self, roster: Any, record: Any) -> None:
+    def on_detach(self, registry: Any, record: Any) -> None:
         key = (self.site.spec.module, self.site.spec.param)
         if self.original is None:
             raise AttachError(
@@ -56,7 +61,7 @@ class Trained(SiteDelta):
         with torch.no_grad():
             self.site.param.copy_(self.original)
         self.site.param.requires_grad_(False)
-        roster.moved.pop(key, None)
+        registry.replaced_weights.pop(key, None)
 
     def delta(self) -> Delta:
         now = self.site.view(self.site.param)
@@ -79,7 +84,7 @@ class Full(Form):
     Source: plain fine-tuning; no paper's form.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"weight", "constant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"weight", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
@@ -100,5 +105,5 @@ class Full(Form):
             )
         return plan
 
-    def build(self, site: Site, plan: Plan) -> Trained:
-        return Trained(site, self.keep == "copy")
+    def build(self, site: Site, plan: Plan) -> FullLayer:
+        return FullLayer(site, self.keep == "copy")

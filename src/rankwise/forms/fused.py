@@ -23,7 +23,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rankwise.forms import packed as product
-from rankwise.forms.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from rankwise.forms.packed import PackedWeight
 
 Factor = tuple[Tensor, Tensor, "float | Tensor"]  # A: r×in, B: out×r, scale (a number or a 0-d tensor)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.forms import packed as product
 from rankwise.forms.fused import Factor, composite_now, out_dtype
-from rankwise.forms.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from rankwise.forms.packed import PackedWeight
 
 Group = tuple[int, int, Factor]  # first row, row after the last, and the pair those rows are under
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Call:
+class _GroupedCall:
     """What one call needs beside its differentiable tensors."""
 
     spans: tuple[tuple[int, int], ...]
@@ -81,7 +83,7 @@ def grouped_linear(
     compute = torch.float32 if widen and out in product.NARROW else out
     spans = tuple((a, b) for a, b, _ in groups)
     downs, ups = tuple(f[0] for *_, f in groups), tuple(f[1] for *_, f in groups)
-    call = _Call(spans, tuple(f[2] for *_, f in groups), out, compute, packed, _alike(spans, downs))
+    call = _GroupedCall(spans, tuple(f[2] for *_, f in groups), out, compute, packed, _alike(spans, downs))
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *downs, *ups)):
             return _GroupedLinear.apply(call, x, weight, bias, *downs, *ups)
@@ -96,7 +98,7 @@ def _alike(spans: Sequence[tuple[int, int]], downs: Sequence[Tensor]) -> bool:
 
 
 def _forward(
-    call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor]
+    call: _GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """y (…×out) and the h = x·Aᵀ of each group, or one stack of them."""
     x2 = x.reshape(-1, x.shape[-1]).to(call.compute)
@@ -117,7 +119,7 @@ def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack(tuple(tensors)).to(dtype)
 
 
-def _scaled(call: _Call, ups: Sequence[Tensor]) -> Tensor:
+def _scaled(call: _GroupedCall, ups: Sequence[Tensor]) -> Tensor:
     """[s_i·B_i]: k×out×r; the scale is put in at the masters' precision."""
     B = torch.stack(tuple(ups))
     if call.one_scale:
@@ -130,7 +132,7 @@ class _GroupedLinear(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         k = len(call.spans)
         y, h = _forward(call, x, weight, bias, factors[:k], factors[k:])
         ctx.call, ctx.lead, ctx.x_dtype = call, x.shape, x.dtype
@@ -156,7 +158,13 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _batched(
-    call: _Call, dy: Tensor, x: Tensor, dx: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor], h: Sequence[Tensor]
+    call: _GroupedCall,
+    dy: Tensor,
+    x: Tensor,
+    dx: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    h: Sequence[Tensor],
 ) -> list[Tensor]:
     """Every dA_i and dB_i by products over the stack; adds the groups' part to ``dx``."""
     dy3 = call.stacked(dy)
@@ -172,7 +180,13 @@ def _batched(
 
 
 def _looped(
-    call: _Call, dy: Tensor, x: Tensor, dx: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor], h: Sequence[Tensor]
+    call: _GroupedCall,
+    dy: Tensor,
+    x: Tensor,
+    dx: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    h: Sequence[Tensor],
 ) -> list[Tensor]:
     """The same, a group at a time."""
     dA, dB = [], []

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rankwise._renamed import old_names
 from rankwise.catalogue import register
-from rankwise.delta import LowRank
-from rankwise.forms.base import Form, Plan, SiteDelta, factor, lead
-from rankwise.sites.site import Site
+from rankwise.delta.lowrank import LowRank
+from rankwise.forms.base import AdapterLayer, Form, Plan, factor, lead
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class Pair(SiteDelta):
+class LoraLayer(AdapterLayer):
     """Δ = s·B·A with A: r×in and B: out×r (E×… for a stack), both trained, stored in fp32."""
 
     components: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
@@ -39,10 +42,9 @@ class Pair(SiteDelta):
         if "A" in filled and "B" not in filled:
             nn.init.zeros_(self.B)
 
-    def factors(self) -> list[tuple[Tensor, Tensor, float]]:
-        """The (A, B, scale) triples whose sum is :meth:`effective`; what the fused executor takes."""
+    def fused_factors(self) -> list[tuple[Tensor, Tensor, float]]:
         own: list[tuple[Tensor, Tensor, float]] = [(self.A, self.B, self.scale)]
-        return [*own, (self.A0, self.B0, -self.start_scale)] if self.residual else own
+        return [*own, (self.A0, self.B0, -self.start_scale)] if self.has_frozen_start else own
 
 
 @register("form", "lora", title="LoRA: a trained product of two thin matrices", paper="arXiv 2106.09685", exports_to_peft=True)
@@ -56,11 +58,11 @@ class LoRA(Form):
     Source: microsoft/LoRA, loralib/layers.py.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
     linear_in_params: ClassVar[bool] = False
 
-    def build(self, site: Site, plan: Plan) -> Pair:
-        return Pair(site, plan.ranks[site.name], plan)
+    def build(self, site: Site, plan: Plan) -> LoraLayer:
+        return LoraLayer(site, plan.ranks[site.name], plan)
 
 
 @register(
@@ -82,3 +84,6 @@ class RankStabilised(LoRA):
 
     def scaling(self) -> str:
         return "alpha/sqrt_r"
+
+
+__getattr__ = old_names(__name__, "Pair")

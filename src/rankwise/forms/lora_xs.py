@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
-from rankwise.delta import LowRank
+from rankwise.delta.lowrank import LowRank
 from rankwise.delta.solve import randomized_svd
-from rankwise.forms.base import Form, Plan, SiteDelta, lead
-from rankwise.sites.site import Site
+from rankwise.forms.base import AdapterLayer, Form, Plan, lead
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class Core(SiteDelta):
+class LoraXsLayer(AdapterLayer):
     """Δ = s·B·R·A with A, B frozen (buffers) and R: r×r trained."""
 
     components: ClassVar[Mapping[str, int]] = {}
@@ -60,12 +62,12 @@ class LoRAXS(Form):
     Source: MohammadrezaBanaei/LoRA-XS (randomised SVD, 10 iterations, seed 42 there; ours is seeded by the site's name).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "fill:core", "core:dense", "constant", "lowrank"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "fill:core", "core:dense", "constant", "lowrank"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
     linear_in_params: ClassVar[bool] = True
     start_gap: ClassVar[float] = 1e-4  # R starts at 1e-5, not at zero
     iterations: int = 10
     std: float = 1e-5
 
-    def build(self, site: Site, plan: Plan) -> Core:
-        return Core(site, plan.ranks[site.name], plan, iterations=self.iterations, std=self.std)
+    def build(self, site: Site, plan: Plan) -> LoraXsLayer:
+        return LoraXsLayer(site, plan.ranks[site.name], plan, iterations=self.iterations, std=self.std)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
-from rankwise.delta import LowRank
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError
-from rankwise.forms.base import Bank, Form, Plan, SiteDelta, factor, index_buffer
-from rankwise.sites.site import Site
+from rankwise.forms.base import AdapterLayer, Form, Plan, SharedTensors, factor, index_buffer
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class Pools(Bank):
+class Pools(SharedTensors):
     """One role's pools: PA: N×(in/l), PB: N×(out/l)."""
 
     PA: Tensor
     PB: Tensor
 
 
-class Shards(SiteDelta):
+class MosLayer(AdapterLayer):
     """A: r×in and B: out×r put together from the role's pools by frozen indices (r·l shards each)."""
 
     roles: ClassVar[Mapping[str, str]] = {}
@@ -65,7 +67,7 @@ class MoS(Form):
     Source: Forence1999/MoS, modules/Tied_LoRA.py.  Errors: l must divide in and out; (r − p) ≤ (e − p)·L; p ≤ min(r, e).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"constant", "lowrank"})
+    provides: ClassVar[frozenset[str]] = frozenset({"constant", "lowrank"})
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     example: ClassVar[Mapping[str, Any]] = {"form": "mos", "r": 3}
     budget_rank: int = 2
@@ -86,14 +88,14 @@ class MoS(Form):
                 plan.notes[s.name] = (key, k, len(members))
         return plan
 
-    def build(self, site: Site, plan: Plan) -> Shards:
+    def build(self, site: Site, plan: Plan) -> MosLayer:
         key, k, layers = plan.notes[site.name]
         r = plan.ranks[site.name]
         a = self._draw(plan.generator("shards:A", site.name), k, layers, r)
         b = self._draw(plan.generator("shards:B", site.name), k, layers, r) if self.dissociate else a
         bank = plan.banks[key]
         assert isinstance(bank, Pools)
-        return Shards(site, bank, a.to(site.device), b.to(site.device), plan, self.shards)
+        return MosLayer(site, bank, a.to(site.device), b.to(site.device), plan, self.shards)
 
     def _draw(self, g: torch.Generator, k: int, layers: int, r: int) -> Tensor:
         """(r·l) indices: a sample without replacement of the public shards, then this layer's private block."""

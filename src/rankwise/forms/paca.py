@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from rankwise.catalogue import register
-from rankwise.delta import Columns
-from rankwise.forms.base import Form, Plan, SiteDelta, index_buffer, lead
-from rankwise.sites.site import Site
+from rankwise.delta.sparse import Columns
+from rankwise.forms.base import AdapterLayer, Form, Plan, index_buffer, lead
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class PartialColumns(SiteDelta):
+class PacaLayer(AdapterLayer):
     """Δ = s·V at columns ``index``; V: out×r trained, zero at first."""
 
     components: ClassVar[Mapping[str, int]] = {"V": -1}
@@ -46,16 +48,16 @@ class PaCA(Form):
     Source: WooSunghyeon/paca.  Convolutions and embeddings are refused (no cheap columns there).
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:V", "components", "constant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fill:V", "components", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
     linear_in_params: ClassVar[bool] = True
     choose: Literal["random", "largest", "smallest"] = "random"
 
-    def build(self, site: Site, plan: Plan) -> PartialColumns:
+    def build(self, site: Site, plan: Plan) -> PacaLayer:
         r, n = plan.ranks[site.name], site.spec.inp
         if self.choose == "random":
             index = torch.randperm(n, generator=plan.generator("columns", site.name))[:r]
         else:
             norms = site.read().reshape(-1, n).norm(dim=0)
             index = norms.topk(r, largest=self.choose == "largest").indices.cpu()
-        return PartialColumns(site, index.sort().values, plan)
+        return PacaLayer(site, index.sort().values, plan)

@@ -30,7 +30,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ProductChoice:
     """What :func:`probe` chose: ``kind`` (plain, packed, widen), its time over the plain product's, and why."""
 
     kind: str
@@ -154,10 +154,10 @@ def _blocks(weight: Tensor) -> list[slice]:
     return [slice(i, min(i + step, weight.shape[0])) for i in range(0, weight.shape[0], step)]
 
 
-_choices: dict[tuple[Any, ...], Choice] = {}
+_choices: dict[tuple[Any, ...], ProductChoice] = {}
 
 
-def probe(out: int, inp: int, dtype: torch.dtype, rows: int = 1024, *, training: bool = True, device: str = "cpu") -> Choice:
+def probe(out: int, inp: int, dtype: torch.dtype, rows: int = 1024, *, training: bool = True, device: str = "cpu") -> ProductChoice:
     """How a frozen out×in product of ``rows`` rows runs best here; timed once per process, size class and thread count.
 
     The candidate and the plain product run in turn, so a busy neighbour slows both; the
@@ -187,7 +187,7 @@ def choose_again(kept: Iterable[Sequence[Any]]) -> None:
         if kind == PACKED and not packable(torch.zeros(1, 1)):
             continue  # another machine, which cannot; its bits were other ones already
         key = (out, inp, rows, getattr(torch, dtype), training, device, threads)
-        _choices[key] = Choice(kind, ratio, f"{kind}, as when the run began")
+        _choices[key] = ProductChoice(kind, ratio, f"{kind}, as when the run began")
 
 
 def _class(n: int, classes: tuple[int, ...]) -> int:
@@ -196,15 +196,15 @@ def _class(n: int, classes: tuple[int, ...]) -> int:
 
 
 @torch.no_grad()
-def _probe(out: int, inp: int, rows: int, dtype: torch.dtype, training: bool, device: str) -> Choice:
+def _probe(out: int, inp: int, rows: int, dtype: torch.dtype, training: bool, device: str) -> ProductChoice:
     if device != "cpu" or dtype not in (torch.float32, *NARROW):
-        return Choice(PLAIN, 1.0, f"{dtype} on {device} is left to torch")
+        return ProductChoice(PLAIN, 1.0, f"{dtype} on {device} is left to torch")
     g = torch.Generator().manual_seed(0)
     W = torch.randn(out, inp, generator=g).div_(inp**0.5).to(dtype)
     x, dy = (torch.randn(rows, n, generator=g).to(dtype) for n in (inp, out))
     kind, margin = (WIDEN, WIDEN_GAIN) if dtype in NARROW else (PACKED, PACK_GAIN)
     if kind == PACKED and not packable(W):
-        return Choice(PLAIN, 1.0, "this torch has no packed oneDNN products")
+        return ProductChoice(PLAIN, 1.0, "this torch has no packed oneDNN products")
     packed = PackedWeight(W, rows) if kind == PACKED else None
 
     def plain() -> Tensor:
@@ -218,12 +218,12 @@ def _probe(out: int, inp: int, rows: int, dtype: torch.dtype, training: bool, de
     try:
         gap = float((other().float() - plain().float()).norm() / plain().float().norm())
     except RuntimeError as e:
-        return Choice(PLAIN, 1.0, f"the {kind} product failed: {str(e).splitlines()[0]}")
+        return ProductChoice(PLAIN, 1.0, f"the {kind} product failed: {str(e).splitlines()[0]}")
     if not gap <= (1e-5 if kind == PACKED else 1e-2):
-        return Choice(PLAIN, 1.0, f"the {kind} product is off by {gap:.1e}")
+        return ProductChoice(PLAIN, 1.0, f"the {kind} product is off by {gap:.1e}")
     ratio = _ratio(other, plain)
     chosen = kind if ratio <= margin else PLAIN
-    return Choice(
+    return ProductChoice(
         chosen, ratio if chosen == kind else 1.0, f"{kind} takes {ratio:.2f} of the plain time at {out}×{inp}, {rows} rows"
     )
 
@@ -245,12 +245,12 @@ def _ratio(other: Any, plain: Any, most: int = 15, seconds: float = 0.6) -> floa
     return max(statistics.median(a / b for a, b in times), fastest)
 
 
-def choose(weight: Tensor, dtype: torch.dtype, rows: int = 1024, *, training: bool = True) -> Choice:
+def choose(weight: Tensor, dtype: torch.dtype, rows: int = 1024, *, training: bool = True) -> ProductChoice:
     """:func:`probe` for a weight that will be multiplied in ``dtype``; plain for one that is not a plain frozen matrix."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2 or weight.requires_grad:
-        return Choice(PLAIN, 1.0, "not a plain frozen matrix")
+        return ProductChoice(PLAIN, 1.0, "not a plain frozen matrix")
     if weight.numel() < SMALL:
-        return Choice(PLAIN, 1.0, f"{weight.shape[0]}×{weight.shape[1]} is too small to gain")
+        return ProductChoice(PLAIN, 1.0, f"{weight.shape[0]}×{weight.shape[1]} is too small to gain")
     return probe(weight.shape[0], weight.shape[1], dtype, rows, training=training, device=weight.device.type)
 
 
@@ -264,7 +264,7 @@ class Product:
 
     def __init__(self) -> None:
         self.packed: PackedWeight | None = None
-        self.choices: dict[tuple[torch.dtype, int, bool], Choice] = {}
+        self.choices: dict[tuple[torch.dtype, int, bool], ProductChoice] = {}
 
     def how(self, weight: Tensor, dtype: torch.dtype, rows: int, training: bool) -> tuple[PackedWeight | None, bool]:
         """(the packed weight or None, whether to widen) for :func:`rankwise.forms.fused.lora_linear`."""

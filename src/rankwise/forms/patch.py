@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
-from rankwise.delta import Delta, rebuild
+from rankwise.delta.base import Delta, rebuild
 from rankwise.errors import ArtefactError, OptionError
-from rankwise.forms.base import Form, Plan, SiteDelta
-from rankwise.sites.site import Site
+from rankwise.forms.base import AdapterLayer, Form, Plan
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 PREFIX = "v_"
 
@@ -23,7 +25,7 @@ def key(field: str) -> str:
     return PREFIX + field.replace(".", "/")
 
 
-class Held(SiteDelta):
+class FrozenDelta(AdapterLayer):
     """Δ = the value given; its tensors are buffers, so they move, save and copy with the model and no optimiser sees them."""
 
     def __init__(self, site: Site):
@@ -84,7 +86,7 @@ class Patch(Form):
     Source: none, the house's own.  Errors: attached by a recipe alone (there is no value); a shape that is not the weight's; a change that x decides.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"constant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
@@ -97,5 +99,5 @@ class Patch(Form):
             )
         return plan
 
-    def build(self, site: Site, plan: Plan) -> Held:
-        return Held(site)
+    def build(self, site: Site, plan: Plan) -> FrozenDelta:
+        return FrozenDelta(site)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
-from rankwise.delta import LowRank
-from rankwise.forms.base import Form, Plan, SiteDelta, lead
-from rankwise.sites.site import Site
+from rankwise.delta.lowrank import LowRank
+from rankwise.forms.base import AdapterLayer, Form, Plan, lead
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 
-class Triplets(SiteDelta):
+class SvdLayer(AdapterLayer):
     """Δ = s·B·diag(λ)·A, all three trained; a component is a triplet (column of B, λ, row of A)."""
 
     components: ClassVar[Mapping[str, int]] = {"A": -2, "core": -1, "B": -1}
@@ -54,9 +56,11 @@ class SVD(Form):
     Leaves as a plain LoRA of rank nnz(λ).  Source: QingruZhang/AdaLoRA, loralib/adalora.py.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "fill:core", "components", "core:diag", "constant", "lowrank"})
+    provides: ClassVar[frozenset[str]] = frozenset(
+        {"fill:A", "fill:B", "fill:core", "components", "core:diag", "constant", "lowrank"}
+    )
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
     std: float = 0.02
 
-    def build(self, site: Site, plan: Plan) -> Triplets:
-        return Triplets(site, plan.ranks[site.name], plan, self.std)
+    def build(self, site: Site, plan: Plan) -> SvdLayer:
+        return SvdLayer(site, plan.ranks[site.name], plan, self.std)

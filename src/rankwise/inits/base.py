@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rankwise.catalogue import MethodInfo
-from rankwise.sites.site import Site
-
 if TYPE_CHECKING:
     from rankwise.calibration.base import Stats
+    from rankwise.catalogue import MethodInfo
     from rankwise.forms.base import Form
     from rankwise.recipe import Part
+    from rankwise.sites.site import Site
 
 Rule = Literal["keep", "subtract", "replace", "displace"]
 

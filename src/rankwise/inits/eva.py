@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from rankwise.allocation import top_k
-from rankwise.calibration.base import Stats
 from rankwise.calibration.pca import StreamingPCA
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
 from rankwise.inits.base import Fill, Init
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.calibration.base import Stats
+    from rankwise.sites.site import Site
 
 
-@register("init", "eva", title="EVA: explained-variance adaptation", paper="arXiv 2410.07170", reference="046", needs=("fill:A",))
+@register(
+    "init", "eva", title="EVA: explained-variance adaptation", paper="arXiv 2410.07170", reference="046", requires=("fill:A",)
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EVA(Init):
     """A = [c_1 … c_r]: r×in, the top principal components of the site's (centred, unmasked) token inputs; B = 0.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rankwise import catalogue
-from rankwise.calibration.base import Stats
 from rankwise.catalogue import register
 from rankwise.delta.solve import lowrank_approx
 from rankwise.errors import OptionError
 from rankwise.inits.base import Fill, Init
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.calibration.base import Stats
+    from rankwise.sites.site import Site
 
 
 @register(
@@ -22,7 +24,7 @@ from rankwise.sites.site import Site
     "loftq",
     title="LoftQ: a quantised base and the low-rank part that mends it",
     paper="arXiv 2310.08659",
-    needs=("fill:A", "fill:B"),
+    requires=("fill:A", "fill:B"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoftQ(Init):

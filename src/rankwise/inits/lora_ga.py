@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rankwise.calibration.base import Stats
 from rankwise.calibration.gradients import MeanGradient
 from rankwise.catalogue import register
 from rankwise.delta.solve import randomized_svd
 from rankwise.errors import OptionError
 from rankwise.inits.base import Fill, Init
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.calibration.base import Stats
+    from rankwise.sites.site import Site
 
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 _SCALES = ("stable", "unit", "gd", "weight_svd")
@@ -27,7 +29,7 @@ _SCALES = ("stable", "unit", "gd", "weight_svd")
     title="LoRA-GA: gradient approximation",
     paper="arXiv 2407.05000",
     reference="027",
-    needs=("fill:A", "fill:B"),
+    requires=("fill:A", "fill:B"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAGA(Init):

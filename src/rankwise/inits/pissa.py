@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from rankwise.calibration.base import Stats
 from rankwise.catalogue import register
 from rankwise.delta.solve import randomized_svd
 from rankwise.errors import OptionError
 from rankwise.inits.base import Fill, Init
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.calibration.base import Stats
+    from rankwise.sites.site import Site
 
 
 @register(
@@ -22,7 +24,7 @@ from rankwise.sites.site import Site
     title="PiSSA: principal singular values and vectors of W",
     paper="arXiv 2404.02948",
     reference="086",
-    needs=("fill:A", "fill:B"),
+    requires=("fill:A", "fill:B"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PiSSA(Init):
@@ -57,7 +59,11 @@ class PiSSA(Init):
 
 
 @register(
-    "init", "olora", title="OLoRA: an orthonormal basis of W's columns by QR", paper="arXiv 2406.01775", needs=("fill:A", "fill:B")
+    "init",
+    "olora",
+    title="OLoRA: an orthonormal basis of W's columns by QR",
+    paper="arXiv 2406.01775",
+    requires=("fill:A", "fill:B"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OLoRA(Init):
@@ -72,7 +78,7 @@ class OLoRA(Init):
         return Fill({"A": R[..., :rank, :].float(), "B": Q[..., :rank].float()}, "subtract")
 
 
-@register("init", "gaussian", title="Gaussian A, zero B", needs=("fill:A",))
+@register("init", "gaussian", title="Gaussian A, zero B", requires=("fill:A",))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(Init):
     """A ~ N(0, (1/r)²): r×in, B = 0, as PEFT's ``init_lora_weights="gaussian"``."""

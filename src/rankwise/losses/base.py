@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from rankwise.catalogue import MethodInfo
-
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
+    from rankwise.catalogue import MethodInfo
 
 
 @dataclasses.dataclass(kw_only=True)

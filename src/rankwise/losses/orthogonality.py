@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     title="Soft orthogonality of both factors",
     paper="arXiv 2303.10512",
     reference="203",
-    needs=("components",),
+    requires=("components",),
 )
 @dataclasses.dataclass(kw_only=True)
 class Orthogonality(LossTerm):

@@ -1,7 +1,7 @@
 """Whole models merged folder to folder: one tensor of every source at a time, memory-mapped, written once.
 
-A :class:`~rankwise.merge.model_folder.Checkpoint` is a folder's table of tensors; here they are matched, by name and
-shape, and what does not match is refused or dealt with as told; :mod:`~rankwise.merge.jobs` runs and writes them.
+A :class:`~rankwise.merge.engine.model_folder.Checkpoint` is a folder's table of tensors; here they are matched, by name and
+shape, and what does not match is refused or dealt with as told; :mod:`~rankwise.merge.engine.jobs` runs and writes them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.base import Merge, given_weights, one_of, rule_of
-from rankwise.merge.jobs import CheckpointReport, Job, Read, write
-from rankwise.merge.model_folder import EMBEDDING, HEAD, Checkpoint
-from rankwise.merge.model_soups import by_tensor
+from rankwise.merge.engine.base import Merge, given_weights, one_of, rule_of
+from rankwise.merge.engine.jobs import CheckpointReport, Read, TensorJob, write
+from rankwise.merge.engine.model_folder import EMBEDDING, HEAD, Checkpoint
+from rankwise.merge.judge.model_soups import by_tensor
 
 if TYPE_CHECKING:
-    from rankwise.merge.model_soups import Models
+    from rankwise.merge.judge.model_soups import Models
 
 
 def merge_checkpoints(
@@ -75,9 +75,9 @@ def merge_checkpoints(
         raise OptionError(
             f"The merge {name!r} works on changes from a base model; give the folder of that base (--base, or base=)."
         )
-    if rule.needs_oracle and (models is None or not rule.finds_weights):
+    if rule.needs_evaluator and (models is None or not rule.finds_weights):
         raise OptionError(
-            f"The merge {name!r} is judged by held-out data; give models=Models(…) (rankwise.merge.model_soups)."
+            f"The merge {name!r} is judged by held-out data; give models=Models(…) (rankwise.merge.judge.model_soups)."
             if rule.finds_weights
             else f"The merge {name!r} finds what it asks a score for on adapters alone; for whole models name it with an option."
         )
@@ -140,7 +140,9 @@ class Aligned:
         if self.missing == "zero" and self.on != "changes":
             raise OptionError("missing=zero counts a source as unchanged, which needs a method that works on changes.")
 
-    def job(self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]) -> Job:
+    def job(
+        self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]
+    ) -> TensorJob:
         """The job of one tensor of the result from each source's (checkpoint, its name there)."""
         have = [(c, n) for c, n in [*([base] if base else []), *sources] if n in c.table]
         if not have:
@@ -154,9 +156,9 @@ class Aligned:
             )
         copy = bool(lacking) and (self.missing == "copy" or (base is not None and base[1] not in base[0].table))
         if not dtype.is_floating_point:  # nothing to average, whoever lacks it
-            return Job(name, shape, dtype, tuple(self._reader(c, n, shape, lead, original) for c, n in have), (), None)
+            return TensorJob(name, shape, dtype, tuple(self._reader(c, n, shape, lead, original) for c, n in have), (), None)
         if copy or rule is None:
-            return Job(name, shape, dtype, (self._reader(lead, original, shape, lead, original),), (1.0,), None)
+            return TensorJob(name, shape, dtype, (self._reader(lead, original, shape, lead, original),), (1.0,), None)
         held = [(c, n) if n in c.table else None for c, n in sources]
         if self.missing == "first":
             if held[0] is None:
@@ -164,7 +166,7 @@ class Aligned:
             held = [h or held[0] for h in held]
         readers = tuple(self._reader(*h, shape, lead, original) if h is not None else None for h in held)
         origin = self._reader(base[0], base[1], shape, lead, original) if base else None
-        return Job(name, shape, dtype, readers, tuple(weights), rule, self.on, origin)
+        return TensorJob(name, shape, dtype, readers, tuple(weights), rule, self.on, origin)
 
     def _reader(self, c: Checkpoint, name: str, shape: tuple[int, ...], lead: Checkpoint, original: str) -> Read:
         mine = c.shape(name)

@@ -28,9 +28,9 @@ import torch
 
 from rankwise.errors import MergeError, OptionError, nearest, need
 from rankwise.merge.checkpoints import Aligned
-from rankwise.merge.jobs import CheckpointReport, Job, write
+from rankwise.merge.engine.jobs import CheckpointReport, TensorJob, write
+from rankwise.merge.engine.model_folder import EMBEDDING, Checkpoint
 from rankwise.merge.mergekit_methods import METHODS, Method, resolve
-from rankwise.merge.model_folder import EMBEDDING, Checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LAYER = re.compile(r"^(?P<before>.*?(?:^|\.)(?:layers|h|blocks|layer))\.(?P<index>\d+)\.(?P<after>.*)$")
@@ -76,7 +76,7 @@ def merge_yaml(
 
 def plan(
     data: Mapping[str, Any], *, missing: str = "refuse"
-) -> tuple[list[Job], Checkpoint, dict[str, Any], str, torch.dtype | None]:
+) -> tuple[list[TensorJob], Checkpoint, dict[str, Any], str, torch.dtype | None]:
     """(jobs, whose config and tokenizer, changes of the config, method, dtype) of a mergekit file's content."""
     name = data.get("merge_method")
     if not isinstance(name, str) or name not in METHODS:
@@ -117,7 +117,7 @@ class _Planner:
         changes = self.method.base == "changes" or (self.method.base == "optional" and base is not None)
         self.aligned = Aligned(missing, "refuse", "changes" if changes else "weights")
 
-    def outside(self, first: Slice, last: Slice) -> list[Job]:
+    def outside(self, first: Slice, last: Slice) -> list[TensorJob]:
         """Embeddings from the first slice's sources, norms and heads from the last's."""
         out = []
         for part, wanted in ((first, True), (last, False)):
@@ -125,7 +125,7 @@ class _Planner:
             out += [self._job(n, part, [n] * len(part.sources), n, 0.0) for n in names if bool(EMBEDDING.search(n)) == wanted]
         return out
 
-    def layer(self, part: Slice, j: int, at: int) -> list[Job]:
+    def layer(self, part: Slice, j: int, at: int) -> list[TensorJob]:
         """Layer ``at`` of the result, the ``j``-th of its slice."""
         t = j / (part.layers - 1) if part.layers > 1 else 1.0
         named: dict[tuple[str, str], None] = {}
@@ -140,7 +140,7 @@ class _Planner:
             for a, b in named
         ]
 
-    def _job(self, name: str, part: Slice, theirs: Sequence[str], in_base: str, t: float) -> Job:
+    def _job(self, name: str, part: Slice, theirs: Sequence[str], in_base: str, t: float) -> TensorJob:
         method = self.method
         placed = list(zip(part.sources, theirs, strict=True))
         if method.base in ("changes", "optional") and self.base is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
 from rankwise.catalogue import make
 from rankwise.errors import OptionError
-from rankwise.merge.base import Merge, Merged
-from rankwise.merge.entries import Entrywise
-from rankwise.merge.stack import Stack
+from rankwise.merge.engine.base import Merge, Merged
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import Stack
+    from rankwise.merge.methods.entries import Entrywise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,23 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.delta import AdapterState
+from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
-from rankwise.merge.base import Source, merge_states, rule_of
 from rankwise.merge.checkpoints import merge_checkpoints
-from rankwise.merge.jobs import CheckpointReport
-from rankwise.merge.model_soups import Models
-from rankwise.merge.oracle import Oracle
+from rankwise.merge.engine.base import Source, merge_states, rule_of
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.jobs import CheckpointReport
+    from rankwise.merge.judge.evaluator import Evaluator
+    from rankwise.merge.judge.model_soups import Models
 
 Grid = Mapping[str, Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One combination of options and its score on each split."""
 
     options: dict[str, Any]
@@ -29,11 +31,11 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """All points in the grid's order, and the best on the first split (of equal ones the first)."""
 
-    points: list[Point]
-    best: Point
+    points: list[GridPoint]
+    best: GridPoint
 
 
 def combinations(grid: Grid) -> Iterator[dict[str, Any]]:
@@ -50,41 +52,41 @@ def combinations(grid: Grid) -> Iterator[dict[str, Any]]:
 
 def search(
     scores: Callable[[dict[str, Any]], dict[str, float]], grid: Grid, higher_is_better: bool,
-    progress: Callable[[Point], None] = lambda point: None,
-) -> Found:  # fmt: skip
+    progress: Callable[[GridPoint], None] = lambda point: None,
+) -> SearchResult:  # fmt: skip
     """The scores of each combination."""
     points = []
     for options in combinations(grid):
-        points.append(Point(options, scores(options)))
+        points.append(GridPoint(options, scores(options)))
         progress(points[-1])
     sign = -1 if higher_is_better else 1
-    return Found(points, min(points, key=lambda p: sign * next(iter(p.scores.values()))))
+    return SearchResult(points, min(points, key=lambda p: sign * next(iter(p.scores.values()))))
 
 
 def search_states(
-    states: Sequence[Source], method: str, grid: Grid, oracle: Oracle, weights: Sequence[float] | None = None, *, seed: int = 0,
-    progress: Callable[[Point], None] = lambda point: None, **options: Any,
-) -> tuple[Found, AdapterState]:  # fmt: skip
+    states: Sequence[Source], method: str, grid: Grid, evaluator: Evaluator, weights: Sequence[float] | None = None, *, seed: int = 0,
+    progress: Callable[[GridPoint], None] = lambda point: None, **options: Any,
+) -> tuple[SearchResult, AdapterState]:  # fmt: skip
     """Adapters merged by each combination, scored on the oracle's model; the best one's value."""
     for some in combinations(grid):  # what cannot be is told before anything is scored
         rule_of(method, {**options, **some}, len(states))
 
     def merged(some: dict[str, Any]) -> AdapterState:
-        asks = rule_of(method, {**options, **some}, len(states)).needs_oracle
-        return merge_states(states, weights, method, seed=seed, oracle=oracle if asks else None, **{**options, **some})
+        asks = rule_of(method, {**options, **some}, len(states)).needs_evaluator
+        return merge_states(states, weights, method, seed=seed, evaluator=evaluator if asks else None, **{**options, **some})
 
     def scores(some: dict[str, Any]) -> dict[str, float]:
         value = AdapterState(merged(some).sites)
-        return {split: oracle.score(value, split) for split in oracle.scores}
+        return {split: evaluator.score(value, split) for split in evaluator.scores}
 
-    found = search(scores, grid, oracle.higher_is_better, progress)
+    found = search(scores, grid, evaluator.higher_is_better, progress)
     return found, merged(found.best.options)
 
 
 def search_models(
     folders: Sequence[str], out: str | Path, method: str, grid: Grid, models: Models, weights: Sequence[float] | None = None,
-    base: str | None = None, *, progress: Callable[[Point], None] = lambda point: None, force: bool = False, **options: Any,
-) -> tuple[Found, CheckpointReport]:  # fmt: skip
+    base: str | None = None, *, progress: Callable[[GridPoint], None] = lambda point: None, force: bool = False, **options: Any,
+) -> tuple[SearchResult, CheckpointReport]:  # fmt: skip
     """Whole models merged by each combination into a folder that does not stay, loaded and scored; the best one into ``out``.
 
     A candidate may equal its base (one end of a path does); the result may only with ``force``.
@@ -102,7 +104,7 @@ def search_models(
             merged(some, Path(folder) / "candidate", True)
             return models.scores_of(Path(folder) / "candidate")
 
-    found = search(scores, grid, models.oracle.higher_is_better, progress)
+    found = search(scores, grid, models.evaluator.higher_is_better, progress)
     return found, merged(found.best.options, out, force)
 
 

@@ -35,7 +35,7 @@ NORMS = ("BA", "B", "factor")
     title="ALLoRA (adaptive rate per output row)",
     paper="Huang & Balestriero 2024, ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws (arXiv 2410.09692)",
     reference="031",
-    needs=("pair",),
+    requires=("pair",),
 )
 @dataclasses.dataclass(frozen=True)
 class ALLoRA(OptimizerMethod):

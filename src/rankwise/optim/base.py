@@ -124,10 +124,10 @@ class OptimizerMethod:
     """
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def requires(self) -> tuple[str, ...]:
         """Words that the form must give ("pair", "weight")."""
         info = getattr(self, "info", None)
-        return info.needs if info is not None else ()
+        return info.requires if info is not None else ()
 
     def transform(self, params: Mapping[str, Param]) -> GradTransform:
         """The transformation for ``params``; RecipeError if it would act on nothing."""

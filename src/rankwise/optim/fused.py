@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rankwise.optim.base import Context, Fused, Param, State
 from rankwise.optim.combine import Chain
 from rankwise.optim.moments import resized, scale_by_adam
 from rankwise.optim.transforms import decoupled_decay, scale_by_lr
+
+if TYPE_CHECKING:
+    from rankwise.optim.base import Context, Fused, Param, State
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float32, torch.float64)

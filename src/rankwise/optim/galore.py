@@ -23,7 +23,7 @@ from rankwise.optim.transforms import decoupled_decay, scale_by_lr
     title="GaLore (gradient low-rank projection)",
     paper="Zhao et al. 2024, GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     reference="087",
-    needs=("weight",),
+    requires=("weight",),
 )
 @dataclasses.dataclass(frozen=True)
 class GaLore(OptimizerMethod):

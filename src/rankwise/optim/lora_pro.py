@@ -36,7 +36,7 @@ VARIANTS = ("adam", "light", "sgd")
     title="LoRA-Pro (steps that match the full gradient)",
     paper="Wang et al. 2024, LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
     reference="035",
-    needs=("pair",),
+    requires=("pair",),
 )
 @dataclasses.dataclass(frozen=True)
 class LoraPro(OptimizerMethod):

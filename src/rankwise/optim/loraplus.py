@@ -16,7 +16,7 @@ from rankwise.optim.fused import adamw_chain
     "loraplus",
     title="LoRA+ (a larger rate for B)",
     paper="Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models",
-    needs=("pair",),
+    requires=("pair",),
 )
 @dataclasses.dataclass(frozen=True)
 class LoraPlus(OptimizerMethod):

@@ -40,7 +40,7 @@ class DecoupledDecay(GradTransform):
         return out
 
 
-class Scale(GradTransform):
+class ScaleBy(GradTransform):
     """u = c·g."""
 
     def __init__(self, factor: float) -> None:
@@ -79,9 +79,9 @@ def decoupled_decay(order: str = "before") -> DecoupledDecay:
     return DecoupledDecay(order)
 
 
-def scale(factor: float) -> Scale:
+def scale(factor: float) -> ScaleBy:
     """u = c·g."""
-    return Scale(factor)
+    return ScaleBy(factor)
 
 
 def clip(max_norm: float, over: str = "global") -> Clip:

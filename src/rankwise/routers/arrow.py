@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
-from rankwise.delta import LowRank
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError, TargetError
-from rankwise.forms.base import Plan, SiteDelta
-from rankwise.forms.lora import Pair
+from rankwise.forms.lora import LoraLayer
 from rankwise.routers.base import Routed, Router, RouterModule
 from rankwise.routers.decision import Decision
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.forms.base import AdapterLayer, Plan
+    from rankwise.sites.site import Site
 
 
 class Prototypes(RouterModule):
@@ -39,7 +41,7 @@ class Library(Routed):
 
     router: Prototypes
 
-    def __init__(self, inner: SiteDelta, router: Prototypes):
+    def __init__(self, inner: AdapterLayer, router: Prototypes):
         super().__init__(inner, router, 1.0)
         for p in inner.parameters():
             p.requires_grad_(False)
@@ -57,7 +59,7 @@ class Library(Routed):
     "arrow",
     title="Arrow: training-free routing over a library of adapters",
     paper="arXiv 2405.11157",
-    needs=("gate",),
+    requires=("gate",),
     mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,16 +114,18 @@ class Arrow(Router):
     def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
         return {n: sum(A.shape[0] for A, _ in experts) for n, experts in self._library(model, sites).items()}
 
-    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], made: dict[str, AdapterLayer], plan: Plan
+    ) -> dict[str, AdapterLayer]:
         restoring = plan.notes.get("restoring", False)
         library = {} if restoring else self._library(model, sites)
-        out: dict[str, SiteDelta] = {}
+        out: dict[str, AdapterLayer] = {}
         for s in sites:
             experts = library.get(s.name, [])
             inner = made[s.name]
             inner.scale = 1.0
             if experts:
-                assert isinstance(inner, Pair)  # the one form with the word "gate", which this router needs
+                assert isinstance(inner, LoraLayer)  # the one form with the word "gate", which this router needs
                 with torch.no_grad():
                     inner.A.copy_(torch.cat([A for A, _ in experts]))
                     inner.B.copy_(torch.cat([B for _, B in experts], dim=1))
@@ -141,10 +145,10 @@ def dominant(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _read(model: nn.Module, folder: str) -> Mapping[str, LowRank]:
-    from rankwise.roster import roster_of
-    from rankwise.store.peft import read_peft
+    from rankwise.runtime.registry import registry_of
+    from rankwise.store.peft.export import read_peft
 
-    return read_peft(folder, roster_of(model).known)[0].sites  # type: ignore[return-value]
+    return read_peft(folder, registry_of(model).known)[0].sites  # type: ignore[return-value]
 
 
 def less(experts: Sequence[LowRank], general: Sequence[Mapping[str, LowRank]], name: str) -> list[LowRank]:

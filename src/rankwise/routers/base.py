@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.catalogue import MethodInfo
-from rankwise.delta import Delta, Gated, LowRank
+from rankwise.delta.gated import Gated
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import RecipeError
-from rankwise.forms.base import Form, Plan, SiteDelta
+from rankwise.forms.base import AdapterLayer, Form, Plan
 from rankwise.routers.decision import Decision, execute
-from rankwise.sites.site import Site
-from rankwise.view import HERE
+from rankwise.runtime.context import forward_context
+
+if TYPE_CHECKING:
+    from rankwise.catalogue import MethodInfo
+    from rankwise.delta.base import Delta
+    from rankwise.sites.site import Site
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RoutingRecord:
     """What one forward of one router left for its losses: the decision, and which rows count."""
 
     decision: Decision
@@ -35,40 +39,40 @@ class RouterModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.recording = False
-        self.records: list[Record] = []
+        self.records: list[RoutingRecord] = []
         self._read = 0  # records whose losses were collected
 
     def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
         """The decision for rows x (N, in); z = x·Aᵀ (N, R) where the executor has it."""
         raise NotImplementedError(f"{type(self).__name__} must decide.")
 
-    def losses(self, records: Sequence[Record]) -> dict[str, Tensor]:
+    def losses(self, records: Sequence[RoutingRecord]) -> dict[str, Tensor]:
         """Named scalars of the records of one micro-batch."""
         return {}
 
-    def after_step(self, records: Sequence[Record]) -> None:
+    def after_step(self, records: Sequence[RoutingRecord]) -> None:
         """Updates without gradient, once an optimiser step, over all its micro-batches."""
 
     def note(self, decision: Decision) -> None:
         """Keep a record, in the forward proper of training only."""
         if self.recording and self.training and torch.is_grad_enabled():
-            self.records.append(Record(decision, row_mask(decision.weight.shape[0], decision.weight.device)))
+            self.records.append(RoutingRecord(decision, row_mask(decision.weight.shape[0], decision.weight.device)))
 
 
 def row_mask(n: int, device: torch.device) -> Tensor | None:
     """(n,): which of a forward's n rows are real tokens, from its (B, T) attention mask; None where nothing tells: all."""
-    mask = HERE.padding
+    mask = forward_context.padding
     if mask is None or mask.numel() != n:
         return None
     return mask.reshape(-1).bool().to(device)
 
 
-class Routed(SiteDelta):
+class Routed(AdapterLayer):
     """A low-rank pair whose components a router gates for each row."""
 
     row_wise: ClassVar[bool] = False  # its records are of the whole batch
 
-    def __init__(self, inner: SiteDelta, router: RouterModule, scale: float):
+    def __init__(self, inner: AdapterLayer, router: RouterModule, scale: float):
         super().__init__(inner.site, scale=scale, dropout=inner.dropout)
         self.inner, self.router = inner, router
         self.components = {f"inner.{k}": v for k, v in inner.components.items()}  # type: ignore[misc]
@@ -78,7 +82,7 @@ class Routed(SiteDelta):
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         self.inner.fill(tensors)
 
-    def hold_start(self) -> None:
+    def freeze_initial_delta(self) -> None:
         raise RecipeError(
             "An init that subtracts its start stands for a fixed part of W, which a router would gate; use an init with B = 0, or no router."
         )
@@ -114,7 +118,9 @@ class Router:
         """Components to build at each site (experts times r, where a site holds experts)."""
         return dict(ranks)
 
-    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], made: dict[str, AdapterLayer], plan: Plan
+    ) -> dict[str, AdapterLayer]:
         """The modules that stand at the sites (and blocks) instead of the form's own."""
         raise NotImplementedError(f"The router {type(self).__name__} must install itself.")
 
@@ -139,7 +145,7 @@ def recording(module: nn.Module) -> Iterator[None]:
 
 def collect_losses(module: nn.Module) -> dict[str, Tensor]:
     """The losses of routers and their pools over the records of the micro-batch, summed by name; records stay for ``after_step``."""
-    pools: dict[Hashable, tuple[RouterModule, list[Record]]] = {}
+    pools: dict[Hashable, tuple[RouterModule, list[RoutingRecord]]] = {}
     for r in routers_in(module):
         fresh = r.records[r._read :]
         r._read = len(r.records)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import TargetError
-from rankwise.forms.base import SiteDelta
-from rankwise.forms.bottleneck import BlockDelta, Masks
+from rankwise.forms.block import BlockDelta, Masks
 from rankwise.routers.base import Routed, RouterModule
 from rankwise.routers.decision import Decision, execute
-from rankwise.routers.gates import Gate
-from rankwise.sites.site import Site
-from rankwise.view import HERE
+from rankwise.runtime.context import forward_context
+
+if TYPE_CHECKING:
+    from rankwise.forms.base import AdapterLayer
+    from rankwise.routers.gates import Gate
+    from rankwise.sites.site import Site
 
 
 class Expanded(NamedTuple):
@@ -44,7 +46,8 @@ class ExpertBlock(BlockDelta):
         self.router, self.key = router, key
 
     def delta(self) -> Any:
-        from rankwise.delta import Gated, LowRank
+        from rankwise.delta.gated import Gated
+        from rankwise.delta.lowrank import LowRank
 
         return Gated(LowRank(torch.zeros(1, self.site.spec.inp), torch.zeros(self.site.spec.out, 1)), None)
 
@@ -62,7 +65,7 @@ class ExpertBlock(BlockDelta):
         return torch.lerp(self.plain(base, (h,), {}), mixed, share.expand_as(mixed))
 
     def plain(self, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with self._inside(QUIET, HERE.rows):
+        with self._inside(QUIET, forward_context.rows):
             return base(*args, **kwargs)
 
     def _mixed(self, base: Callable[..., Any], h: Tensor, decision: Decision) -> Tensor:
@@ -81,23 +84,23 @@ class ExpertBlock(BlockDelta):
 
     @contextlib.contextmanager
     def _inside(self, context: Expanded, rows: Tensor | None) -> Iterator[None]:
-        before = HERE.decisions, HERE.rows
-        HERE.decisions, HERE.rows = {**(HERE.decisions or {}), self.key: context}, rows
+        before = forward_context.decisions, forward_context.rows
+        forward_context.decisions, forward_context.rows = {**(forward_context.decisions or {}), self.key: context}, rows
         try:
             yield
         finally:
-            HERE.decisions, HERE.rows = before
+            forward_context.decisions, forward_context.rows = before
 
 
 class ExpertSite(Routed):
     """E LoRAs at one linear of an expert block: each expanded row meets its own expert's."""
 
-    def __init__(self, inner: SiteDelta, key: str, experts: int, scale: float):
+    def __init__(self, inner: AdapterLayer, key: str, experts: int, scale: float):
         super().__init__(inner, RouterModule(), scale)
         self.key, self.experts = key, experts
 
     def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
-        context = (HERE.decisions or {}).get(self.key)
+        context = (forward_context.decisions or {}).get(self.key)
         if context is None:
             raise TargetError(
                 f"{self.site.name!r} holds experts of the block {self.key.split('::')[1]!r}, but was called outside it."

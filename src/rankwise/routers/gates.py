@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankwise.routers.base import Record, RouterModule, row_mask
+from rankwise.routers.base import RouterModule, RoutingRecord, row_mask
 from rankwise.routers.decision import Decision
 from rankwise.routers.losses import switch, z_loss
 from rankwise.seeds import seed_of
@@ -59,11 +59,11 @@ class Gate(RouterModule):
         """The decision for (N, E) logits and their softmax; each ``length`` rows are one sequence."""
         raise NotImplementedError(f"{type(self).__name__} must choose.")
 
-    def losses(self, records: Sequence[Record]) -> dict[str, Tensor]:
+    def losses(self, records: Sequence[RoutingRecord]) -> dict[str, Tensor]:
         return {"switch": self.balance * switch(records, per="row")}
 
     @torch.no_grad()
-    def after_step(self, records: Sequence[Record]) -> None:
+    def after_step(self, records: Sequence[RoutingRecord]) -> None:
         if self.jitter:
             self.steps.add_(1)
 
@@ -118,13 +118,13 @@ class Capped(Gate):
         inside = (wanted * (place <= self.capacity)).to(probs.dtype)
         return Decision(best.values * inside, self.experts, logits=logits, probs=probs)
 
-    def losses(self, records: Sequence[Record]) -> dict[str, Tensor]:
+    def losses(self, records: Sequence[RoutingRecord]) -> dict[str, Tensor]:
         return {**super().losses([_wanted(r) for r in records]), "z": self.z * z_loss(records)}
 
 
-def _wanted(record: Record) -> Record:
+def _wanted(record: RoutingRecord) -> RoutingRecord:
     """The record as if no expert were ever full."""
     probs = record.decision.probs
     assert probs is not None
     index = probs.argmax(-1, keepdim=True)
-    return Record(dataclasses.replace(record.decision, weight=probs.gather(-1, index), index=index), record.mask)
+    return RoutingRecord(dataclasses.replace(record.decision, weight=probs.gather(-1, index), index=index), record.mask)

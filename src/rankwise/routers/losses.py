@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from rankwise.routers.base import Record
+if TYPE_CHECKING:
+    from rankwise.routers.base import RoutingRecord
 
 
-def switch(records: Sequence[Record], *, per: Literal["choice", "row"] = "choice") -> Tensor:
+def switch(records: Sequence[RoutingRecord], *, per: Literal["choice", "row"] = "choice") -> Tensor:
     """E·Σ_e f_e·P_e over the rows of all records together, f_e the share of choices of expert e (``per="choice"``, least 1
     when uniform; ``"row"`` divides by rows, least k), P_e its mean probability."""
     units = records[0].decision.units
@@ -21,7 +22,7 @@ def switch(records: Sequence[Record], *, per: Literal["choice", "row"] = "choice
     return units * ((counts / by.clamp_min(1)) * (probs.sum(0) / max(len(probs), 1))).sum()
 
 
-def z_loss(records: Sequence[Record]) -> Tensor:
+def z_loss(records: Sequence[RoutingRecord]) -> Tensor:
     """Mean of logsumexp(logits)² over the rows of all records together."""
     logits = [r.decision.logits for r in records]
     assert all(t is not None for t in logits)
@@ -29,7 +30,7 @@ def z_loss(records: Sequence[Record]) -> Tensor:
     return values.square().sum() / max(len(values), 1)
 
 
-def _probs(record: Record) -> Tensor:
+def _probs(record: RoutingRecord) -> Tensor:
     assert record.decision.probs is not None
     return record.decision.probs
 

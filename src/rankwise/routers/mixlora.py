@@ -6,19 +6,21 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError, TargetError
-from rankwise.forms.base import Plan, SiteDelta
 from rankwise.routers.base import Router
 from rankwise.routers.blocks import ExpertBlock, ExpertSite
 from rankwise.routers.gates import Capped, Common, Cumulative, Gate, TopK
-from rankwise.sites import block_site
-from rankwise.sites.site import Site
+from rankwise.sites.discover import block_site
+
+if TYPE_CHECKING:
+    from rankwise.forms.base import AdapterLayer, Plan
+    from rankwise.sites.site import Site
 
 _IN_BLOCK = {"gate", "up", "down"}
 
@@ -48,7 +50,7 @@ RANGES: dict[str, tuple[Callable[[Any, int], bool], str]] = {
     title="MixLoRA: top-k experts over a whole MLP block",
     paper="arXiv 2404.15159",
     reference="065",
-    needs=("gate",),
+    requires=("gate",),
     mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,9 @@ class MixLoRA(Router):
             )
         return blocks
 
-    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], made: dict[str, AdapterLayer], plan: Plan
+    ) -> dict[str, AdapterLayer]:
         out = dict(made)
         for path, members in self._blocks(sites).items():
             key = f"{id(plan)}::{path}"

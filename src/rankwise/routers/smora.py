@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.forms.base import Plan, SiteDelta
-from rankwise.routers.base import Record, Routed, Router, RouterModule
+from rankwise.routers.base import Routed, Router, RouterModule, RoutingRecord
 from rankwise.routers.decision import Decision
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.forms.base import AdapterLayer, Plan
+    from rankwise.sites.site import Site
 
 
 class RankRouter(RouterModule):
@@ -38,7 +40,7 @@ class RankRouter(RouterModule):
         weight = self.k * value / value.sum(-1, keepdim=True).clamp_min(1e-6)  # b may drift towards −q
         return Decision(weight, self.r, index=chosen)
 
-    def after_step(self, records: Sequence[Record]) -> None:
+    def after_step(self, records: Sequence[RoutingRecord]) -> None:
         counts = torch.stack([r.decision.counts(r.mask) for r in records]).sum(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
@@ -51,7 +53,7 @@ class RankRouter(RouterModule):
     title="SMoRA: rank-wise mixture, balanced by a bias",
     paper="arXiv 2501.15103",
     reference="009",
-    needs=("gate",),
+    requires=("gate",),
     mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,10 @@ class SMoRA(Router):
                     f"The router 'smora' turns on k = {self.k} of r = {r} components in blocks of p = {self.p}; it needs k ≤ r and p to divide r."
                 )
 
-    def install(self, model: nn.Module, sites: Sequence[Site], made: dict[str, SiteDelta], plan: Plan) -> dict[str, SiteDelta]:
-        out: dict[str, SiteDelta] = {}
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], made: dict[str, AdapterLayer], plan: Plan
+    ) -> dict[str, AdapterLayer]:
+        out: dict[str, AdapterLayer] = {}
         for s in sites:
             if s.spec.kind != "linear" or s.spec.mode != "called":
                 raise OptionError(

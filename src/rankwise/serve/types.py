@@ -109,7 +109,7 @@ class Request:
     Attributes:
         id: unique while the request lives.
         prompt: token ids, at least one.
-        adapter: the digest of a resolved adapter or mix (:class:`~rankwise.serve.adapters.base.Manifest`), None for the base.
+        adapter: the digest of a resolved adapter or mix (:class:`~rankwise.serve.adapters.base.AdapterMetadata`), None for the base.
         tenant: whose request it is (fairness, and a salt of the prefix index).
         deadline: seconds on the engine's clock by which the first token must be out, or None.
         salt: a caller's own salt of the prefix index, kept apart from every other field.

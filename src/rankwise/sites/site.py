@@ -6,7 +6,7 @@ stack of experts, a quantised tensor); ``op`` says how such a matrix acts on the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from rankwise.codecs.library import find_bridge
 from rankwise.delta.geometry import LINEAR, Conv, Embedding, Geometry
 from rankwise.errors import AttachError
-from rankwise.sites.coupling import Axis
-from rankwise.sites.spec import SiteSpec
+
+if TYPE_CHECKING:
+    from rankwise.sites.coupling import Axis
+    from rankwise.sites.spec import SiteSpec
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -122,7 +124,7 @@ class Site:
     def untouched(self) -> Tensor:
         """What :meth:`read` gave before any adapter was merged into this weight."""
         place = self.module.__dict__.get("_rankwise")
-        return self.read() if place is None else place.roster.untouched(self)
+        return self.read() if place is None else place.registry.untouched(self)
 
     @torch.no_grad()
     def write(self, W: Tensor) -> Tensor:

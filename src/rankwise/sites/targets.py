@@ -5,9 +5,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rankwise.errors import TargetError, nearest
-from rankwise.sites.site import Site
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
 
 Targets = str | Iterable[str]
 #: roles that "all-linear" leaves out: changing them is a decision, not a default

@@ -13,20 +13,21 @@ import os
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
 import torch
 from torch import Tensor
 
-from rankwise.codecs.base import AdapterCodec
-from rankwise.codecs.delta import Difference
 from rankwise.codecs.stream import DTYPES
 from rankwise.codecs.weights import adapter_codec
 from rankwise.errors import ArtefactError, OptionError
 from rankwise.store.native import Header, save_native
 from rankwise.store.tensorfile import MAX_HEADER, strict_json
+
+if TYPE_CHECKING:
+    from rankwise.codecs.base import AdapterCodec
 
 KIND = "coded"
 _FLOATS = set(DTYPES.values())
@@ -77,7 +78,7 @@ def decode_file(
         codec = adapter_codec(named)
     except Exception as error:
         raise ArtefactError(f"{where} is coded by {named[:40]!r}, which this rankwise cannot read: {error}") from error
-    if isinstance(codec, Difference):
+    if codec.relative:
         if reference is None:
             raise ArtefactError(
                 f"{where} is stored as a difference from another adapter; give that one as the reference (rankwise convert --reference)."
@@ -96,7 +97,7 @@ def decode_file(
 
 def _by_value(codec: AdapterCodec) -> bool:
     """Whether what is coded is a value with a neutral start, not bits and not already a difference."""
-    return not (codec.exact or isinstance(codec, Difference))
+    return not (codec.exact or codec.relative)
 
 
 def _taken(codec: AdapterCodec, name: str, t: Tensor, trained: Collection[str]) -> bool:

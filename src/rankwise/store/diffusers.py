@@ -13,18 +13,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rankwise.delta import AdapterState
 from rankwise.errors import ArtefactError, OptionError
 from rankwise.store import interchange as core
-from rankwise.store import peft_config as cfg
-from rankwise.store import peft_pack as packing
 from rankwise.store import tensorfile
 from rankwise.store.interchange import COMPONENTS, Factors
-from rankwise.store.peft_read import PeftInfo
+from rankwise.store.peft import config as cfg
+from rankwise.store.peft import pack as packing
+
+if TYPE_CHECKING:
+    from rankwise.delta.state import AdapterState
+    from rankwise.store.peft.read import PeftInfo
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.delta import AdapterState
 from rankwise.errors import ArtefactError
-from rankwise.store import peft_config as cfg
 from rankwise.store import tensorfile
 from rankwise.store.interchange import find_file
-from rankwise.store.peft_read import PeftInfo, read_peft
+from rankwise.store.peft import config as cfg
+from rankwise.store.peft.read import PeftInfo, read_peft
+
+if TYPE_CHECKING:
+    from rankwise.delta.state import AdapterState
 
 
 def read_foreign(path: str | os.PathLike[str], specs: Mapping[str, Any], config: Any = None) -> tuple[AdapterState, PeftInfo]:

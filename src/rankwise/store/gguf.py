@@ -15,18 +15,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rankwise.delta import AdapterState
 from rankwise.errors import ArtefactError, OptionError, need
-from rankwise.sites.spec import SiteSpec
 from rankwise.store import interchange as core
 from rankwise.store.atomic import replace_file
 from rankwise.store.interchange import Factors
-from rankwise.store.peft_read import PeftInfo
+
+if TYPE_CHECKING:
+    from rankwise.delta.state import AdapterState
+    from rankwise.sites.spec import SiteSpec
+    from rankwise.store.peft.read import PeftInfo
 
 FILE = "adapter.gguf"
 #: transformers' model_type → (GGUF's architecture, whether q and k are permuted)
@@ -174,7 +176,7 @@ def _rows(spec: SiteSpec, config: Any) -> Tensor | None:
     return torch.arange(spec.out).reshape(heads, 2, spec.out // heads // 2).transpose(1, 2).reshape(-1)
 
 
-def _alpha(found: list[core.Piece]) -> float:
+def _alpha(found: list[core.WeightChange]) -> float:
     """The commonest α = s·r, as fp32 holds it: its modules are written to the bit."""
     common = Counter(round(p.scale * p.rank, 6) for p in found if p.scale > 0).most_common(1)
     return float(torch.tensor(common[0][0], dtype=torch.float32)) if common else 1.0

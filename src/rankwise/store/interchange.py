@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.delta import AdapterState, LowRank
+from rankwise.delta.lowrank import LowRank
+from rankwise.delta.state import AdapterState
 from rankwise.errors import ArtefactError, nearest
 from rankwise.sites.spec import SiteSpec
-from rankwise.store import peft_config as cfg
-from rankwise.store import peft_pack as packing
 from rankwise.store import tensorfile
 from rankwise.store.atomic import replace_file
-from rankwise.store.peft_read import PeftInfo
+from rankwise.store.peft import config as cfg
+from rankwise.store.peft import pack as packing
+from rankwise.store.peft.read import PeftInfo
 
 #: a pipeline's parts, by the names that diffusers gives them
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
@@ -40,7 +41,7 @@ class Factors:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class WeightChange:
     """One whole weight's change on its way out: A: r×in, B: out×r, ΔW = scale·B·A, and DoRA's row norms (out,)."""
 
     spec: SiteSpec
@@ -92,7 +93,7 @@ def pieces(
     magnitude: Mapping[str, Tensor],
     format: str,
     kinds: Iterable[str] = ("linear", "conv"),
-) -> list[Piece]:
+) -> list[WeightChange]:
     """The changes by whole weight, in model order; fused parts share one pair, zero changes are left out.
 
     Raises:
@@ -129,18 +130,18 @@ def _piece(
     state: AdapterState,
     magnitude: Mapping[str, Tensor],
     format: str,
-) -> Piece:
+) -> WeightChange:
     found = [(specs[n], *packing.pair(state.sites[n], n)) for n in names]  # type: ignore[arg-type]
     normed = [n for n in names if n in magnitude]
     if len(found) == 1 and found[0][0].rows is None:
         _, A, B, s = found[0]
-        return Piece(whole, A, B, s, magnitude.get(names[0]))
+        return WeightChange(whole, A, B, s, magnitude.get(names[0]))
     if normed:
         raise ArtefactError(
             f"{format} has no norms for a part of a fused weight, which {normed[0]!r} is; merge the adapter instead."
         )
     A, B = packing.fuse([(spec, A, (B.double() * s).to(B.dtype)) for spec, A, B, s in found], whole)
-    return Piece(whole, A, B, 1.0)
+    return WeightChange(whole, A, B, 1.0)
 
 
 def _check_place(spec: SiteSpec, site: Any, format: str, kinds: tuple[str, ...]) -> None:

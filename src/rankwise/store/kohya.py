@@ -15,18 +15,20 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rankwise.delta import AdapterState
 from rankwise.errors import ArtefactError, OptionError, nearest
 from rankwise.store import interchange as core
-from rankwise.store import peft_pack as packing
 from rankwise.store.interchange import Factors
-from rankwise.store.peft_read import PeftInfo
+from rankwise.store.peft import pack as packing
 from rankwise.store.sgm import layout, old_names
+
+if TYPE_CHECKING:
+    from rankwise.delta.state import AdapterState
+    from rankwise.store.peft.read import PeftInfo
 
 FILE = "lora.safetensors"
 #: component → the prefixes that files use for it, the one written first

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pydantic
 from torch import Tensor
 
-from rankwise import delta as deltas
-from rankwise.delta import AdapterState, Delta
+from rankwise.delta.base import Delta, rebuild
+from rankwise.delta.state import AdapterState
 from rankwise.errors import ArtefactError
 from rankwise.store import tensorfile
 from rankwise.store.atomic import FILES, Files, replace_file
@@ -159,7 +159,7 @@ def _rebuild(site: str, entry: Mapping[str, Any], parts: dict[str, Tensor]) -> D
     try:
         if type(scale) not in (int, float) or not math.isfinite(scale):
             raise ValueError(f"its scale is {str(scale)[:40]!r}")
-        delta = deltas.rebuild(kind, parts, meta)
+        delta = rebuild(kind, parts, meta)
         if set(delta.tensors()) != set(parts) or json.loads(json.dumps(delta.meta())) != meta or min(delta.shape, default=0) < 0:
             raise ValueError("its fields are not those of the kind")
     except Exception as e:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from rankwise.train.sweep import Outcome, best
+from rankwise.train.sweep import JobResult, best
 
 
 def advice(
-    outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[object]], chosen: Mapping[str, Mapping[str, object]]
+    outcomes: Sequence[JobResult], axes: Mapping[str, Sequence[object]], chosen: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
     """Sentences, the most telling first.
 
@@ -35,7 +35,7 @@ def advice(
     return said or ["The best values lie inside the grid: refine around them."]
 
 
-def _edge(field: str, values: Sequence[object], value: object, top: Outcome) -> list[str]:
+def _edge(field: str, values: Sequence[object], value: object, top: JobResult) -> list[str]:
     """The best job is at an end of a numeric axis."""
     numbers = sorted({float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)})
     if len(numbers) < 2 or field == "seed" or not isinstance(value, (int, float)) or numbers[0] <= 0:
@@ -50,7 +50,7 @@ def _edge(field: str, values: Sequence[object], value: object, top: Outcome) -> 
     return [f"{field} = {value:g} is the {side} tried and the best: try {beyond:g}."] if beyond != value else []
 
 
-def _longer(top: Outcome) -> list[str]:
+def _longer(top: JobResult) -> list[str]:
     """The training loss of the best job still falls over its last third."""
     third = len(top.losses) // 3
     if third < 4:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.errors import ArtefactError, TrainingError
+from rankwise.runtime.read import copy_in
 from rankwise.store import atomic
+from rankwise.store.native import load_native
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
@@ -58,8 +60,6 @@ def check_saves(adapter: Adapter, output_dir: str | Path) -> None:
     Raises:
         ArtefactError: it cannot be written, or comes back with other bits.
     """
-    from rankwise.store.native import load_native
-
     hidden = begin(output_dir)
     try:
         adapter.save(hidden)
@@ -76,15 +76,12 @@ def check_saves(adapter: Adapter, output_dir: str | Path) -> None:
 
 def restore_adapter(adapter: Adapter, folder: str | Path) -> None:
     """Copy a checkpoint's tensors into an adapter that is attached; never a second wrap, never a new init."""
-    from rankwise.files import _copy_in
-    from rankwise.store.native import load_native
-
     tensors, head = load_native(folder)
     if head["recipe"] != adapter.recipe.to_json():
         raise ArtefactError(
             f"The checkpoint in {folder} was made by another recipe ({head['recipe']}); resume with the recipe it was made by."
         )
-    _copy_in(adapter, tensors)
+    copy_in(adapter._record, tensors)
 
 
 def whole_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:

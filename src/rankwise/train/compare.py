@@ -8,16 +8,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import rankwise as rw
+from rankwise.adapter import attach
 from rankwise.errors import DataError, RankwiseError
-from rankwise.recipe import Recipe
 from rankwise.seeds import generator
 from rankwise.train.memory import account, saved_bytes
+from rankwise.train.session import Session
+
+if TYPE_CHECKING:
+    from rankwise.recipe import Recipe
 
 Batch = dict[str, Tensor]
 
@@ -74,10 +77,10 @@ def run_recipe(
 ) -> Row:
     """Train one recipe for ``steps`` and measure it; the model is left as it was. ``keep``: save the adapter there."""
     torch.manual_seed(recipe.seed)
-    adapter = rw.attach(model, recipe, calibration=[batches[i % len(batches)] for i in range(8)], name=name)
+    adapter = attach(model, recipe, calibration=[batches[i % len(batches)] for i in range(8)], name=name)
     try:
         model.train()
-        session = rw.Session(model, adapter, lr=lr, total_steps=steps, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
+        session = Session(model, adapter, lr=lr, total_steps=steps, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
         losses, times = [], []
         for n in range(steps):
             batch = batches[n % len(batches)]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rankwise.errors import DataError
-from rankwise.train.data import Collator, Example
-from rankwise.train.data.tokens import IGNORED
+from rankwise.train.data.collate import Collator
+from rankwise.train.data.tokens import IGNORED, Example
 
 
 @torch.no_grad()

@@ -15,17 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-import rankwise as rw
+from rankwise.adapter import attach
 from rankwise.errors import DataError, OptionError, need
 from rankwise.recipe import Recipe
+from rankwise.runtime.switch import view
 from rankwise.store.atomic import replace_file
 from rankwise.train import stages
 from rankwise.train.checkpoint import whole_checkpoint
-from rankwise.train.data import Collator, Example, check_isolation, pack, read, tokenize
+from rankwise.train.data.collate import Collator
+from rankwise.train.data.isolation import check_isolation
+from rankwise.train.data.packing import pack
+from rankwise.train.data.readers import read
+from rankwise.train.data.tokens import Example, tokenize
 from rankwise.train.evaluate import classify, evaluate
 from rankwise.train.progress import one_bar
 from rankwise.train.stages import STAGES
-from rankwise.train.trainer import Reference, bridge, trainer_class
+from rankwise.train.trainer import ReferenceModel, bridge, trainer_class
 
 #: TrainingArguments that a run has unless it says otherwise
 DEFAULTS: dict[str, Any] = {
@@ -131,7 +136,7 @@ def train(
     args = _arguments(TrainingArguments, out, arguments, remove_unused_columns=False)
     set_seed(args.seed)
     adapter = _attach(model, recipe, _calibration(rows, collator), name, args, earlier)
-    with rw.view(model, {}):
+    with view(model, {}):
         before = evaluate(model, eval_examples, pad_id=pad)
     trainer = trainer_class()(
         model=model, adapter=adapter, args=args, train_dataset=_Rows(rows), data_collator=collator, processing_class=tokenizer,
@@ -215,7 +220,7 @@ def check_writable(out: Path) -> None:
 
 def _attach(model: nn.Module, recipe: Recipe, calibration: Any, name: str, args: Any, earlier: Sequence[Path]) -> Any:
     """Attach, give up the earlier run, and say before step 0 what will be trained (standard output is the caller's)."""
-    adapter = rw.attach(model, recipe, calibration=calibration, name=name)
+    adapter = attach(model, recipe, calibration=calibration, name=name)
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not args.disable_tqdm:
@@ -274,7 +279,7 @@ def _images(
     rows, eval_rows = ([{"pixel_values": x, "labels": y} for x, y in zip(*part, strict=True)] for part in (train_set, held))
     calibration = [{"pixel_values": x, "labels": y} for x, y in zip(*(t[:32].split(4) for t in train_set), strict=True)]
     adapter = _attach(model, recipe, calibration, name, args, earlier)
-    with rw.view(model, {}):
+    with view(model, {}):
         before = classify(model, *held)
     trainer = trainer_class()(
         model=model,
@@ -310,7 +315,7 @@ def _dpo(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     adapter = _attach(model, recipe, _calibration(examples, Collator.for_model(model, pad)), name, args, earlier)
     trainer = bridge(DPOTrainer)(
-        model=model, ref_model=Reference(adapter), adapter=adapter, args=args, processing_class=tokenizer,
+        model=model, ref_model=ReferenceModel(adapter), adapter=adapter, args=args, processing_class=tokenizer,
         train_dataset=stages.pairs(records), eval_dataset=None if eval_records is None else stages.pairs(eval_records),
     )  # fmt: skip
     one_bar(trainer)

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from rankwise.budgets.base import Budget, Run
 from rankwise.errors import OptionError, TrainingError
-from rankwise.forms import fast, packed
-from rankwise.losses.base import LossTerm
+from rankwise.forms import packed
 from rankwise.optim.base import Param
 from rankwise.optim.optimizer import TransformOptimizer
 from rankwise.recipe import Recipe, build
 from rankwise.routers.base import collect_losses, finish_step, recording, routers_in
+from rankwise.runtime import fast
 from rankwise.train.guard import check_first_backward, first_overflow
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
+    from rankwise.losses.base import LossTerm
 
 
 class Session:
@@ -157,7 +158,7 @@ class Session:
         norm = self.refuse_nonfinite(params)
         if self._check:
             self._check = False
-            self.adapter._roster.check_acted([self.adapter.name])
+            self.adapter._registry.check_called([self.adapter.name])
             check_first_backward(self.adapter, self.adapter.named_parameters())
         if self.losses:
             self.add_gradients()

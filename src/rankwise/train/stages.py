@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise import seeds
 from rankwise.errors import DataError, OptionError
-from rankwise.train.data import Example, Record, read_images, tokenize
-from rankwise.train.data.tokens import Overlong
+from rankwise.train.data.images import read_images
+from rankwise.train.data.layouts import Record
+from rankwise.train.data.tokens import Example, tokenize
+
+if TYPE_CHECKING:
+    from rankwise.train.data.tokens import Overlong
 
 STAGES = ("pt", "sft", "dpo")
 

@@ -13,13 +13,18 @@ from typing import Any
 
 from torch import nn
 
-import rankwise as rw
 from rankwise.errors import ArtefactError, DataError, OptionError, RankwiseError
+from rankwise.runtime.switch import view
 from rankwise.store.atomic import replace_file
-from rankwise.train.data import Collator, Example, Packed, Record, check_isolation, pack, read, tokenize
+from rankwise.train.data.collate import Collator
+from rankwise.train.data.isolation import check_isolation
+from rankwise.train.data.layouts import Record
+from rankwise.train.data.packing import Packed, pack
+from rankwise.train.data.readers import read
+from rankwise.train.data.tokens import Example, tokenize
 from rankwise.train.evaluate import evaluate
 from rankwise.train.run import check_writable
-from rankwise.train.together import Job, Running, train_together, why_alone
+from rankwise.train.together import AdapterJob, Running, train_together, why_alone
 
 #: what a job's folder holds once it is finished; written last
 DONE = "job.json"
@@ -41,7 +46,7 @@ class Shared:
 
 
 @dataclasses.dataclass
-class Outcome:
+class JobResult:
     """One job of a sweep.
 
     Attributes:
@@ -121,13 +126,13 @@ def kept_aside(records: Sequence[Record]) -> tuple[list[Record], list[Record], s
 
 
 # --- folders ------------------------------------------------------------------------------------------------
-def settings_of(job: Job, shared: Shared) -> dict[str, Any]:
+def settings_of(job: AdapterJob, shared: Shared) -> dict[str, Any]:
     """All that decides what a job becomes, as plain data."""
     numbers = ("lr", "steps", "batch", "seed", "schedule", "warmup", "weight_decay", "max_grad_norm")
     return {"recipe": job.recipe.to_json(), **{n: getattr(job, n) for n in numbers}, "data": shared.mark}
 
 
-def earlier(out: Path, jobs: Sequence[Job], shared: Shared, resume: bool, overwrite: bool) -> dict[str, Outcome]:
+def earlier(out: Path, jobs: Sequence[AdapterJob], shared: Shared, resume: bool, overwrite: bool) -> dict[str, JobResult]:
     """The jobs that are finished in ``out`` and are to be kept; nothing is removed yet.
 
     Raises:
@@ -160,14 +165,14 @@ def earlier(out: Path, jobs: Sequence[Job], shared: Shared, resume: bool, overwr
     return found
 
 
-def _read(path: Path) -> Outcome:
+def _read(path: Path) -> JobResult:
     try:
-        return Outcome(**{**json.loads(path.read_text(encoding="utf-8")), "kept": True})
+        return JobResult(**{**json.loads(path.read_text(encoding="utf-8")), "kept": True})
     except (OSError, ValueError, TypeError) as error:
         raise ArtefactError(f"{path} cannot be read ({error}); remove it, or say overwrite (--overwrite).") from error
 
 
-def _save(r: Running, outcome: Outcome, out: Path) -> None:
+def _save(r: Running, outcome: JobResult, out: Path) -> None:
     """The adapter first, the file that says so last."""
     folder = out / r.job.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -178,7 +183,7 @@ def _save(r: Running, outcome: Outcome, out: Path) -> None:
 # --- the sweep ------------------------------------------------------------------------------------------------
 def sweep(
     model: nn.Module,
-    jobs: Sequence[Job],
+    jobs: Sequence[AdapterJob],
     shared: Shared,
     out: str | Path,
     *,
@@ -187,7 +192,7 @@ def sweep(
     overwrite: bool = False,
     progress: Callable[[str, int], None] = lambda name, step: None,
     tell: Callable[[str], None] = lambda sentence: None,
-) -> list[Outcome]:
+) -> list[JobResult]:
     """Train every job, ``together`` at a time, evaluate it and save it to ``out/NAME``; in the order of ``jobs``.
 
     What cannot share a batch is trained afterwards, one after another, and ``tell`` says so with the reason.  A job that
@@ -204,7 +209,7 @@ def sweep(
         tell(f"{name}: finished before, kept")
     score = lambda: evaluate(model, shared.held, pad_id=shared.collator.pad_id, bytes_=shared.bytes_)
     before = next(iter(outcomes.values())).before if len(outcomes) == len(jobs) else score()
-    fresh = {j.name: Outcome(j.name, settings_of(j, shared), before) for j in jobs if j.name not in outcomes}
+    fresh = {j.name: JobResult(j.name, settings_of(j, shared), before) for j in jobs if j.name not in outcomes}
     outcomes |= fresh
 
     def finished(r: Running) -> None:
@@ -214,11 +219,11 @@ def sweep(
             done.error = r.error
             tell(f"{r.job.name}: stopped. {r.error}")
             return
-        with rw.view(model, {r.job.name: 1.0}):
+        with view(model, {r.job.name: 1.0}):
             done.after = score()
         _save(r, done, out)
 
-    def refused(job: Job, error: RankwiseError) -> None:
+    def refused(job: AdapterJob, error: RankwiseError) -> None:
         fresh[job.name].error = str(error)
         tell(f"{job.name}: refused. {error}")
 
@@ -229,15 +234,15 @@ def sweep(
 
 def _groups(
     model: nn.Module,
-    jobs: Sequence[Job],
-    fresh: Mapping[str, Outcome],
+    jobs: Sequence[AdapterJob],
+    fresh: Mapping[str, JobResult],
     together: int,
-    refused: Callable[[Job, RankwiseError], None],
+    refused: Callable[[AdapterJob, RankwiseError], None],
     tell: Callable[[str], None],
-) -> list[tuple[list[Job], int]]:
+) -> list[tuple[list[AdapterJob], int]]:
     """Jobs that share batches, and those that cannot; each with how many train at a time."""
-    shared: list[Job] = []
-    apart: list[Job] = []
+    shared: list[AdapterJob] = []
+    apart: list[AdapterJob] = []
     for job in jobs:
         try:
             reason = why_alone(model, job.recipe)
@@ -251,7 +256,7 @@ def _groups(
     return [(group, width) for group, width in ((shared, together), (apart, 1)) if group]
 
 
-def best(outcomes: Sequence[Outcome]) -> Outcome | None:
+def best(outcomes: Sequence[JobResult]) -> JobResult | None:
     """The finished job of the lowest held-out loss; None where none finished."""
     finished = [o for o in outcomes if o.after and math.isfinite(o.score())]
-    return min(finished, key=Outcome.score, default=None)
+    return min(finished, key=JobResult.score, default=None)

@@ -17,27 +17,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import rankwise as rw
-from rankwise.attach import choose_sites
+from rankwise.adapter import attach
 from rankwise.errors import OptionError, RankwiseError, RecipeError
-from rankwise.forms.base import SiteDelta
+from rankwise.forms.base import AdapterLayer
 from rankwise.recipe import Recipe, build
-from rankwise.roster import Roster, roster_of
+from rankwise.runtime.build import choose_sites
+from rankwise.runtime.registry import AdapterRegistry, registry_of
+from rankwise.runtime.view import View, entered
 from rankwise.seeds import generator
 from rankwise.store.names import check_name
-from rankwise.train.data import Collator, Example, Packed, Sampler
-from rankwise.train.data.tokens import IGNORED
+from rankwise.train.data.sampler import Sampler
+from rankwise.train.data.tokens import IGNORED, Example
 from rankwise.train.session import Session
-from rankwise.view import View, entered
+
+if TYPE_CHECKING:
+    from rankwise.train.data.collate import Collator
+    from rankwise.train.data.packing import Packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class AdapterJob:
     """One adapter to train.
 
     Attributes:
@@ -82,9 +86,9 @@ class Running:
         error: why it was stopped, or None.
     """
 
-    def __init__(self, model: nn.Module, job: Job, collator: Collator):
+    def __init__(self, model: nn.Module, job: AdapterJob, collator: Collator):
         self.job, self.model = job, model
-        self.adapter = rw.attach(model, job.recipe, calibration=_calibration(job, collator), name=job.name, activate=False)
+        self.adapter = attach(model, job.recipe, calibration=_calibration(job, collator), name=job.name, activate=False)
         try:
             self.session = Session(
                 model, self.adapter, lr=job.lr, total_steps=job.steps, weight_decay=job.weight_decay, schedule=job.schedule,
@@ -94,9 +98,9 @@ class Running:
             self.adapter.detach()
             raise
         for m in self.adapter.module.modules():
-            if isinstance(m, SiteDelta):
+            if isinstance(m, AdapterLayer):
                 m.keeps = self._keeps
-        self.own = View(roster_of(model), {job.name: 1.0})
+        self.own = registry_of(model).view({job.name: 1.0})
         self.losses: list[float] = []
         self.seconds = 0.0
         self.error: str | None = None
@@ -143,7 +147,7 @@ def _endless(n: int, seed: int) -> Iterator[int]:
         yield from sampler
 
 
-def _calibration(job: Job, collator: Collator) -> list[dict[str, Any]]:
+def _calibration(job: AdapterJob, collator: Collator) -> list[dict[str, Any]]:
     rows = job.rows[:32]
     return [collator(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
@@ -156,18 +160,18 @@ def why_alone(model: nn.Module, recipe: Recipe) -> str | None:
         RankwiseError: the recipe does not fit the model at all.
     """
     found = model._modules.get("rankwise")
-    roster = found if isinstance(found, Roster) else Roster(model)
+    registry = found if isinstance(found, AdapterRegistry) else AdapterRegistry(model)
     if any("BatchNorm" in type(m).__name__ for m in model.modules()):
         return "the model has batch normalisation, in which rows of a batch see each other"
     for part in recipe.all_parts():
         form = build("form", part.form)
         if part.router:
             return f"the router {_name(part.router)!r} balances over every row of its batch"
-        if "weight" in form.gives:
+        if "weight" in form.provides:
             return f"the form {form.info.name!r} moves the base weights, which all rows share"
         if part.init and build("init", part.init).replaces:
             return f"the init {_name(part.init)!r} puts another weight in the base's place, for all rows"
-        for site in choose_sites(roster, part, form)[0]:
+        for site in choose_sites(registry, part, form)[0]:
             if site.spec.mode not in ("called", "block") or site.spec.routed:
                 return f"another forward reads the weight {site.name!r} for all rows at once"
     return None
@@ -180,12 +184,12 @@ def _name(named: Any) -> str:
 # --- the loop -----------------------------------------------------------------------------------------------
 def train_together(
     model: nn.Module,
-    jobs: Sequence[Job],
+    jobs: Sequence[AdapterJob],
     collator: Collator,
     *,
     together: int = 8,
     finished: Callable[[Running], None] = lambda r: None,
-    refused: Callable[[Job, RankwiseError], None] | None = None,
+    refused: Callable[[AdapterJob, RankwiseError], None] | None = None,
     progress: Callable[[str, int], None] = lambda name, step: None,
 ) -> None:
     """Train all jobs, ``together`` at a time; as one ends the next joins.  The base is left as it was, to the bit.
@@ -223,7 +227,9 @@ def train_together(
         model.train(mode)
 
 
-def _begun(model: nn.Module, job: Job, collator: Collator, refused: Callable[[Job, RankwiseError], None] | None) -> list[Running]:
+def _begun(
+    model: nn.Module, job: AdapterJob, collator: Collator, refused: Callable[[AdapterJob, RankwiseError], None] | None
+) -> list[Running]:
     try:
         return [Running(model, job, collator)]
     except RankwiseError as error:
@@ -233,7 +239,7 @@ def _begun(model: nn.Module, job: Job, collator: Collator, refused: Callable[[Jo
         return []
 
 
-def _check(model: nn.Module, jobs: Sequence[Job], together: int) -> None:
+def _check(model: nn.Module, jobs: Sequence[AdapterJob], together: int) -> None:
     if together < 1 or not jobs:
         raise OptionError(f"{len(jobs)} jobs, {together} at a time; each is at least 1.")
     names = [j.name for j in jobs]
@@ -295,7 +301,7 @@ def _view(running: Sequence[Running], rows: Sequence[Sequence[Any]]) -> View:
     if len(running) == 1:
         return running[0].own
     names = [r.job.name for r in running]
-    return View(running[0].own.roster, dict.fromkeys(names, 1.0), [n for n, part in zip(names, rows) for _ in part])
+    return registry_of(running[0].adapter.model).view(dict.fromkeys(names, 1.0), [n for n, part in zip(names, rows) for _ in part])
 
 
 def _losses(logits: Tensor, labels: Tensor, cuts: Sequence[slice]) -> list[Tensor]:

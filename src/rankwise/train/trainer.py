@@ -156,7 +156,7 @@ def _bridge(base: type) -> type:
                 from rankwise.train.guard import check_first_backward
 
                 self._checked = True
-                self.adapter._roster.check_acted([self.adapter.name])
+                self.adapter._registry.check_called([self.adapter.name])
                 check_first_backward(self.adapter, self.adapter.named_parameters())
             if self.session is not None and self.session.losses and self.accelerator.sync_gradients:
                 scaler = self.accelerator.scaler
@@ -256,7 +256,7 @@ def trainer_class() -> type:
     return bridge(Trainer)
 
 
-class Reference(nn.Module):
+class ReferenceModel(nn.Module):
     """The original model as a module of its own: the same weights, under the empty view, without gradient.
 
     What TRL takes as ``ref_model``; its attributes are the model's, it holds no parameter, and its ``forward`` may be

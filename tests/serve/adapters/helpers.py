@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.serve.adapters.base import Served
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
+from rankwise.serve.adapters.base import LoadedAdapter
 from rankwise.serve.adapters.cache import AdapterCache
-from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.source import FolderSource
 from tests.models import FAMILIES, batch_for, llama, move
 
 
 @contextlib.contextmanager
-def acting(layout: Layout, served: Served) -> Iterator[None]:
+def acting(layout: Layout, served: LoadedAdapter) -> Iterator[None]:
     """In this block the layout's base computes with the served adapter for every row."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for g in layout.groups:
@@ -53,7 +53,7 @@ def acting(layout: Layout, served: Served) -> Iterator[None]:
             h.remove()
 
 
-def served_logits(model: Any, layout: Layout, served: Served, batch: dict[str, Tensor]) -> Tensor:
+def served_logits(model: Any, layout: Layout, served: LoadedAdapter, batch: dict[str, Tensor]) -> Tensor:
     model.eval()
     with torch.no_grad(), acting(layout, served):
         return torch.func.functional_call(model, dict(served.whole), kwargs=batch, tie_weights=False).logits
@@ -80,11 +80,11 @@ def folder_of(tmp_path: Path, *names: str, seed: int = 0, **recipe: Any) -> tupl
 
 
 def cache_of(model: Any, root: Path, *, intake: dict[str, Any] | None = None, **more: Any) -> AdapterCache:
-    source = FolderSource(root, Intake(model, **(intake or {})))
+    source = FolderSource(root, AdapterLoader(model, **(intake or {})))
     return AdapterCache(source, source.intake.layout, **more)
 
 
-def fetched(cache: AdapterCache, name: str) -> Served:
+def fetched(cache: AdapterCache, name: str) -> LoadedAdapter:
     return cache.fetch(cache.resolve(name).digest).result(timeout=60)
 
 

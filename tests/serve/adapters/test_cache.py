@@ -17,8 +17,8 @@ import torch
 
 import rankwise as rw
 from rankwise.errors import ArtefactError, OptionError
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.cache import AdapterCache
-from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.memory import MemorySource
 from rankwise.serve.adapters.registry import Registry
@@ -443,7 +443,7 @@ def test_a_registry_that_cannot_be_written_changes_nothing(tmp_path: Path, monke
 def test_published_adapters_are_copies_and_versions(recipe: dict[str, Any], tmp_path: Path) -> None:
     training, fresh = llama(), llama()
     adapter = attached(training, recipe)
-    intake = Intake(fresh)
+    intake = AdapterLoader(fresh)
     (tmp_path / "root").mkdir()
     memory = MemorySource(intake.layout)
     cache = AdapterCache(Sources(memory, FolderSource(tmp_path / "root", intake)), intake.layout)

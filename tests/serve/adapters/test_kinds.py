@@ -11,7 +11,7 @@ import torch
 
 import rankwise as rw
 from rankwise.catalogue import find
-from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.kinds import Options
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.types import AdapterRefused
@@ -41,7 +41,7 @@ def recipe_of(info: Any, model: str) -> dict[str, Any]:
 
 
 def fetch(root: Path, model: Any, name: str = "a", **options: Any) -> tuple[FolderSource, Any]:
-    source = FolderSource(root, Intake(model, **options))
+    source = FolderSource(root, AdapterLoader(model, **options))
     return source, source.fetch(source.resolve(name))
 
 
@@ -73,7 +73,7 @@ def test_served_equals_attached(info: Any, model_name: str, tmp_path: Path) -> N
 
 def test_the_straight_way_of_a_plain_lora_gives_the_general_way_s_pairs(tmp_path: Path) -> None:
     """Straight from the file's tensors, and by attaching: the same pairs to the bit, from native and PEFT files."""
-    from rankwise.serve.adapters import intake as module
+    from rankwise.serve.adapters import adapter_loader as module
 
     for model_name in MODELS:
         model = family(model_name)
@@ -203,13 +203,13 @@ def _value(kind: str) -> Any:
 def test_a_gate_that_does_not_look_at_x_becomes_a_pair() -> None:
     from rankwise.delta import LowRank
     from rankwise.delta.gated import ConstantGate, Gated
-    from rankwise.serve.adapters.base import Manifest
+    from rankwise.serve.adapters.base import AdapterMetadata
     from rankwise.serve.adapters.kinds import prepare
     from rankwise.serve.adapters.layout import Layout
 
     layout = Layout(family("llama"))
     value = Gated(LowRank(torch.randn(3, 32), torch.randn(32, 3)), ConstantGate(torch.tensor([0.5, 0.0, 2.0])))
-    served = prepare(layout, {"model.layers.1.self_attn.q_proj": value}, Manifest("d", "n", "", "", 0, 0, 0))
+    served = prepare(layout, {"model.layers.1.self_attn.q_proj": value}, AdapterMetadata("d", "n", "", "", 0, 0, 0))
     (A, B), *rest = served.pairs["model.layers.1.self_attn#0:32"]
     assert rest == [None, None] and not served.loose
     assert torch.allclose(B @ A, value.dense(), atol=1e-6)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import OptionError
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.slots import SlotTable
-from rankwise.serve.ops.base import Cells, Group
+from rankwise.serve.ops.base import Group, LoraPages
 from rankwise.serve.types import AdapterRefused
 
 GROUPS = (Group("qkv", ("q", "k"), 6, (6, 4)), Group("o", ("o",), 6, (6,)))
@@ -45,19 +45,21 @@ class Clock:
         return self.now
 
 
-def adapter(rank: int, seed: int) -> Served:
+def adapter(rank: int, seed: int) -> LoadedAdapter:
     g = torch.Generator().manual_seed(seed)
     pair = lambda out: (torch.randn(rank, 6, generator=g), torch.randn(out, rank, generator=g)) if rank else None
     pairs: dict[str, Any] = {"qkv": (pair(6), None), "o": (pair(6),)}
-    return Served(Manifest(f"d{seed}", f"a{seed}", "", "lora", rank, -(-rank // 8), 1), pairs, {"q": (lambda x, y: y,)}, {})
+    return LoadedAdapter(
+        AdapterMetadata(f"d{seed}", f"a{seed}", "", "lora", rank, -(-rank // 8), 1), pairs, {"q": (lambda x, y: y,)}, {}
+    )
 
 
-def table(count: int = 6) -> tuple[SlotTable, Pool, Cells]:
-    cells, pool = Cells(GROUPS, count), Pool(count)
+def table(count: int = 6) -> tuple[SlotTable, Pool, LoraPages]:
+    cells, pool = LoraPages(GROUPS, count), Pool(count)
     return SlotTable(cells, pool, clock=Clock()), pool, cells
 
 
-def holds(cells: Cells, ids: Sequence[int], served: Served) -> None:
+def holds(cells: LoraPages, ids: Sequence[int], served: LoadedAdapter) -> None:
     for name, pairs in served.pairs.items():
         for j, pair in enumerate(pairs):
             if ids:
@@ -140,7 +142,7 @@ def test_what_cannot_fit_and_what_cannot_fit_now() -> None:
 
 def test_cells_come_back_when_writing_fails() -> None:
     slots, pool, _ = table(2)
-    bad = Served(adapter(8, 1).manifest, {"qkv": ((torch.randn(8, 5), torch.randn(6, 8)), None)})
+    bad = LoadedAdapter(adapter(8, 1).manifest, {"qkv": ((torch.randn(8, 5), torch.randn(6, 8)), None)})
     with pytest.raises(OptionError, match="q takes A"):
         slots.ensure("bad", bad)
     assert sorted(pool.free) == [0, 1] and len(slots) == 0

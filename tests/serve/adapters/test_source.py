@@ -20,7 +20,7 @@ import torch
 
 import rankwise as rw
 from rankwise.errors import OptionError
-from rankwise.serve.adapters.intake import Intake
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.source import FolderSource, Sources
@@ -32,7 +32,7 @@ NATIVE, WEIGHTS, CONFIG = "rankwise.safetensors", "adapter_model.safetensors", "
 
 
 def source_of(root: Path, model: Any = None, **options: Any) -> FolderSource:
-    return FolderSource(root, Intake(llama() if model is None else model, **options))
+    return FolderSource(root, AdapterLoader(llama() if model is None else model, **options))
 
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_a_missing_root_is_said(tmp_path: Path) -> None:
 def test_two_roots_and_two_sources(tmp_path: Path) -> None:
     model, first = folder_of(tmp_path / "1", "a", "b")
     _, second = folder_of(tmp_path / "2", "b", "c", seed=7)
-    intake = Intake(model)
+    intake = AdapterLoader(model)
     both = FolderSource([first, second], intake)
     assert both.names() == ["a", "b", "c"]
     assert both.resolve("b").digest == FolderSource(first, intake).resolve("b").digest
@@ -336,7 +336,7 @@ def test_limits_on_both_sides(tmp_path: Path) -> None:
 def test_a_file_far_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a")
     monkeypatch.setattr("rankwise.serve.adapters.kinds.HEADERS", 0)
-    monkeypatch.setattr("rankwise.serve.adapters.intake.read_adapter", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr("rankwise.serve.adapters.adapter_loader.read_adapter", lambda *a, **k: pytest.fail("it was read"))
     with pytest.raises(AdapterRefused, match="reads at most 2,000"):
         source_of(root, model, limits=Limits(nbytes=1000)).resolve("a")
 
@@ -381,18 +381,17 @@ def test_a_version_that_was_seen_is_not_read_again(tmp_path: Path, monkeypatch: 
     model, root = folder_of(tmp_path, "a")
     source = source_of(root, model)
     first = source.resolve("a")
-    monkeypatch.setattr("rankwise.serve.adapters.intake.read_adapter", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr("rankwise.serve.adapters.adapter_loader.read_adapter", lambda *a, **k: pytest.fail("read again"))
     assert source.resolve("a") == first and source.fetch(first).manifest.digest == first.digest
 
 
 def test_coded_files_are_decoded_on_load(tmp_path: Path) -> None:
-    from rankwise.files import save_coded
 
     model = llama()
     adapter = attached(model, {"r": 4})
-    save_coded(adapter, tmp_path / "lossless", "lossless")
-    save_coded(adapter, tmp_path / "small", {"name": "intk", "k": 8})
-    save_coded(adapter, tmp_path / "difference", "delta", reference=tmp_path / "lossless")
+    adapter.save(tmp_path / "lossless", codec="lossless")
+    adapter.save(tmp_path / "small", codec={"name": "intk", "k": 8})
+    adapter.save(tmp_path / "difference", codec="delta", reference=tmp_path / "lossless")
     want = logits(model, batch(model))
     fresh = llama()
     source = source_of(tmp_path, fresh)
@@ -418,7 +417,7 @@ def test_gguf_files_are_served(tmp_path: Path) -> None:
 
 
 def test_one_read_for_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.serve.adapters import intake as module
+    from rankwise.serve.adapters import adapter_loader as module
 
     model, root = folder_of(tmp_path, "a", "b")
     source = source_of(root, model)
@@ -459,4 +458,4 @@ def test_an_adapted_model_is_no_base(tmp_path: Path) -> None:
     model = llama()
     rw.attach(model, {"r": 2})
     with pytest.raises(OptionError, match="detach"):
-        Intake(model)
+        AdapterLoader(model)

@@ -12,8 +12,8 @@ import fsspec
 import pytest
 import torch
 
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.cache import AdapterCache
-from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.source import FolderSource, Sources
 from rankwise.serve.adapters.uri import UriSource
@@ -41,7 +41,7 @@ def put(folder: Path, url: str) -> None:
 def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
     model, root = folder_of(tmp_path, "a", "b")
     attached(llama(), {"r": 2}).export(root / "p")
-    intake = Intake(model)
+    intake = AdapterLoader(model)
     local = FolderSource(root, intake)
     for base in (bucket, f"file://{tmp_path}/remote"):
         fsspec.core.url_to_fs(base)[0].makedirs(base.removeprefix("file://"), exist_ok=True)
@@ -63,7 +63,7 @@ def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
 def test_a_version_is_copied_once_and_a_new_one_is_noticed(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a", "b", "c", "d")
     put(root / "a", f"{bucket}/live")
-    source = UriSource(bucket, Intake(model, keep=0), tmp_path / "copies", refresh=0)
+    source = UriSource(bucket, AdapterLoader(model, keep=0), tmp_path / "copies", refresh=0)
     copies: list[str] = []
     copy = source._copy
     monkeypatch.setattr(source, "_copy", lambda fs, files, name: (copies.append(name), copy(fs, files, name))[1])
@@ -84,7 +84,7 @@ def test_a_version_is_copied_once_and_a_new_one_is_noticed(tmp_path: Path, bucke
 def test_a_store_is_not_asked_for_every_request(tmp_path: Path, bucket: str) -> None:
     model, root = folder_of(tmp_path, "a", "b")
     put(root / "a", f"{bucket}/live")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=60)
+    source = UriSource(bucket, AdapterLoader(model), tmp_path / "copies", refresh=60)
     first = source.resolve("live")
     put(root / "b", f"{bucket}/live")
     assert source.resolve("live") == first
@@ -96,7 +96,7 @@ def test_files_replaced_while_they_are_copied(tmp_path: Path, bucket: str, monke
     """Never a mixture of two versions: the copy is made again, and given up where it never holds still."""
     model, root = folder_of(tmp_path, "a", "b")
     put(root / "a", f"{bucket}/live")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
+    source = UriSource(bucket, AdapterLoader(model), tmp_path / "copies", refresh=0)
     copy, swaps = source._copy, ["b"]
 
     def disturbed(fs: Any, files: Any, name: str) -> Any:
@@ -123,7 +123,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
         out.write(bytes(data))
     with fs.open(f"{bucket}/pickled/adapter_model.bin", "wb") as out:
         out.write(b"\x80\x04.")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
+    source = UriSource(bucket, AdapterLoader(model), tmp_path / "copies", refresh=0)
     for name, why in {"damaged": "damaged", "pickled": "no .safetensors"}.items():
         with pytest.raises(AdapterRefused, match=why):
             source.resolve(name)
@@ -135,7 +135,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
             source.resolve_path(url, "x")
     assert source.resolve_path(f"{bucket}/good", "x").name == "x"
     monkeypatch.setattr("rankwise.serve.adapters.kinds.HEADERS", 0)
-    tight = UriSource(bucket, Intake(model, limits=Limits(nbytes=100)), tmp_path / "more", refresh=0)
+    tight = UriSource(bucket, AdapterLoader(model, limits=Limits(nbytes=100)), tmp_path / "more", refresh=0)
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: pytest.fail("read before its size was looked at"))
     with pytest.raises(AdapterRefused, match="reads at most 200"):
         tight.resolve("good")
@@ -144,7 +144,7 @@ def test_refusals_of_stores(tmp_path: Path, bucket: str, monkeypatch: pytest.Mon
 def test_a_store_that_fails_is_a_refusal(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, root = folder_of(tmp_path, "a")
     put(root / "a", f"{bucket}/a")
-    source = UriSource(bucket, Intake(model), tmp_path / "copies", refresh=0)
+    source = UriSource(bucket, AdapterLoader(model), tmp_path / "copies", refresh=0)
 
     def broken(*a: Any, **k: Any) -> Any:
         raise OSError("credentials in this message must not reach a client")
@@ -158,7 +158,7 @@ def test_a_store_that_fails_is_a_refusal(tmp_path: Path, bucket: str, monkeypatc
 def test_loading_by_url_at_run_time(tmp_path: Path, bucket: str) -> None:
     model, root = folder_of(tmp_path, "a", "b")
     put(root / "b", f"{bucket}/b")
-    intake = Intake(model)
+    intake = AdapterLoader(model)
     cache = AdapterCache(
         Sources(FolderSource(root, intake), UriSource(bucket, intake, tmp_path / "copies", refresh=0)),
         intake.layout,
@@ -174,7 +174,7 @@ def test_many_files_are_bounded_together_and_a_size_that_lies_too(
 ) -> None:
     model, root = folder_of(tmp_path, "a")
     limits = Limits(nbytes=1 << 20)
-    source = UriSource(bucket, Intake(model, limits=limits), tmp_path / "copies", refresh=0)
+    source = UriSource(bucket, AdapterLoader(model, limits=limits), tmp_path / "copies", refresh=0)
     put(root / "a", f"{bucket}/many")
     fs = fsspec.core.url_to_fs(bucket)[0]
     each = limits.most_in_files // 4
@@ -204,7 +204,7 @@ def test_copies_are_bounded_on_disk_and_come_again(tmp_path: Path, bucket: str) 
     for name in "abc":
         put(root / name, f"{bucket}/{name}")
     size = sum(f.stat().st_size for f in (root / "a").iterdir())
-    make = lambda keep: UriSource(bucket, Intake(model, keep=0), tmp_path / "copies", refresh=60, keep_bytes=keep)
+    make = lambda keep: UriSource(bucket, AdapterLoader(model, keep=0), tmp_path / "copies", refresh=60, keep_bytes=keep)
     source, times = make(2 * size + 100), iter(range(1000, 2000))
 
     def used(name: str) -> set[str]:

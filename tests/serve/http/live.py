@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.assets import load_base
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Sizes, assemble
+from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.http.app import make_app
 from rankwise.serve.http.auth import Keys
-from rankwise.serve.http.server import Server
+from rankwise.serve.http.server import HttpServer
 from rankwise.serve.http.settings import Settings
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.runner import NativeRunner
+from rankwise.serve.model.runner import NativeRunner
+from rankwise.serve.server import Sizes, build_server
 
 BLOCKS, PAGE = 96, 16
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -99,7 +99,7 @@ class Live:
     def __init__(
         self, root: Path, keys: Keys | None = None, options: dict[str, Any] | None = None, registry: Path | None = None, **more: Any
     ):
-        behind = assemble(
+        behind = build_server(
             copy.deepcopy(base()[0]), lambda intake: FolderSource(root, intake), sizes=Sizes(kv_tokens=BLOCKS * PAGE, page=PAGE, cells=16),
             options=EngineOptions(eos=(1,), **(options or {})), op="bags", pack=False, registry=registry,
         )  # fmt: skip
@@ -108,7 +108,7 @@ class Live:
         self.engine.runner = self.slow
         settings = Settings(**{"model": "base", "context": 512, "vocabulary": 4096, "ends": frozenset({1}), **more})
         self.app = make_app(self.engine, self.cache, base()[1], settings, keys)
-        self.server = Server(self.app, "127.0.0.1", 0)
+        self.server = HttpServer(self.app, "127.0.0.1", 0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.url = ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rankwise.errors import RankwiseError
-from rankwise.serve.http.choices import Choice, Piece
+from rankwise.serve.http.choices import OutputDelta, OutputStream
 from rankwise.serve.http.detokenise import Detokeniser
 from rankwise.serve.http.errors import status_of
 from rankwise.serve.types import AdapterRefused, Finished, Outcome, Token
@@ -16,11 +16,11 @@ END = 1
 
 def run(
     text: str, stops: tuple[str, ...] = (), cut: int | None = None, outcome: Outcome = Outcome.LENGTH
-) -> tuple[Choice, list[Piece]]:
+) -> tuple[OutputStream, list[OutputDelta]]:
     """The pieces of a text's tokens, the last ``cut`` of them left out."""
     d = Detokeniser(base()[1])
     ids = base()[1](text, add_special_tokens=False)["input_ids"][: None if cut is None else -cut]
-    choice, pieces = Choice(0, d, (5,), stops, frozenset({END})), []
+    choice, pieces = OutputStream(0, d, (5,), stops, frozenset({END})), []
     for i, t in enumerate([*ids, *([END] if outcome is Outcome.STOP else [])]):
         pieces.append(choice.token(Token("r", t, i, -0.5, ((t, -0.5),))))
         if pieces[-1].finish:
@@ -29,7 +29,7 @@ def run(
     return choice, pieces
 
 
-def text_of(pieces: list[Piece]) -> str:
+def text_of(pieces: list[OutputDelta]) -> str:
     return "".join(p.text for p in pieces)
 
 
@@ -74,7 +74,7 @@ def test_what_waited_for_a_stop_string_goes_out_at_the_end() -> None:
     ],
 )  # fmt: skip
 def test_how_a_request_can_fail(outcome: Outcome, error: RankwiseError | None, status: int) -> None:
-    choice = Choice(0, Detokeniser(base()[1]), (5,), (), frozenset())
+    choice = OutputStream(0, Detokeniser(base()[1]), (5,), (), frozenset())
     with pytest.raises(RankwiseError) as caught:
         choice.finished(Finished("r", outcome, 1, 0, message="secret" if status == 500 else "", error=error))
     assert status_of(caught.value) == status

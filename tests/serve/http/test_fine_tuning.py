@@ -16,12 +16,12 @@ import torch
 
 import rankwise as rw
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Sizes, assemble
+from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.finetune.queue import beside
 from rankwise.serve.http.app import make_app
-from rankwise.serve.http.server import Server
+from rankwise.serve.http.server import HttpServer
 from rankwise.serve.http.settings import Settings
-from rankwise.serve.options import EngineOptions
-from rankwise.serve.train_stream import beside
+from rankwise.serve.server import Sizes, build_server
 from tests.serve.http.live import base, greedy, wait
 
 TEXTS = [" ".join(w for w in line.split() for _ in range(2)) for line in ("the old man sat down", "a river went to the tall tree", "the man saw a tree")]  # fmt: skip
@@ -33,7 +33,7 @@ def running(home: Path, training: bool = True) -> Iterator[tuple[str, Any]]:
     model, tokenizer = base()
     (home / "adapters").mkdir(parents=True, exist_ok=True)
     (home / "data").mkdir(exist_ok=True)
-    made = assemble(
+    made = build_server(
         copy.deepcopy(model), lambda intake: FolderSource(home / "adapters", intake), sizes=Sizes(2048, 16, 8),
         options=EngineOptions(eos=(1,), train_tokens=48), pack=False,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def running(home: Path, training: bool = True) -> Iterator[tuple[str, Any]]:
     settings = Settings(
         model="base", context=512, vocabulary=4096, ends=frozenset({1}), train_roots=(home / "data",), train_bytes=5000
     )
-    server = Server(make_app(made.engine, made.cache, tokenizer, settings, training=stream), "127.0.0.1", 0)
+    server = HttpServer(make_app(made.engine, made.cache, tokenizer, settings, training=stream), "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -13,8 +13,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from rankwise.serve.http.metrics import OTHER, Labels, Metrics
 from rankwise.serve.http.service import Phase
-from rankwise.serve.metrics import OTHER, Labels, Metrics
 from tests.serve.http.live import Live, serving, wait
 
 HTTP = httpx.Client(timeout=30)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from rankwise.serve.http.errors import EngineFault
-from rankwise.serve.http.stream import ClientGone, Generation, Mailbox, SlowReader
+from rankwise.serve.http.stream import ClientGone, EventQueue, Generation, SlowReader
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Token
 from tests.serve.http.live import Live, base, greedy
 
@@ -99,7 +99,7 @@ def in_thread(fn: Callable[[], Any]) -> None:
 
 def test_all_events_arrive_in_order_from_many_threads() -> None:
     async def run() -> list[int]:
-        box, got = Mailbox(asyncio.get_running_loop(), 10**6), []
+        box, got = EventQueue(asyncio.get_running_loop(), 10**6), []
         threads = [threading.Thread(target=lambda k=k: [box.post(Token(str(k), i, i)) for i in range(2000)]) for k in range(4)]
         for t in threads:
             t.start()

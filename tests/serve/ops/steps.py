@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.batch import BASE, Segment, TokenPlan
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.plan import BASE, Segment, TokenPlan
 
 #: set by test_triton.py, which runs this very suite under the interpreter, or on a device where there is one
 OPS = os.environ.get("RANKWISE_TEST_OPS", "reference,bags,grouped,cat,native,auto").split(",")
@@ -32,7 +32,7 @@ Adapter = Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
 class Case:
     """Adapters in cells, a plan that uses them, and inputs: what one step needs."""
 
-    cells: Cells
+    cells: LoraPages
     slots: dict[int, list[int]]
     adapters: dict[int, Adapter]
     rows: list[int]
@@ -66,7 +66,7 @@ def make_case(
     ``left["s3"]`` names what the adapter of slot 3 leaves alone.
     """
     total = sum(-(-r // WIDTH) for r in ranks.values())
-    cells = Cells(GROUPS, 2 * total + 3, dtype, DEVICE)
+    cells = LoraPages(GROUPS, 2 * total + 3, dtype, DEVICE)
     for t in (*cells.shrink.values(), *cells.packed.values()):
         t.fill_(float("nan"))
     free = torch.randperm(cells.count, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -106,7 +106,7 @@ def inputs(case: Case, group: Group, dtype: torch.dtype, seed: int = 1) -> tuple
     return x.to(DEVICE, dtype), [y.to(DEVICE, dtype) for y in ys]
 
 
-def oracle(case: Case, group: Group, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+def evaluator(case: Case, group: Group, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
     """fp64, token by token, never through the cells."""
     out = [y.cpu().double().clone() for y in ys]
     for t, slot in enumerate(case.rows):

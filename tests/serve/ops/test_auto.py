@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError
+from rankwise.serve.batch import BASE
 from rankwise.serve.ops import auto
 from rankwise.serve.ops.bags import Bags
-from rankwise.serve.ops.base import Cells, Group
+from rankwise.serve.ops.base import Group, LoraPages
 from rankwise.serve.ops.build import compiler
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.plan import BASE
-from tests.serve.ops.steps import GROUPS, gap, inputs, make_case, oracle
+from tests.serve.ops.steps import GROUPS, evaluator, gap, inputs, make_case
 
 SHORT_BAGS = {(d, n): "bags" if n <= 8 else "grouped" for d in auto.SEGMENTS for n in auto.ROWS}
 
@@ -28,7 +28,7 @@ def test_each_segment_goes_to_the_choice_of_its_class(monkeypatch: pytest.Monkey
     assert parts == {"bags": [(0, 1), (2, 42)], "grouped": [(1, 2)]}
     for group in GROUPS:
         x, ys = inputs(case, group, torch.float32)
-        want = oracle(case, group, x, ys)
+        want = evaluator(case, group, x, ys)
         op.apply(group, x, ys)
         assert gap(ys, want, [torch.zeros_like(y) for y in ys]) < 1e-5
 
@@ -57,9 +57,9 @@ def test_an_operator_that_is_wrong_here_is_left_out_and_told(
 
 def test_measured_once_per_shapes_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [Group("a", ("a",), 24, (48,))]
-    make_op("auto", Cells(groups, 1))
+    make_op("auto", LoraPages(groups, 1))
     monkeypatch.setattr(auto, "_measure", lambda *_: pytest.fail("measured again"))
-    make_op("auto", Cells(groups, 3))
+    make_op("auto", LoraPages(groups, 3))
 
 
 def test_the_first_stands_unless_beaten_in_the_median_and_the_best() -> None:
@@ -71,7 +71,7 @@ def test_the_first_stands_unless_beaten_in_the_median_and_the_best() -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C compiler builds the native operator")
 def test_native_is_used_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = Cells(GROUPS, 1)
+    cells = LoraPages(GROUPS, 1)
     assert auto.candidates(cells, False) == ("bags", "grouped", "cat")
     monkeypatch.delenv("RANKWISE_NATIVE", raising=False)
     assert "native" not in make_op("auto", cells).ops  # type: ignore[attr-defined]

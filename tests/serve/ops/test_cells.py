@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rankwise.errors import OptionError, UnknownName
-from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
 from rankwise.serve.ops.registry import make_op
 from tests.serve.ops.steps import GROUPS, adapter
 
 
 @pytest.mark.parametrize("rank", [1, 8, 11])
 def test_read_gives_back_what_was_written(rank: int) -> None:
-    cells, one = Cells(GROUPS, 5), adapter(rank)
+    cells, one = LoraPages(GROUPS, 5), adapter(rank)
     held = [3, 0][: -(-rank // WIDTH)]
     cells.write(held, one)
     for g in GROUPS:
@@ -26,7 +26,7 @@ def test_read_gives_back_what_was_written(rank: int) -> None:
 
 
 def test_bytes_of_a_cell_are_those_of_the_tensors() -> None:
-    cells = Cells(GROUPS, 6, torch.bfloat16)
+    cells = LoraPages(GROUPS, 6, torch.bfloat16)
     held = sum(t.numel() * t.element_size() for t in (*cells.shrink.values(), *cells.packed.values()))
     assert cells.cell_bytes * 6 == held
 
@@ -41,7 +41,7 @@ def test_chunks() -> None:
 
 
 def test_wrong_writes_are_refused_and_change_nothing() -> None:
-    cells, good = Cells(GROUPS, 3), adapter(8)
+    cells, good = LoraPages(GROUPS, 3), adapter(8)
     cells.write([1], good)
     before = {k: t.clone() for k, t in cells.shrink.items()}
     A, B = good["o"][0]  # type: ignore[misc]
@@ -60,11 +60,11 @@ def test_wrong_writes_are_refused_and_change_nothing() -> None:
 
 def test_unknown_operator() -> None:
     with pytest.raises(UnknownName, match="'bags'"):
-        make_op("bag", Cells(GROUPS, 1))
+        make_op("bag", LoraPages(GROUPS, 1))
 
 
 def test_cells_that_were_left_act_nowhere_until_they_are_written_again() -> None:
-    cells = Cells(GROUPS, 2)
+    cells = LoraPages(GROUPS, 2)
     cells.write([0, 1], adapter(16))
     before = cells.version
     assert all(cells.used(g.name, (0, 1)) == (0, 1) for g in GROUPS)

@@ -9,9 +9,9 @@ import torch
 
 from rankwise.errors import OptionError
 from rankwise.serve.ops import build
-from rankwise.serve.ops.base import Cells, Group
+from rankwise.serve.ops.base import Group, LoraPages
 from rankwise.serve.ops.registry import make_op
-from tests.serve.ops.steps import GROUPS, gap, inputs, make_case, oracle, run
+from tests.serve.ops.steps import GROUPS, evaluator, gap, inputs, make_case, run
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler builds the native operator")
 
@@ -59,10 +59,10 @@ def test_a_cache_that_others_can_write_to_is_refused(cache: Path, tmp_path: Path
 
 def test_what_it_does_not_take() -> None:
     with pytest.raises(OptionError, match=r"torch\.bfloat16; use 'bags'"):
-        make_op("native", Cells(GROUPS, 1, torch.bfloat16))
+        make_op("native", LoraPages(GROUPS, 1, torch.bfloat16))
     nine = Group("wide", tuple("abcdefghi"), 8, (8,) * 9)
     with pytest.raises(OptionError, match="8 modules in a group; wide has 9"):
-        make_op("native", Cells([nine], 1))
+        make_op("native", LoraPages([nine], 1))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -75,6 +75,6 @@ def test_all_numbers_of_rows_in_a_piece(threads: int) -> None:
             case = make_case({0: 9, 1: 8}, [0] * n + [1] * (n + 1))
             for group in GROUPS:
                 x, ys = inputs(case, group, torch.float32)
-                assert gap(run("native", case, group, x, ys), oracle(case, group, x, ys), ys) < 1e-5, (n, group.name)
+                assert gap(run("native", case, group, x, ys), evaluator(case, group, x, ys), ys) < 1e-5, (n, group.name)
     finally:
         torch.set_num_threads(before)

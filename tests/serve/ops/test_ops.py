@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from rankwise.errors import OptionError
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.batch import BASE
+from rankwise.serve.ops.base import LoraPages
 from rankwise.serve.ops.build import compiler
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.plan import BASE
-from tests.serve.ops.steps import DEVICE, GROUPS, OPS, Case, adapter, gap, inputs, make_case, oracle, plan_of, rounded, run
+from tests.serve.ops.steps import DEVICE, GROUPS, OPS, Case, adapter, evaluator, gap, inputs, make_case, plan_of, rounded, run
 
 QKV, O, MLP = GROUPS
 RANKS = (1, 3, 8, 9, 64)
@@ -26,7 +26,7 @@ every_group = pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
 def holds(name: str, case: Case, dtype: torch.dtype = torch.float32, bound: float = 1e-5) -> None:
     for group in GROUPS:
         x, ys = inputs(case, group, dtype)
-        want = oracle(case, group, x, ys)
+        want = evaluator(case, group, x, ys)
         for whole in (True, False):
             assert gap(run(name, case, group, x, ys, whole=whole), want, ys) < bound, (group.name, whole)
 
@@ -74,7 +74,7 @@ def test_base_tokens_keep_their_bits(name: str) -> None:
 def test_inputs_and_outputs_that_are_slices(name: str) -> None:
     case = make_case({0: 8, 1: 9}, [0, 1, 1, BASE, 1])
     x, ys = inputs(case, QKV, torch.float32)
-    want = oracle(case, QKV, x, ys)
+    want = evaluator(case, QKV, x, ys)
     wide = torch.cat([x, x + 1], 1)[:, : QKV.inp]
     crossed = x.t().contiguous().t()
     for given_x in (wide, crossed):
@@ -145,7 +145,7 @@ def test_moved_and_rewritten_cells(name: str) -> None:
         op.begin(case.plan, case.slots)
         out = [y.clone() for y in ys]
         op.apply(QKV, x, out)
-        assert gap(out, oracle(case, QKV, x, ys), ys) < 1e-5, change
+        assert gap(out, evaluator(case, QKV, x, ys), ys) < 1e-5, change
 
 
 @every_op
@@ -160,7 +160,7 @@ def test_cells_that_were_empty_and_are_filled(name: str) -> None:
         op.begin(case.plan, case.slots)
         out = [y.clone() for y in ys]
         op.apply(O, x, out)
-        assert gap(out, oracle(case, O, x, ys), ys) < 1e-5
+        assert gap(out, evaluator(case, O, x, ys), ys) < 1e-5
 
 
 def test_relocation_gives_the_same_bits() -> None:
@@ -177,7 +177,7 @@ def test_relocation_gives_the_same_bits() -> None:
 def test_fp64(name: str) -> None:
     if name in NO_FP64:
         with pytest.raises(OptionError, match="float64"):
-            make_op(name, Cells(GROUPS, 1, torch.float64, DEVICE))
+            make_op(name, LoraPages(GROUPS, 1, torch.float64, DEVICE))
         return
     rows = [BASE, 0, 1, 2, 2, *[3] * 17, BASE, 4, 0]
     holds(name, make_case(dict(enumerate(RANKS)), rows, torch.float64), torch.float64, 1e-10)
@@ -202,7 +202,7 @@ def test_random_plans(name: str, data: st.DataObject) -> None:
     case = make_case(dict(enumerate(ranks)), rows, seed=data.draw(st.integers(0, 99)), s1=("o",), s2=("v", "mlp"))
     group = data.draw(st.sampled_from(GROUPS))
     x, ys = inputs(case, group, torch.float32)
-    assert gap(run(name, case, group, x, ys), oracle(case, group, x, ys), ys) < 1e-5
+    assert gap(run(name, case, group, x, ys), evaluator(case, group, x, ys), ys) < 1e-5
 
 
 @every_op

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rankwise.errors import OptionError
-from rankwise.serve.ops.base import Cells
+from rankwise.serve.ops.base import LoraPages
 from rankwise.serve.ops.registry import make_op
 from tests.serve.ops.steps import GROUPS
 
@@ -38,7 +38,7 @@ def test_the_suite_of_all_operators() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
 def test_a_cpu_is_refused_in_one_sentence() -> None:
     with pytest.raises(OptionError, match="needs a GPU, or TRITON_INTERPRET=1"):
-        make_op("triton", Cells(GROUPS, 1))
+        make_op("triton", LoraPages(GROUPS, 1))
 
 
 @needs_triton
@@ -47,7 +47,7 @@ def test_tables_keep_their_addresses_until_they_grow(monkeypatch: pytest.MonkeyP
     from tests.serve.ops.steps import plan_of
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    op = make_op("triton", Cells(GROUPS, 40))
+    op = make_op("triton", LoraPages(GROUPS, 40))
 
     def addresses() -> tuple[int, ...]:
         return tuple(t.data_ptr() for t in (op.pieces, op.list, op.count))  # type: ignore[attr-defined]

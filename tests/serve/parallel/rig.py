@@ -11,9 +11,9 @@ from torch import Tensor
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.ops.base import Pairs
 from rankwise.serve.parallel.cutting import cut_model
-from rankwise.serve.parallel.reference import install
-from rankwise.serve.parallel.ring import Ring
 from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.simulate.reference import install
+from rankwise.serve.simulate.ring import Ring
 from tests.models import _IDS, _LLAMA, FAMILIES, _text
 
 MAKERS = {k: m for k, (m, _) in FAMILIES.items()} | {"qwen2": _text("Qwen2ForCausalLM", "Qwen2Config", **_LLAMA, **_IDS)}

@@ -12,7 +12,7 @@ from typing import Any
 from rankwise.serve.parallel.comm import Whose
 from rankwise.serve.parallel.follower import follow
 from rankwise.serve.parallel.messages import Stop, hear, tell
-from rankwise.serve.parallel.ring import Ring, RingDevice
+from rankwise.serve.simulate.ring import Ring, RingDevice
 
 
 class Threads:

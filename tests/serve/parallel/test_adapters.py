@@ -9,8 +9,8 @@ import torch
 
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.parallel.comm import PeerLost, attention_traffic, ring_all_gather, ring_all_reduce
-from rankwise.serve.parallel.ring import Ring
 from rankwise.serve.parallel.shares import shares
+from rankwise.serve.simulate.ring import Ring
 from tests.models import _LLAMA, _text, llama
 from tests.serve.parallel.rig import forward, merge, pairs_for, wide
 

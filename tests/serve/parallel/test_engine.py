@@ -12,18 +12,18 @@ import torch
 
 from rankwise.delta import Dense, Scale
 from rankwise.errors import OptionError
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.adapters.loose import Constant, Offset, Weighted
+from rankwise.serve.adapters.non_lora_changes import Constant, Offset, Weighted
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.assemble import Sizes, assemble
-from rankwise.serve.engine import run_until_idle
-from rankwise.serve.options import EngineOptions
+from rankwise.serve.batch import BASE, Role, Span, make_plan
+from rankwise.serve.engine.engine import run_until_idle
+from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
 from rankwise.serve.parallel.device import DeviceCells
-from rankwise.serve.parallel.loose import local
+from rankwise.serve.parallel.non_lora_changes import local
 from rankwise.serve.parallel.shares import shares
-from rankwise.serve.plan import BASE, Role, Span, make_plan
+from rankwise.serve.server import Sizes, build_server
 from rankwise.serve.types import AdapterRefused, Outcome
 from tests.serve import rig
 from tests.serve.parallel.team import Threads
@@ -33,7 +33,7 @@ SERVED = ("one", "three", "eight", "nine", "rs", "dora")
 
 
 def made(team: Any, split: str, **more: Any) -> Any:
-    return assemble(
+    return build_server(
         rig.base_model(), lambda intake: FolderSource(rig.folder(), intake), sizes=Sizes(kv_tokens=160, page=4, cells=8), policy="fcfs",
         base="rig", team=team, adapter_split=split, options=EngineOptions(max_running=6, step_tokens=8, speculate=2), pack=False, **more,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def plan_of(ids: tuple[int, ...], slot: int) -> Any:
 
 def test_a_device_holds_its_part_of_cells_and_cache() -> None:
     """Of cells, an N-th where the sides divide; of keys and values its heads'; all of both with one device."""
-    alone = assemble(
+    alone = build_server(
         rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, cells=8), pack=False
     )
     team = Threads(rig.base_model, 2)
@@ -129,7 +129,7 @@ def test_a_loose_change_of_the_head_is_the_first_devices_alone() -> None:
     team = Threads(rig.base_model, 2)
     server = made(team, "auto")
     offset = torch.randn(rig.VOCAB, generator=torch.Generator().manual_seed(0))
-    served = Served(Manifest("h", "h", "", "", 0, 0, 0), {}, {"lm_head": (Offset(offset),)})
+    served = LoadedAdapter(AdapterMetadata("h", "h", "", "", 0, 0, 0), {}, {"lm_head": (Offset(offset),)})
     server.cache.accept(served)
     slot = server.table.ensure("h", served)
     base, changed = (server.runner.run(plan_of((3, 4, 5), at), server.table.slots) for at in (BASE, slot))
@@ -138,7 +138,7 @@ def test_a_loose_change_of_the_head_is_the_first_devices_alone() -> None:
 
 
 def test_a_refusal_reaches_the_one_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.serve.parallel.loose.is_affine", lambda change: False)
+    monkeypatch.setattr("rankwise.serve.parallel.non_lora_changes.is_affine", lambda change: False)
     team = Threads(rig.base_model, 2)
     server = made(team, "auto")
     run = rig.Run()
@@ -162,7 +162,7 @@ def test_biases_that_an_adapter_changes(size: int) -> None:
         site = layout.sites[path]
         gain = Constant(site, Scale(1 + 0.3 * torch.randn(site.spec.out, generator=g)))
         loose[path] = (Weighted(Offset(torch.randn(site.spec.out, generator=g)), 0.5), gain)
-    served = Served(Manifest("x", "x", "", "", 0, 0, 0), {}, loose)
+    served = LoadedAdapter(AdapterMetadata("x", "x", "", "", 0, 0, 0), {}, loose)
     x = torch.randn(5, 32, generator=g)
     for path, changes in loose.items():
         W = model.get_submodule(path).weight.detach()

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rankwise.serve.engine import run_until_idle
+from rankwise.serve.engine.engine import run_until_idle
 from rankwise.serve.parallel.comm import PeerLost
 from rankwise.serve.parallel.processes import Processes
 from rankwise.serve.types import Outcome

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from rankwise.serve.ops.base import Pairs
+if TYPE_CHECKING:
+    from rankwise.serve.ops.base import Pairs
 
 #: Δy of one segment at one module from the module's input x: n×in and the base's output y without bias: n×out
-Loose = Callable[[Tensor, Tensor], Tensor]
+NonLoraChange = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Manifest:
+class AdapterMetadata:
     """An adapter or a mix, resolved: enough to queue, price and identify it.
 
     Attributes:
@@ -41,18 +42,18 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Served:
+class LoadedAdapter:
     """An adapter's numbers, ready for a slot.
 
     Attributes:
-        pairs: group → per module (A with the scale in it, B), for :class:`~rankwise.serve.ops.base.Cells`.
+        pairs: group → per module (A with the scale in it, B), for :class:`~rankwise.serve.ops.base.LoraPages`.
         loose: module → changes that are no pair (columns, scales, gated mixtures …), in the order in which they add up.
         whole: parameter → tensor that stands in for the base's on this adapter's rows (a head, an embedding).
     """
 
-    manifest: Manifest
+    manifest: AdapterMetadata
     pairs: Mapping[str, Pairs]
-    loose: Mapping[str, tuple[Loose, ...]] = dataclasses.field(default_factory=dict)
+    loose: Mapping[str, tuple[NonLoraChange, ...]] = dataclasses.field(default_factory=dict)
     whole: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -63,7 +64,7 @@ class AdapterSource(Protocol):
         """Every name it can resolve now."""
         ...
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         """Read the header only.
 
         Raises:
@@ -71,7 +72,7 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         """Read and prepare the numbers; every value finite, every tensor mapped.
 
         Raises:

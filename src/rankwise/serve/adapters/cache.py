@@ -14,25 +14,28 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError
 from rankwise.host import Helpers
-from rankwise.serve.adapters.base import AdapterSource, Manifest, Served
 from rankwise.serve.adapters.kinds import Limits
-from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
 from rankwise.serve.adapters.usage import Tally, Use, stalest
-from rankwise.serve.shortage import no_memory
+from rankwise.serve.memory import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import AdapterMetadata, AdapterSource, LoadedAdapter
+    from rankwise.serve.adapters.layout import Layout
 
 log = logging.getLogger("rankwise.serve")
 
 
 @dataclasses.dataclass(slots=True)
 class _Kept:
-    served: Served
+    served: LoadedAdapter
     use: Use
 
 
@@ -41,7 +44,7 @@ class Listed:
     """One name: ``manifest`` None until it was first resolved; ``tier`` ``host`` or ``disk``; ``loaded`` at run time."""
 
     name: str
-    manifest: Manifest | None
+    manifest: AdapterMetadata | None
     tier: str
     pins: int
     loaded: bool
@@ -83,20 +86,20 @@ class AdapterCache:
         self._lately = Lately(self.names)
         self._clock, self.on_load = clock, on_load
         #: told every adapter that was read; raises AdapterRefused where the engine cannot serve that sort
-        self.accept: Callable[[Served], object] = lambda served: None
+        self.accept: Callable[[LoadedAdapter], object] = lambda served: None
         self._threads = Helpers(workers, thread_name_prefix="adapter-load")
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._writing = threading.Lock()  # names change one at a time; the disk is written under this one alone
-        self._known: dict[str, Manifest] = {}  # by digest
+        self._known: dict[str, AdapterMetadata] = {}  # by digest
         self._led: dict[str, str] = {}  # name → the digest it last led to
         self._host: dict[str, _Kept] = {}
         self._pins: Counter[str] = Counter()
-        self._loading: dict[str, Future[Served]] = {}
+        self._loading: dict[str, Future[LoadedAdapter]] = {}
         self._leaving: set[str] = set()  # digests whose name was unloaded: they go with their last pin
 
     # --- names ------------------------------------------------------------------------------------------------
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         """Where ``name`` leads now.
 
         Raises:
@@ -122,7 +125,7 @@ class AdapterCache:
         with self._lock:
             return [self._listed(n) for n in names]
 
-    def load(self, name: str, path: str) -> Manifest:
+    def load(self, name: str, path: str) -> AdapterMetadata:
         """Give the adapter at ``path`` the name ``name``, after reading and checking all of it; an older one of that name is let go.
 
         Raises:
@@ -169,7 +172,7 @@ class AdapterCache:
             self._idle.wait_for(lambda: not self._pins[digest], timeout=wait)
             return self._pins[digest]
 
-    def mix(self, parts: Sequence[tuple[str, float]]) -> Manifest:
+    def mix(self, parts: Sequence[tuple[str, float]]) -> AdapterMetadata:
         """The manifest of Σ weight·adapter; its numbers are made by :meth:`fetch`.
 
         Raises:
@@ -182,7 +185,7 @@ class AdapterCache:
             return self._known.setdefault(manifest.digest, manifest)
 
     # --- numbers ----------------------------------------------------------------------------------------------
-    def fetch(self, digest: str) -> Future[Served]:
+    def fetch(self, digest: str) -> Future[LoadedAdapter]:
         """The numbers of a resolved adapter or mix, now or later; one load of a digest at a time.
 
         Pin the digest first (:meth:`acquire`), or they may be gone again before they are used.
@@ -192,11 +195,11 @@ class AdapterCache:
             kept = self._host.get(digest)
             if kept is not None:
                 kept.use.last = self._clock()
-                done: Future[Served] = Future()
+                done: Future[LoadedAdapter] = Future()
                 done.set_result(kept.served)
                 return done
             if digest not in self._loading:
-                future: Future[Served] = Future()
+                future: Future[LoadedAdapter] = Future()
                 self._loading[digest] = future
                 try:
                     self._threads.submit(self._load, manifest, future)
@@ -206,7 +209,7 @@ class AdapterCache:
                 return future
             return self._loading[digest]
 
-    def known(self, digest: str) -> Manifest:
+    def known(self, digest: str) -> AdapterMetadata:
         """The manifest of a digest that was resolved.
 
         Raises:
@@ -215,7 +218,7 @@ class AdapterCache:
         with self._lock:
             return self._manifest(digest)
 
-    def get(self, digest: str) -> Served | None:
+    def get(self, digest: str) -> LoadedAdapter | None:
         """The numbers, where they are in memory."""
         with self._lock:
             kept = self._host.get(digest)
@@ -262,12 +265,12 @@ class AdapterCache:
         self._threads.shutdown(wait=True)
 
     # --- inside -----------------------------------------------------------------------------------------------
-    def _load(self, manifest: Manifest, future: Future[Served]) -> None:
+    def _load(self, manifest: AdapterMetadata, future: Future[LoadedAdapter]) -> None:
         start, what = self._clock(), manifest.meta.get("format", manifest.source)
         try:
             served = self._read(manifest)
             self._keep(served, self._clock() - start)
-            outcome: tuple[str, Served | BaseException] = ("ok", served)
+            outcome: tuple[str, LoadedAdapter | BaseException] = ("ok", served)
         except BaseException as error:
             outcome = ("refused" if isinstance(error, AdapterRefused) else "error", error)
         with self._lock:
@@ -284,7 +287,7 @@ class AdapterCache:
             except Exception as error:  # who listens may not keep anybody from an adapter
                 log.error("the listener of adapter loads failed", exc_info=error)
 
-    def _read(self, manifest: Manifest) -> Served:
+    def _read(self, manifest: AdapterMetadata) -> LoadedAdapter:
         """The numbers; where memory runs out once more after every idle adapter has gone, whoever asked is to come back.
 
         Raises:
@@ -299,7 +302,7 @@ class AdapterCache:
                 self.relieve()
         raise Overloaded(f"There is no memory left to read the adapter {manifest.name!r}; try again later.", 5.0)
 
-    def _made(self, manifest: Manifest) -> Served:
+    def _made(self, manifest: AdapterMetadata) -> LoadedAdapter:
         if not manifest.parts:
             served = self.source.fetch(manifest)
         else:
@@ -309,7 +312,7 @@ class AdapterCache:
         self.accept(served)
         return served
 
-    def _keep(self, served: Served, seconds: float) -> None:
+    def _keep(self, served: LoadedAdapter, seconds: float) -> None:
         """Into the host tier, evicting what was longest out of use for its cost.
 
         Raises:
@@ -328,7 +331,7 @@ class AdapterCache:
             self._host[digest] = _Kept(served, Use(self._clock(), max(seconds, 1e-3), self._pins[digest]))
             self._known[digest] = served.manifest
 
-    def _note(self, name: str, manifest: Manifest) -> Manifest:
+    def _note(self, name: str, manifest: AdapterMetadata) -> AdapterMetadata:
         """Remember where a name leads; what was measured of the same digest before is kept."""
         with self._lock:
             self._known.setdefault(manifest.digest, manifest)
@@ -360,7 +363,7 @@ class AdapterCache:
         if digest in self._host:
             self._host[digest].use.pins = self._pins[digest]
 
-    def _manifest(self, digest: str) -> Manifest:
+    def _manifest(self, digest: str) -> AdapterMetadata:
         if digest not in self._known:
             raise UnknownAdapter(f"No adapter with the digest {digest[:12]!r} was resolved.")
         return self._known[digest]
@@ -377,7 +380,7 @@ class AdapterCache:
             name in self._registry.names,
         )
 
-    def _resolve_path(self, path: str, name: str) -> Manifest:
+    def _resolve_path(self, path: str, name: str) -> AdapterMetadata:
         if not hasattr(self.source, "resolve_path"):
             raise AdapterRefused(f"The adapter {name!r} cannot be loaded: this server's source of adapters takes no paths.")
         return self.source.resolve_path(path, name)

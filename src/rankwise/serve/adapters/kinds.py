@@ -10,20 +10,25 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rankwise.delta import Delta, LowRank, Sum
-from rankwise.files import whole
-from rankwise.forms.base import SiteDelta
-from rankwise.serve.adapters.base import Loose, Manifest, Served
-from rankwise.serve.adapters.layout import Layout, Spot
-from rankwise.serve.adapters.loose import Constant, Forward, Offset, tensors_of
+from rankwise.delta.dense import Sum
+from rankwise.delta.lowrank import LowRank
+from rankwise.forms.base import AdapterLayer
+from rankwise.runtime.write import whole
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter, NonLoraChange
+from rankwise.serve.adapters.non_lora_changes import Constant, Forward, Offset, tensors_of
 from rankwise.serve.ops.base import WIDTH, Pairs
 from rankwise.serve.types import AdapterRefused
-from rankwise.sites import Site
 from rankwise.store.tensorfile import all_finite
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
+    from rankwise.serve.adapters.layout import Layout, Spot
+    from rankwise.sites.site import Site
 
 #: bytes that files may have beside numbers
 HEADERS = 16 << 20
@@ -66,7 +71,7 @@ class Limits:
         if size > most:
             raise AdapterRefused(f"The adapter {name!r} has files of {size:,} bytes; this server reads at most {most:,}.")
 
-    def check(self, manifest: Manifest) -> None:
+    def check(self, manifest: AdapterMetadata) -> None:
         """Refuse what takes too much once prepared."""
         if manifest.rank > self.rank:
             raise AdapterRefused(
@@ -79,7 +84,9 @@ class Limits:
             )
 
 
-def prepare(layout: Layout, changes: Mapping[str, Delta | SiteDelta], manifest: Manifest, options: Options | None = None) -> Served:
+def prepare(
+    layout: Layout, changes: Mapping[str, Delta | AdapterLayer], manifest: AdapterMetadata, options: Options | None = None
+) -> LoadedAdapter:
     """The adapter ready for a slot; rank, cells, bytes, exactness and error of ``manifest`` are filled in.
 
     Args:
@@ -91,12 +98,12 @@ def prepare(layout: Layout, changes: Mapping[str, Delta | SiteDelta], manifest: 
     work = _Work(layout, options or Options())
     for name, change in changes.items():
         work.add(name, change)
-    served = Served(manifest, work.grouped(), {m: tuple(c) for m, c in work.loose.items()}, work.whole)
+    served = LoadedAdapter(manifest, work.grouped(), {m: tuple(c) for m, c in work.loose.items()}, work.whole)
     refuse_nonfinite(tensors_in(served), manifest.name)
     return measured(served, exact=work.error is None, error=work.error or 0.0)
 
 
-def measured(served: Served, exact: bool = True, error: float = 0.0) -> Served:
+def measured(served: LoadedAdapter, exact: bool = True, error: float = 0.0) -> LoadedAdapter:
     """``served`` with a manifest that says what was made."""
     r = rank_of(served.pairs)
     manifest = dataclasses.replace(
@@ -115,7 +122,7 @@ def cells_for(rank: int) -> int:
     return -(-rank // WIDTH)
 
 
-def size_of(served: Served) -> int:
+def size_of(served: LoadedAdapter) -> int:
     """Host bytes of its tensors, each storage once."""
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(served)}
     return sum(found.values())
@@ -127,7 +134,7 @@ def refuse_nonfinite(tensors: Iterable[Tensor], name: str) -> None:
         raise AdapterRefused(f"The adapter {name!r} holds NaN or infinite numbers once its scale is applied.")
 
 
-def tensors_in(served: Served) -> Iterator[Tensor]:
+def tensors_in(served: LoadedAdapter) -> Iterator[Tensor]:
     for group in served.pairs.values():
         yield from (t for pair in group if pair is not None for t in pair)
     for changes in served.loose.values():
@@ -141,17 +148,17 @@ class _Work:
     def __init__(self, layout: Layout, options: Options):
         self.layout, self.options = layout, options
         self.pairs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.loose: dict[str, list[Loose]] = defaultdict(list)
+        self.loose: dict[str, list[NonLoraChange]] = defaultdict(list)
         self.whole: dict[str, Tensor] = {}
         self.error: float | None = None
 
-    def add(self, name: str, change: Delta | SiteDelta) -> None:
+    def add(self, name: str, change: Delta | AdapterLayer) -> None:
         site = self.layout.sites[name]
         module, spot = site.spec.module, self.layout.spots.get(name)
         why = self.layout.refusal(site.spec)
         if why:
             raise AdapterRefused(f"The adapter changes {name!r}, where it cannot be served: {why}.")
-        if isinstance(change, SiteDelta):
+        if isinstance(change, AdapterLayer):
             self.loose[module].append(Forward(change, site.spec.row_index()))
         elif site.spec.mode == "plain":
             self.loose[module].append(Offset(change.dense(site.read() if change.needs_weight else None).reshape(-1)))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from rankwise.errors import OptionError
 from rankwise.serve.ops.base import Group
-from rankwise.sites import Site, find_sites
-from rankwise.sites.spec import SiteSpec
+from rankwise.sites.discover import find_sites
+
+if TYPE_CHECKING:
+    from rankwise.sites.site import Site
+    from rankwise.sites.spec import SiteSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

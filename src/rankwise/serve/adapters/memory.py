@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from typing import TYPE_CHECKING
 
-from rankwise.adapter import Adapter
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.kinds import Limits, Options, prepare
-from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.source import no_adapter, shown, valid
 from rankwise.serve.adapters.values import values_of
 from rankwise.serve.types import AdapterRefused
 from rankwise.store import tensorfile
+
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
+    from rankwise.serve.adapters.layout import Layout
 
 
 class MemorySource:
@@ -24,10 +27,10 @@ class MemorySource:
 
     def __init__(self, layout: Layout, *, options: Options | None = None, limits: Limits | None = None):
         self.layout, self.options, self.limits = layout, options or Options(), limits or Limits()
-        self._by_name: dict[str, Served] = {}
+        self._by_name: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
 
-    def publish(self, name: str, adapter: Adapter) -> Manifest:
+    def publish(self, name: str, adapter: Adapter) -> AdapterMetadata:
         """Take over what ``adapter`` is now, from whichever model of the base's shapes it is attached to.
 
         Raises:
@@ -35,7 +38,9 @@ class MemorySource:
         """
         if not valid(name):
             raise AdapterRefused(f"An adapter cannot be called {shown(name)}; use letters, digits, spaces and ._-.")
-        manifest = Manifest(_digest(adapter, self.options), name, "memory", _kind(adapter), 0, 0, 0, meta={"format": "memory"})
+        manifest = AdapterMetadata(
+            _digest(adapter, self.options), name, "memory", _kind(adapter), 0, 0, 0, meta={"format": "memory"}
+        )
         served = prepare(self.layout, values_of(adapter), manifest, self.options)
         self.limits.check(served.manifest)
         with self._lock:
@@ -52,13 +57,13 @@ class MemorySource:
         with self._lock:
             return sorted(self._by_name)
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         with self._lock:
             if name not in self._by_name:
                 raise no_adapter(name, self._by_name)
             return self._by_name[name].manifest
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         with self._lock:
             for served in self._by_name.values():
                 if served.manifest.digest == manifest.digest:

@@ -7,17 +7,20 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rankwise.serve.adapters.base import Loose, Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter, NonLoraChange
 from rankwise.serve.adapters.kinds import cells_for, grouped, measured, refuse_nonfinite, tensors_in
-from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.adapters.loose import Weighted
+from rankwise.serve.adapters.non_lora_changes import Weighted
 from rankwise.serve.types import AdapterRefused
 
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.layout import Layout
 
-def mix_manifest(parts: Sequence[tuple[Manifest, float]]) -> Manifest:
+
+def mix_manifest(parts: Sequence[tuple[AdapterMetadata, float]]) -> AdapterMetadata:
     """The manifest of Σ w·adapter; equal sets of (adapter, weight) have one digest, in whatever order they were named.
 
     An adapter that is named twice has the sum of its weights; rank and bytes are upper bounds until the mix is made.
@@ -28,7 +31,7 @@ def mix_manifest(parts: Sequence[tuple[Manifest, float]]) -> Manifest:
     if not parts:
         raise AdapterRefused("A mix needs at least one adapter with its weight.")
     weights: dict[str, float] = defaultdict(float)
-    by_digest: dict[str, Manifest] = {}
+    by_digest: dict[str, AdapterMetadata] = {}
     for manifest, weight in parts:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise AdapterRefused(f"The weight of {manifest.name!r} in the mix is {str(weight)[:40]!r}; it is a finite number.")
@@ -45,7 +48,7 @@ def mix_manifest(parts: Sequence[tuple[Manifest, float]]) -> Manifest:
     ordered = tuple(sorted(weights.items()))
     members = [by_digest[d] for d, _ in ordered]
     rank = sum(m.rank for m in members)
-    return Manifest(
+    return AdapterMetadata(
         digest=hashlib.sha256(json.dumps(["rankwise-mix", [[d, w.hex()] for d, w in ordered]]).encode()).hexdigest(),
         name=" + ".join(f"{w:g}·{m.name}" for (_, w), m in zip(ordered, members, strict=True)), source="mix", kind="mix", rank=rank,
         cells=cells_for(rank), nbytes=sum(m.nbytes for m in members), exact=all(m.exact for m in members),
@@ -53,7 +56,7 @@ def mix_manifest(parts: Sequence[tuple[Manifest, float]]) -> Manifest:
     )  # fmt: skip
 
 
-def _refuse_shared_wholes(members: Sequence[Manifest]) -> None:
+def _refuse_shared_wholes(members: Sequence[AdapterMetadata]) -> None:
     owners: dict[str, str] = {}
     for m in members:
         for param in m.meta.get("whole", ()):
@@ -64,13 +67,13 @@ def _refuse_shared_wholes(members: Sequence[Manifest]) -> None:
             owners[param] = m.name
 
 
-def mix_served(manifest: Manifest, parts: Sequence[tuple[Served, float]], layout: Layout) -> Served:
+def mix_served(manifest: AdapterMetadata, parts: Sequence[tuple[LoadedAdapter, float]], layout: Layout) -> LoadedAdapter:
     """The numbers of a mix from those of its adapters: A = [w₁A₁; w₂A₂ …], B = [B₁, B₂ …]; loose changes times w.
 
     A whole parameter T counts as a change of the base's W: W + w·(T − W).
     """
     found: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    loose: dict[str, list[Loose]] = defaultdict(list)
+    loose: dict[str, list[NonLoraChange]] = defaultdict(list)
     whole: dict[str, Tensor] = {}
     for served, w in parts:
         for name, pairs in served.pairs.items():
@@ -80,7 +83,7 @@ def mix_served(manifest: Manifest, parts: Sequence[tuple[Served, float]], layout
         for module, changes in served.loose.items():
             loose[module] += [c if w == 1.0 else Weighted(c, w) for c in changes]
         whole |= {param: t if w == 1.0 else _between(layout, param, t, w) for param, t in served.whole.items()}
-    made = Served(manifest, grouped(layout, found), {m: tuple(c) for m, c in loose.items()}, whole)
+    made = LoadedAdapter(manifest, grouped(layout, found), {m: tuple(c) for m, c in loose.items()}, whole)
     refuse_nonfinite(tensors_in(made), manifest.name)
     return measured(made, exact=manifest.exact, error=manifest.error)
 

@@ -8,24 +8,26 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.files import as_native
 from rankwise.recipe import Part
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.runtime.read import as_native
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.kinds import Options, grouped, lifted, measured, refuse_nonfinite
-from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.types import AdapterRefused, ServeError
-from rankwise.store import peft_config as cfg
 from rankwise.store import tensorfile
 from rankwise.store.coded import KIND, decode_file
 from rankwise.store.foreign import read_foreign
 from rankwise.store.native import FILE, header_of
-from rankwise.store.peft_read import _Reader, check_stamp
+from rankwise.store.peft import config as cfg
+from rankwise.store.peft.read import _Reader, check_stamp
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.layout import Layout
 
 #: what of a native header decides the numbers; its name, provenance and the base's fingerprint do not
 _MEANING = ("parts", "states", "recipe", "kind")
@@ -33,7 +35,7 @@ Key = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Read:
+class AdapterFile:
     """An adapter as native fields and tensors by our names; ``digest`` covers both and how they will be prepared."""
 
     format: str
@@ -72,7 +74,9 @@ def holds_adapter(folder: str) -> bool:
         return any(e.name == cfg.CONFIG or e.name.endswith((".safetensors", ".gguf")) for e in entries)
 
 
-def read_adapter(at: int, folder: Path, name: str, layout: Layout, config: Any, options: Options, *, trusted: bool = False) -> Read:
+def read_adapter(
+    at: int, folder: Path, name: str, layout: Layout, config: Any, options: Options, *, trusted: bool = False
+) -> AdapterFile:
     """The adapter in the folder that descriptor ``at`` stands for; ``folder`` is its path, for links and messages.
 
     Args:
@@ -94,7 +98,7 @@ def read_adapter(at: int, folder: Path, name: str, layout: Layout, config: Any, 
             state, info = read_foreign(inside, layout.sites, config)
             format, (head, tensors) = "foreign", _described(*as_native(layout.sites, state, info, name))
         meaning = json.dumps({k: head.get(k) for k in _MEANING}, sort_keys=True, separators=(",", ":"))
-        return Read(format, head, tensors, tensorfile.digest(tensors, f"{options.salt()}\0{meaning}"))
+        return AdapterFile(format, head, tensors, tensorfile.digest(tensors, f"{options.salt()}\0{meaning}"))
 
 
 def _native(folder: Path, at: int, name: str, trusted: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,7 +148,7 @@ def is_plain(kind: str, head: Mapping[str, Any], layout: Layout) -> bool:
     return all(n in layout.spots and not layout.sites[n].spec.tie_group for n in sites)
 
 
-def plain_served(read: Read, layout: Layout, manifest: Manifest, options: Options) -> Served:
+def plain_served(read: AdapterFile, layout: Layout, manifest: AdapterMetadata, options: Options) -> LoadedAdapter:
     """A plain LoRA's tensors as pairs; what the general way gives of it, without attaching it to anything.
 
     Raises:
@@ -169,7 +173,7 @@ def plain_served(read: Read, layout: Layout, manifest: Manifest, options: Option
     for (site, _, _), A, B in zip(names, As, Bs, strict=True):
         spot = layout.spots[site]
         pairs.setdefault((spot.group, spot.j), []).append(lifted(spot, A, B))
-    return measured(Served(manifest, grouped(layout, pairs)))
+    return measured(LoadedAdapter(manifest, grouped(layout, pairs)))
 
 
 def _together(tensors: list[Tensor], scales: list[float], dtype: torch.dtype, name: str) -> list[Tensor]:

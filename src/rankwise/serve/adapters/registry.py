@@ -15,7 +15,7 @@ from rankwise.store.atomic import replace_file
 from rankwise.store.names import check_name
 
 
-class _File(pydantic.BaseModel):
+class _NameFile(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
     version: Literal[1] = 1
     names: dict[str, str] = {}
@@ -48,9 +48,9 @@ class Registry:
     def hidden(self) -> frozenset[str]:
         return self.state[1]
 
-    def _read(self, path: Path) -> _File:
+    def _read(self, path: Path) -> _NameFile:
         try:
-            found = _File.model_validate_json(path.read_bytes())
+            found = _NameFile.model_validate_json(path.read_bytes())
             for name in (*found.names, *found.hidden):
                 check_name(name)
         except (OSError, pydantic.ValidationError, OptionError) as error:
@@ -67,6 +67,6 @@ class Registry:
             ArtefactError: the system refused; what was stands.
         """
         if self.path is not None:
-            text = json.dumps(_File(names=dict(names), hidden=sorted(hidden)).model_dump(), sort_keys=True, indent=1)
+            text = json.dumps(_NameFile(names=dict(names), hidden=sorted(hidden)).model_dump(), sort_keys=True, indent=1)
             replace_file(self.path, text.encode())
         self.state = dict(names), frozenset(hidden)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
-from rankwise.serve.adapters.base import Served
-from rankwise.serve.adapters.cache import AdapterCache
-from rankwise.serve.adapters.slots import Slot, SlotTable
-from rankwise.serve.pool import ADAPTER, KV, BlockPool
+from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool
 from rankwise.serve.types import UnknownAdapter
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import LoadedAdapter
+    from rankwise.serve.adapters.cache import AdapterCache
+    from rankwise.serve.adapters.slots import Slot, SlotTable
 
 
 class PoolCells:
@@ -43,7 +46,7 @@ class Residency:
     def slots(self) -> Mapping[int, Slot]:
         return self.table.slots
 
-    def fetch(self, digest: str) -> Future[Served]:
+    def fetch(self, digest: str) -> Future[LoadedAdapter]:
         """Hold the digest, and its numbers now or later; answered by one :meth:`release`."""
         self.cache.acquire(digest)
         try:
@@ -55,7 +58,7 @@ class Residency:
     def release(self, digest: str) -> None:
         self.cache.release(digest)
 
-    def enter(self, digest: str, served: Served) -> int | None:
+    def enter(self, digest: str, served: LoadedAdapter) -> int | None:
         """The slot, pinned; None where no room can be made now."""
         slot = self.table.ensure(digest, served)
         # cells that are short as such come from no cache block; memory does, where both live on one budget

@@ -12,16 +12,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.serve.adapters.base import Loose, Served
 from rankwise.serve.adapters.kinds import cells_for, rank_of
 from rankwise.serve.adapters.usage import Use, stalest
-from rankwise.serve.ops.base import Pairs
 from rankwise.serve.types import AdapterRefused
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import LoadedAdapter, NonLoraChange
+    from rankwise.serve.ops.base import Pairs
 
 
 class CellAllocator(Protocol):
@@ -46,7 +48,7 @@ class CellStore(Protocol):
     def cell_bytes(self) -> int: ...
 
     def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
-        """Fill ``cells`` with one adapter (:meth:`rankwise.serve.ops.base.Cells.write`)."""
+        """Fill ``cells`` with one adapter (:meth:`rankwise.serve.ops.base.LoraPages.write`)."""
         ...
 
 
@@ -57,11 +59,11 @@ class Slot:
     number: int
     digest: str
     cells: tuple[int, ...]
-    served: Served
+    served: LoadedAdapter
     use: Use
 
     @property
-    def loose(self) -> Mapping[str, tuple[Loose, ...]]:
+    def loose(self) -> Mapping[str, tuple[NonLoraChange, ...]]:
         return self.served.loose
 
     @property
@@ -105,7 +107,7 @@ class SlotTable:
         """Bytes of the cells in use."""
         return sum(map(len, self._owned.values())) * self._cells.cell_bytes
 
-    def ensure(self, digest: str, served: Served) -> int | None:
+    def ensure(self, digest: str, served: LoadedAdapter) -> int | None:
         """The slot of ``digest``, its cells written; None where what is in use leaves no room now.
 
         Unpinned slots go, the longest out of use for what they cost first, until the pool has cells enough.

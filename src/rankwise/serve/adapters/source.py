@@ -7,13 +7,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError, nearest
-from rankwise.serve.adapters.base import AdapterSource, Manifest, Served
-from rankwise.serve.adapters.intake import Intake
 from rankwise.serve.adapters.read import holds_adapter, refusing
 from rankwise.serve.types import AdapterRefused, UnknownAdapter
 from rankwise.store.names import check_name
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.adapter_loader import AdapterLoader
+    from rankwise.serve.adapters.base import AdapterMetadata, AdapterSource, LoadedAdapter
 
 
 class FolderSource:
@@ -23,7 +26,7 @@ class FolderSource:
     somewhere inside the roots.
     """
 
-    def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], intake: Intake):
+    def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], intake: AdapterLoader):
         given = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
         self.intake = intake
         self.roots = tuple(Path(os.path.realpath(r)) for r in given)
@@ -43,8 +46,8 @@ class FolderSource:
     def _mine(self, entry: os.DirEntry[str]) -> bool:
         return not entry.is_symlink() or self._inside(Path(entry.path)) is not None
 
-    def resolve(self, name: str) -> Manifest:
-        """See :meth:`~rankwise.serve.adapters.intake.Intake.resolve`.
+    def resolve(self, name: str) -> AdapterMetadata:
+        """See :meth:`~rankwise.serve.adapters.adapter_loader.AdapterLoader.resolve`.
 
         Raises:
             UnknownAdapter: no such sub-folder; the message lists the nearest names.
@@ -57,7 +60,7 @@ class FolderSource:
                 return self._open(root / name, name)
         raise no_adapter(name, self._lately())
 
-    def resolve_path(self, path: str | os.PathLike[str], name: str) -> Manifest:
+    def resolve_path(self, path: str | os.PathLike[str], name: str) -> AdapterMetadata:
         """The adapter in a folder, given by its path (absolute, or below a root), under a name of the caller's choice.
 
         Raises:
@@ -71,10 +74,10 @@ class FolderSource:
             f"The adapter {name!r} cannot be loaded: its path is no folder inside the folders of adapters of this server."
         )
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         return self.intake.fetch(manifest)
 
-    def _open(self, folder: Path, name: str) -> Manifest:
+    def _open(self, folder: Path, name: str) -> AdapterMetadata:
         real = self._inside(folder)
         if real is None:
             raise AdapterRefused(f"The adapter {name!r} lies outside the folders of adapters of this server.")
@@ -99,7 +102,7 @@ class Sources:
     def names(self) -> list[str]:
         return sorted({n for s in self.sources for n in s.names()})
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         for source in self.sources:
             with contextlib.suppress(UnknownAdapter):
                 return self._noted(source, source.resolve(name))
@@ -109,7 +112,7 @@ class Sources:
             else UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
         )
 
-    def resolve_path(self, path: str, name: str) -> Manifest:
+    def resolve_path(self, path: str, name: str) -> AdapterMetadata:
         """By the first source that takes the path; the last refusal where none does."""
         refused: AdapterRefused | None = None
         for source in self.sources:
@@ -120,12 +123,12 @@ class Sources:
                     refused = error
         raise refused or AdapterRefused(f"The adapter {name!r} cannot be loaded: no source of this server takes paths.")
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         if manifest.digest not in self._of:
             raise AdapterRefused(f"The adapter {manifest.name!r} was not resolved here; resolve it first.")
         return self._of[manifest.digest].fetch(manifest)
 
-    def _noted(self, source: AdapterSource, manifest: Manifest) -> Manifest:
+    def _noted(self, source: AdapterSource, manifest: AdapterMetadata) -> AdapterMetadata:
         self._of[manifest.digest] = source
         return manifest
 

@@ -12,16 +12,18 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import need
-from rankwise.serve.adapters.base import Manifest, Served
-from rankwise.serve.adapters.intake import Intake, Locks
+from rankwise.serve.adapters.adapter_loader import AdapterLoader, Locks
 from rankwise.serve.adapters.read import refusing
 from rankwise.serve.adapters.source import FolderSource, no_adapter, shown, valid
 from rankwise.serve.types import AdapterRefused, UnknownAdapter
 from rankwise.store.atomic import write_folder
-from rankwise.store.peft_config import CONFIG
+from rankwise.store.peft.config import CONFIG
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 
 #: what tells one version of a remote file from another, as file systems call it
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "md5Hash", "generation", "uid", "ino")
@@ -39,7 +41,7 @@ class UriSource:
     def __init__(
         self,
         roots: str | Sequence[str],
-        intake: Intake,
+        intake: AdapterLoader,
         cache: str | os.PathLike[str],
         *,
         refresh: float = 2.0,
@@ -63,7 +65,7 @@ class UriSource:
                 found |= {n for e in fs.ls(path, detail=True) if e["type"] == "directory" and valid(n := _leaf(e["name"]))}
         return sorted(found)
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         """The adapter of that name, its newest version copied here.
 
         Raises:
@@ -77,7 +79,7 @@ class UriSource:
                 return found
         raise no_adapter(name, self.names())
 
-    def resolve_path(self, path: str, name: str) -> Manifest:
+    def resolve_path(self, path: str, name: str) -> AdapterMetadata:
         """The adapter in a folder given by its URL, which is one name below a root."""
         root, _, leaf = path.rstrip("/").rpartition("/")
         found = self._version(f"{root}/{leaf}", name) if root in self.roots and valid(leaf) else None
@@ -87,10 +89,10 @@ class UriSource:
             )
         return found
 
-    def fetch(self, manifest: Manifest) -> Served:
+    def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
         return self._local.fetch(manifest)
 
-    def _version(self, url: str, name: str) -> Manifest | None:
+    def _version(self, url: str, name: str) -> AdapterMetadata | None:
         with self._locks(url), refusing(name):
             asked, version = self._asked.get(url, (-math.inf, None))
             gone = version is not None and not (self.cache / version).is_dir()  # others' copies needed its room

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rankwise.adapter import Adapter
-from rankwise.delta import Delta
+from rankwise.adapter import Adapter, rebuild
 from rankwise.errors import OptionError
-from rankwise.files import rebuild
-from rankwise.forms.base import SiteDelta
+from rankwise.forms.base import AdapterLayer
 from rankwise.recipe import Part, Recipe, build
 from rankwise.serve.types import AdapterRefused
+
+if TYPE_CHECKING:
+    from rankwise.delta.base import Delta
 
 _FULL = "it trains the base's own weights (form 'full'), which all rows share; train a 'lora', 'dora' or 'dense' one instead"
 _REPLACED = "it puts another weight in the base's place (a base rule 'replace'), which all rows share"
@@ -33,7 +34,7 @@ class Shadow:
         self.model: nn.Module = copy.deepcopy(model, shared)
         self._lock = threading.Lock()
 
-    def values(self, head: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> dict[str, Delta | SiteDelta]:
+    def values(self, head: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> dict[str, Delta | AdapterLayer]:
         """What :func:`values_of` gives of the adapter that a native header and its tensors describe; one at a time.
 
         Raises:
@@ -55,11 +56,11 @@ def refuse_in_place(head: Mapping[str, Any], name: str) -> None:
         if state.get("replaced"):
             raise AdapterRefused(f"The adapter {name!r} cannot be served at {site!r}: {_REPLACED}.")
     for entry in head["parts"]:
-        if "weight" in build("form", Part(**entry["part"]).form).gives:
+        if "weight" in build("form", Part(**entry["part"]).form).provides:
             raise AdapterRefused(f"The adapter {name!r} cannot be served: {_FULL}.")
 
 
-def values_of(adapter: Adapter) -> dict[str, Delta | SiteDelta]:
+def values_of(adapter: Adapter) -> dict[str, Delta | AdapterLayer]:
     """Each site's value against the untouched base, copied; where x decides, the module itself, copied and set to evaluation.
 
     Sites at the other ends of ties have the same change (transposed where they store the weight the other way).
@@ -68,8 +69,8 @@ def values_of(adapter: Adapter) -> dict[str, Delta | SiteDelta]:
         AdapterRefused: a wrapped block, weights trained or replaced in place, a tie of a change that x decides.
     """
     record = adapter._record
-    known = adapter._roster.known
-    out: dict[str, Delta | SiteDelta] = {}
+    known = adapter._registry.known
+    out: dict[str, Delta | AdapterLayer] = {}
     for name, module in record.deltas.items():
         spec = module.site.spec
         if spec.mode == "block":
@@ -78,7 +79,7 @@ def values_of(adapter: Adapter) -> dict[str, Delta | SiteDelta]:
             raise AdapterRefused(f"The adapter cannot be served at {name!r}: {_FULL if module.in_place else _REPLACED}.")
         value = adapter.delta(name)
         out[name] = value.clone() if value.constant else _frozen(module)
-        for other in record.followers.get(name, ()):
+        for other in record.tied_sites.get(name, ()):
             if not value.constant:
                 raise AdapterRefused(
                     f"The adapter cannot be served at {name!r}: x decides its change, and {other!r} shares the weight."
@@ -88,9 +89,9 @@ def values_of(adapter: Adapter) -> dict[str, Delta | SiteDelta]:
     return out
 
 
-def _frozen(module: SiteDelta) -> SiteDelta:
+def _frozen(module: AdapterLayer) -> AdapterLayer:
     """A copy that training no longer moves; it keeps its site, not a copy of the model."""
     twin = copy.deepcopy(
-        module, {id(module.site): module.site, **{id(m.site): m.site for m in module.modules() if isinstance(m, SiteDelta)}}
+        module, {id(module.site): module.site, **{id(m.site): m.site for m in module.modules() if isinstance(m, AdapterLayer)}}
     )
     return twin.requires_grad_(False).eval()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rankwise._version import __version__
-from rankwise.serve.adapters.base import Manifest
-from rankwise.serve.http.auth import Caller
 from rankwise.serve.http.errors import bad
-from rankwise.serve.http.schemas import Load, Unload, read
+from rankwise.serve.http.schemas import LoadAdapter, UnloadAdapter, read
 from rankwise.serve.http.service import Phase, Service, log, unknown
 from rankwise.serve.types import UnknownAdapter
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import AdapterMetadata
+    from rankwise.serve.http.auth import Caller
 
 STARTED = int(time.time())
 #: how long an unload waits for the requests that run on the adapter; then it says how many there are
@@ -61,7 +63,7 @@ async def adapters(request: Request, service: Service, caller: Caller) -> Respon
 
 async def load(request: Request, service: Service, caller: Caller) -> Response:
     """vLLM's ``/v1/load_lora_adapter``.  Raises Refusal, AdapterRefused."""
-    body, _ = await read(request, Load, service.settings)
+    body, _ = await read(request, LoadAdapter, service.settings)
     if body.lora_name == service.settings.model:
         raise bad(f"{body.lora_name!r} is the base's name; give the adapter another one.", "lora_name")
     known = {e.name for e in await service.read(service.cache.list)}
@@ -77,7 +79,7 @@ async def load(request: Request, service: Service, caller: Caller) -> Response:
 
 async def unload(request: Request, service: Service, caller: Caller) -> Response:
     """vLLM's ``/v1/unload_lora_adapter``.  Raises UnknownAdapter."""
-    body, _ = await read(request, Unload, service.settings)
+    body, _ = await read(request, UnloadAdapter, service.settings)
     try:
         users = await service.read(service.cache.unload, body.lora_name, UNLOAD_SECONDS)
     except UnknownAdapter:
@@ -108,7 +110,7 @@ async def metrics(request: Request, service: Service, caller: Caller) -> Respons
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _shown(name: str, m: Manifest | None) -> dict[str, Any]:
+def _shown(name: str, m: AdapterMetadata | None) -> dict[str, Any]:
     """What is known of an adapter; nulls where nothing has been asked of it yet, for then it has not been read."""
     fields = {f: getattr(m, f, None) for f in ("digest", "kind", "rank", "nbytes", "exact", "error")}
     return {"id": name, **fields}

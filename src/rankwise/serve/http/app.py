@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,11 +17,13 @@ from rankwise.errors import RankwiseError
 from rankwise.serve.http import admin, fine_tuning, openai
 from rankwise.serve.http.auth import Access, Caller, Keys
 from rankwise.serve.http.errors import Refusal, log, on_http, on_known, on_unforeseen
-from rankwise.serve.http.face import AdapterCache, Engine
 from rankwise.serve.http.service import Service
 from rankwise.serve.http.settings import HEADER_BYTES, Settings
 from rankwise.serve.http.stream import ClientGone
-from rankwise.serve.train_stream import TrainStream
+
+if TYPE_CHECKING:
+    from rankwise.serve.finetune.queue import TrainStream
+    from rankwise.serve.http.face import AdapterCache, Engine
 
 Handler = Callable[[Request, Service, Caller], Awaitable[Response]]
 

@@ -65,7 +65,7 @@ class _Key(BaseModel):
     metrics: bool = False
 
 
-class _File(BaseModel):
+class _KeyFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     keys: list[_Key] = Field(min_length=1)
@@ -85,7 +85,7 @@ class Keys:
             OptionError: the file is missing or wrong; the message never holds a key.
         """
         try:
-            file = _File.model_validate(json.loads(path.read_text("utf-8")))
+            file = _KeyFile.model_validate(json.loads(path.read_text("utf-8")))
         except OSError as error:
             raise OptionError(f"The key file {path} cannot be read: {error.strerror}.") from None
         except ValidationError as error:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rankwise.errors import RankwiseError
 from rankwise.serve.http.detokenise import Detokeniser, StopCutter
 from rankwise.serve.http.errors import EngineFault, Refusal
 from rankwise.serve.types import Finished, Outcome, Overloaded, Token
+
+if TYPE_CHECKING:
+    from rankwise.errors import RankwiseError
 
 log = logging.getLogger("rankwise.serve")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Logged:
+class TokenLogprob:
     """A token with its log-probability, where in the text it begins (characters), and the likeliest others."""
 
     raw: bytes
@@ -25,16 +28,16 @@ class Logged:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class OutputDelta:
     """What of one answer can go out now; ``finish`` ("stop", "length") comes with the last one."""
 
     index: int
     text: str
-    logged: tuple[Logged, ...] = ()
+    logged: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
 
 
-class Choice:
+class OutputStream:
     """One sequence of a request.
 
     Attributes:
@@ -57,12 +60,12 @@ class Choice:
         self._tokens = detokeniser
         self._text, self._cut = detokeniser.stream(prompt), StopCutter(stops)
         self._made = self._out = start  # characters: decoded, released
-        self._waiting: list[Logged] = []
+        self._waiting: list[TokenLogprob] = []
         self.outcome: Outcome | None = None
         self.generated = self.reused = 0
-        self.parts: list[Piece] = []
+        self.parts: list[OutputDelta] = []
 
-    def token(self, token: Token) -> Piece:
+    def token(self, token: Token) -> OutputDelta:
         """Take one token; the piece's ``finish`` is "stop" once a stop string is complete."""
         self.generated += 1
         if token.id in self.ends:
@@ -70,11 +73,11 @@ class Choice:
         if token.logprob is not None:
             raw = self._tokens.raw
             top = tuple((raw(i), p) for i, p in token.top)
-            self._waiting.append(Logged(raw(token.id), token.logprob, self._made, top))
+            self._waiting.append(TokenLogprob(raw(token.id), token.logprob, self._made, top))
         piece = self._add(self._text.push(token.id))
         return self._ended(piece, Outcome.STOP) if self._cut.stopped else piece
 
-    def finished(self, event: Finished) -> Piece:
+    def finished(self, event: Finished) -> OutputDelta:
         """Take the engine's last word.
 
         Raises:
@@ -89,24 +92,24 @@ class Choice:
             rest = self._joined(rest, self._cut.flush())
         return self._ended(rest, Outcome.STOP if self._cut.stopped else event.outcome)
 
-    def _add(self, text: str) -> Piece:
+    def _add(self, text: str) -> OutputDelta:
         self._made += len(text)
         return self._piece(self._cut.push(text), None)
 
-    def _joined(self, piece: Piece, more: str) -> Piece:
+    def _joined(self, piece: OutputDelta, more: str) -> OutputDelta:
         last = self._piece(more, None)
-        return Piece(self.index, piece.text + last.text, piece.logged + last.logged)
+        return OutputDelta(self.index, piece.text + last.text, piece.logged + last.logged)
 
-    def _piece(self, text: str, finish: str | None) -> Piece:
+    def _piece(self, text: str, finish: str | None) -> OutputDelta:
         self._out += len(text)
         ready = [e for e in self._waiting if e.offset < self._out] if text else []
         self._waiting = self._waiting[len(ready) :]
-        return Piece(self.index, text, tuple(ready), finish)
+        return OutputDelta(self.index, text, tuple(ready), finish)
 
-    def _ended(self, piece: Piece, outcome: Outcome) -> Piece:
+    def _ended(self, piece: OutputDelta, outcome: Outcome) -> OutputDelta:
         self.outcome = outcome
         late = () if self._cut.stopped else tuple(self._waiting)  # tokens without text of their own
-        return Piece(self.index, piece.text, piece.logged + late, outcome.value)
+        return OutputDelta(self.index, piece.text, piece.logged + late, outcome.value)
 
 
 def failure(event: Finished) -> RankwiseError:

@@ -15,7 +15,7 @@ LOOK_BACK = 6
 PATIENCE = 16
 
 
-class Stream(Protocol):
+class TextStream(Protocol):
     """One sequence on its way to text."""
 
     def push(self, token: int) -> str:
@@ -36,7 +36,7 @@ class Detokeniser:
         self.exact = _is_byte_level(tokenizer)
         self._vocabulary = len(tokenizer)
 
-    def stream(self, prompt: Sequence[int] = ()) -> Stream:
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A new sequence after ``prompt``, whose last tokens decide whether a first blank is kept."""
         return _Bytes(self) if self.exact else _Window(self, prompt)
 

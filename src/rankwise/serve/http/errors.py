@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rankwise.errors import RankwiseError
-from rankwise.serve.shortage import no_memory
+from rankwise.serve.memory import no_memory
 from rankwise.serve.types import Overloaded, ServeError
 
 log = logging.getLogger("rankwise.serve")
@@ -72,11 +72,11 @@ def response_of(error: BaseException) -> Response:
     if status_of(error) == 401:
         headers.setdefault("WWW-Authenticate", "Bearer")
     content = json.dumps(body_of(error), ensure_ascii=False).encode("utf-8", "replace")
-    kind = Cut if status_of(error) in (408, 413) else Response
+    kind = DrainResponse if status_of(error) in (408, 413) else Response
     return kind(content, status_of(error), headers, "application/json")
 
 
-class Cut(Response):
+class DrainResponse(Response):
     """An answer to a request whose body is not wanted: it goes out at once, and the connection closes.
 
     What the client has already sent is read and thrown away for a moment, a few megabytes at most, since closing on

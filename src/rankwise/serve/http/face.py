@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rankwise.serve.adapters.base import Manifest
-from rankwise.serve.types import Event, Request
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import AdapterMetadata
+    from rankwise.serve.types import Event, Request
 
 #: name, value, labels: the engine reports a timing, a size or a count
 Observer = Callable[[str, float, Mapping[str, str]], None]
@@ -79,7 +80,7 @@ class Listed(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def manifest(self) -> Manifest | None: ...
+    def manifest(self) -> AdapterMetadata | None: ...
     @property
     def tier(self) -> str: ...
     @property
@@ -106,15 +107,15 @@ class AdapterCache(Protocol):
     @property
     def tally(self) -> Tally: ...
 
-    def resolve(self, name: str) -> Manifest:
+    def resolve(self, name: str) -> AdapterMetadata:
         """Raises UnknownAdapter, AdapterRefused."""
         ...
 
-    def mix(self, parts: Sequence[tuple[str, float]]) -> Manifest:
+    def mix(self, parts: Sequence[tuple[str, float]]) -> AdapterMetadata:
         """The exact linear mix of (name, weight) pairs.  Raises UnknownAdapter, AdapterRefused."""
         ...
 
-    def load(self, name: str, path: str) -> Manifest:
+    def load(self, name: str, path: str) -> AdapterMetadata:
         """Make the folder ``path`` known as ``name``, in the place of an earlier one.
 
         Raises:

@@ -8,22 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rankwise.errors import UnknownName
-from rankwise.serve.http.auth import Caller
+from rankwise.serve.finetune.chunked_backward import Sample
+from rankwise.serve.finetune.job import FineTuningJob, Note, TrainSpec
 from rankwise.serve.http.errors import Refusal, bad
 from rankwise.serve.http.schemas import Body, Name, noted, read
 from rankwise.serve.http.service import Service, log
-from rankwise.serve.train_job import Job, Note, TrainSpec
-from rankwise.serve.train_stream import TrainStream
-from rankwise.serve.windows import Sample
-from rankwise.train.data import read as read_records
-from rankwise.train.data import tokenize
+from rankwise.train.data.readers import read as read_records
+from rankwise.train.data.tokens import tokenize
+
+if TYPE_CHECKING:
+    from rankwise.serve.finetune.queue import TrainStream
+    from rankwise.serve.http.auth import Caller
 
 Auto = Literal["auto"]
 #: learning rate that ``learning_rate_multiplier`` multiplies
@@ -141,7 +143,7 @@ def _inside(given: str, roots: tuple[Path, ...]) -> Path:
     raise bad("training_file does not lie below a folder from which this server may read.", "training_file", "path_not_allowed")
 
 
-def _job(request: Request, service: Service) -> Job:
+def _job(request: Request, service: Service) -> FineTuningJob:
     try:
         return _stream(service).get(request.path_params["id"])
     except UnknownName as error:
@@ -175,7 +177,7 @@ def _page(rows: list[Any], ids: list[str], request: Request) -> tuple[list[Any],
     return rows[first : first + int(limit)], first + int(limit) < len(rows)
 
 
-def _shown(job: Job, service: Service) -> dict[str, Any]:
+def _shown(job: FineTuningJob, service: Service) -> dict[str, Any]:
     spec = job.spec
     multiplier = spec.lr / RATE
     last: Mapping[str, Any] = next(reversed(job.records), {})

@@ -7,23 +7,26 @@ import dataclasses
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rankwise.errors import RankwiseError
 from rankwise.serve.http import prompts, replies
-from rankwise.serve.http.auth import Caller
-from rankwise.serve.http.choices import Choice, Piece
+from rankwise.serve.http.choices import OutputDelta, OutputStream
 from rankwise.serve.http.errors import bad, body_of
 from rankwise.serve.http.events import EventStream
 from rankwise.serve.http.replies import ChatReply, Reply, TextReply
 from rankwise.serve.http.sampling import choices as choices_of
 from rankwise.serve.http.sampling import sampling, stops
 from rankwise.serve.http.schemas import Chat, Completion, Generate, noted, read
-from rankwise.serve.http.service import Service, Target
 from rankwise.serve.http.stream import ClientGone, Generation, SlowReader
 from rankwise.serve.types import Finished, Outcome, Overloaded, Request
+
+if TYPE_CHECKING:
+    from rankwise.serve.http.auth import Caller
+    from rankwise.serve.http.service import Service, Target
 
 
 async def completions(request: HttpRequest, service: Service, caller: Caller) -> Response:
@@ -52,7 +55,7 @@ async def _answer(
     given = await service.write(encode)
     digest = target.digest
     reply = form(prefix + uuid.uuid4().hex, int(time.time()), body.model, f"rankwise-{digest[:16] if digest else 'base'}")
-    work = Work(service, target, reply, _requests(reply.id, given, n, body, caller, digest, service), given, cut, n, body)
+    work = RequestWork(service, target, reply, _requests(reply.id, given, n, body, caller, digest, service), given, cut, n, body)
     headers = {"x-request-id": reply.id} | noted(ignored)
     return await (work.streamed(request, headers) if body.stream else work.whole(request, headers))
 
@@ -71,7 +74,7 @@ def _requests(
 
 
 @dataclasses.dataclass(slots=True)
-class Work:
+class RequestWork:
     """One HTTP request on its way: its sequences, and what they have said so far."""
 
     service: Service
@@ -82,7 +85,7 @@ class Work:
     stops: list[str]
     n: int
     body: Generate
-    choices: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    choices: dict[str, OutputStream] = dataclasses.field(default_factory=dict)
     echoes: list[str] = dataclasses.field(default_factory=list)
 
     async def whole(self, request: HttpRequest, headers: dict[str, str]) -> Response:
@@ -105,7 +108,7 @@ class Work:
             raise
         return EventStream(self._frames(first, pieces), stack, headers, self.service.settings.stall_seconds)
 
-    async def _begin(self, request: HttpRequest, stack: contextlib.ExitStack) -> AsyncIterator[Piece]:
+    async def _begin(self, request: HttpRequest, stack: contextlib.ExitStack) -> AsyncIterator[OutputDelta]:
         """Submit; from here on the stack's end cancels and counts."""
         settings, echo = self.service.settings, bool(getattr(self.body, "echo", False))
         for i, r in enumerate(self.requests):
@@ -113,7 +116,7 @@ class Work:
             before = "" if not echo else text if text is not None else await self.service.write(self.service.detokeniser.text, ids)
             self.echoes.append(before)
             ends = frozenset(r.sampling.stop_ids) | (frozenset() if r.sampling.ignore_eos else settings.ends)
-            self.choices[r.id] = Choice(i, self.service.detokeniser, ids, self.stops, ends, len(before))
+            self.choices[r.id] = OutputStream(i, self.service.detokeniser, ids, self.stops, ends, len(before))
         if self.target.label:
             self.service.served[self.target.label] = self.service.served.get(self.target.label, 0) + len(self.requests)
         stack.callback(self._count)
@@ -126,7 +129,7 @@ class Work:
         generation.watch(request.receive)
         return self._pieces(generation)
 
-    async def _pieces(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def _pieces(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         try:
             async for event in generation.events():
                 choice = self.choices[event.request]
@@ -142,7 +145,7 @@ class Work:
             self._ended(Outcome.ERROR)
             raise
 
-    async def _frames(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    async def _frames(self, first: OutputDelta, pieces: AsyncIterator[OutputDelta]) -> AsyncIterator[bytes]:
         counted = self.body.stream_options is not None and self.body.stream_options.include_usage
         opened: set[int] = set()
         try:
@@ -179,7 +182,7 @@ class Work:
             self.service.metrics.served(self.target.label, outcome.value, len(r.prompt), choice.generated)
 
 
-async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _chain(first: OutputDelta, rest: AsyncIterator[OutputDelta]) -> AsyncIterator[OutputDelta]:
     yield first
     async for piece in rest:
         yield piece

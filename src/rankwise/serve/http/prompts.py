@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from rankwise.serve.http.errors import bad
-from rankwise.serve.http.schemas import Chat, Completion, Message
-from rankwise.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from rankwise.serve.http.schemas import Chat, Completion, Message
+    from rankwise.serve.http.settings import Settings
 
 #: no tokenizer makes fewer tokens than this from so many characters; longer text is refused before it is read
 CHARACTERS_PER_TOKEN = 64

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.serve.http.choices import Choice, Logged, Piece
+if TYPE_CHECKING:
+    from rankwise.serve.http.choices import OutputDelta, OutputStream, TokenLogprob
 
 #: JSON has no infinity; what clients of these APIs know in its place
 LOWEST = -9999.0
@@ -23,7 +24,7 @@ def encode(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
-def usage(prompts: Sequence[int], choices: Sequence[Choice]) -> dict[str, Any]:
+def usage(prompts: Sequence[int], choices: Sequence[OutputStream]) -> dict[str, Any]:
     """Tokens counted: each prompt once, whatever ``n``."""
     each = max(len(choices) // max(len(prompts), 1), 1)
     reused = sum(max(c.reused for c in choices[i : i + each]) for i in range(0, len(choices), each))
@@ -60,13 +61,13 @@ class Reply:
         """The choice of the first event, where the form has one."""
         return None
 
-    def choice(self, text: str, pieces: Sequence[Piece], index: int, finish: str | None) -> dict[str, Any]:
+    def choice(self, text: str, pieces: Sequence[OutputDelta], index: int, finish: str | None) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, text: str, logged: Sequence[Logged], index: int, finish: str | None) -> dict[str, Any]:
+    def delta(self, text: str, logged: Sequence[TokenLogprob], index: int, finish: str | None) -> dict[str, Any]:
         raise NotImplementedError
 
-    def whole(self, choices: Sequence[Choice], echoes: Sequence[str], prompts: Sequence[int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[OutputStream], echoes: Sequence[str], prompts: Sequence[int]) -> dict[str, Any]:
         """The answer at once; ``echoes``: text before each choice."""
         made = []
         for c, echo in zip(choices, echoes, strict=True):
@@ -78,7 +79,7 @@ class Reply:
         """One event; where usage was asked for (``counted``), every event has the field."""
         return frame({**self.head(chunk=True), "choices": choices} | ({"usage": count} if counted else {}))
 
-    def chunks(self, piece: Piece, counted: bool) -> bytes:
+    def chunks(self, piece: OutputDelta, counted: bool) -> bytes:
         """The events of a piece: its text, then the word that the choice is finished."""
         out = b""
         if piece.text or piece.logged:
@@ -95,12 +96,12 @@ class ChatReply(Reply):
     def opening(self, index: int) -> dict[str, Any]:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def choice(self, text: str, pieces: Sequence[Piece], index: int, finish: str | None) -> dict[str, Any]:
+    def choice(self, text: str, pieces: Sequence[OutputDelta], index: int, finish: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         logged = [e for p in pieces for e in p.logged]
         return {"index": index, "message": message, "logprobs": _chat_logprobs(logged), "finish_reason": finish}
 
-    def delta(self, text: str, logged: Sequence[Logged], index: int, finish: str | None) -> dict[str, Any]:
+    def delta(self, text: str, logged: Sequence[TokenLogprob], index: int, finish: str | None) -> dict[str, Any]:
         delta = {} if finish else {"content": text}
         return {"index": index, "delta": delta, "logprobs": _chat_logprobs(logged), "finish_reason": finish}
 
@@ -109,14 +110,14 @@ class TextReply(Reply):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, text: str, pieces: Sequence[Piece], index: int, finish: str | None) -> dict[str, Any]:
+    def choice(self, text: str, pieces: Sequence[OutputDelta], index: int, finish: str | None) -> dict[str, Any]:
         return self.delta(text, [e for p in pieces for e in p.logged], index, finish)
 
-    def delta(self, text: str, logged: Sequence[Logged], index: int, finish: str | None) -> dict[str, Any]:
+    def delta(self, text: str, logged: Sequence[TokenLogprob], index: int, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": _text_logprobs(logged), "finish_reason": finish}
 
 
-def _chat_logprobs(logged: Sequence[Logged]) -> dict[str, Any] | None:
+def _chat_logprobs(logged: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     def one(raw: bytes, p: float) -> dict[str, Any]:
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(p, LOWEST), "bytes": list(raw)}
 
@@ -124,7 +125,7 @@ def _chat_logprobs(logged: Sequence[Logged]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None} if content else None
 
 
-def _text_logprobs(logged: Sequence[Logged]) -> dict[str, Any] | None:
+def _text_logprobs(logged: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if not logged:
         return None
     return {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.serve.http.errors import bad
 from rankwise.serve.http.schemas import Chat, Completion, Generate
-from rankwise.serve.http.settings import Settings
 from rankwise.serve.types import Sampling
+
+if TYPE_CHECKING:
+    from rankwise.serve.http.settings import Settings
 
 #: OpenAI's default for completions; a chat goes on to the end of the context
 COMPLETION_TOKENS = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,7 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from rankwise.errors import nearest
 from rankwise.serve.http.errors import Refusal, bad
-from rankwise.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from rankwise.serve.http.settings import Settings
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -24,7 +26,7 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class Part(Body):
+class MixPart(Body):
     """One adapter of a mix."""
 
     name: Name
@@ -42,7 +44,7 @@ class Generate(Body):
     """
 
     model: Name
-    adapters: list[Part] | None = None
+    adapters: list[MixPart] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -87,7 +89,7 @@ class Chat(Generate):
     top_logprobs: int | None = None
 
 
-class Load(Body):
+class LoadAdapter(Body):
     """vLLM's body.  ``load_inplace``: put new weights in the place of those that the name has."""
 
     lora_name: Name
@@ -95,7 +97,7 @@ class Load(Body):
     load_inplace: bool = False
 
 
-class Unload(Body):
+class UnloadAdapter(Body):
     lora_name: Name
 
 

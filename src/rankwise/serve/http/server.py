@@ -68,7 +68,7 @@ class Protocol(H11Protocol):
         self.transport.abort()
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Serves one application until a signal; then no new requests, what runs is finished or told within the drain time.
 
     ``opened`` is called once the port takes connections.

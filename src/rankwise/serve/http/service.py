@@ -9,20 +9,22 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from rankwise.host import Helpers, release_workers
-from rankwise.serve.adapters.base import Manifest
-from rankwise.serve.http.auth import Caller, Keys
 from rankwise.serve.http.detokenise import Detokeniser
 from rankwise.serve.http.errors import Refusal, bad
-from rankwise.serve.http.face import AdapterCache, Engine
-from rankwise.serve.http.schemas import Generate
-from rankwise.serve.http.settings import Settings
+from rankwise.serve.http.metrics import Metrics
 from rankwise.serve.http.stream import Generation
-from rankwise.serve.metrics import Metrics
-from rankwise.serve.train_stream import TrainStream
 from rankwise.serve.types import Overloaded, Request, UnknownAdapter
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import AdapterMetadata
+    from rankwise.serve.finetune.queue import TrainStream
+    from rankwise.serve.http.auth import Caller, Keys
+    from rankwise.serve.http.face import AdapterCache, Engine
+    from rankwise.serve.http.schemas import Generate
+    from rankwise.serve.http.settings import Settings
 
 log = logging.getLogger("rankwise.serve")
 
@@ -43,7 +45,7 @@ class Phase(Enum):
 class Target:
     """What answers a request: a manifest, or None for the base; ``label`` names it in metrics."""
 
-    manifest: Manifest | None = None
+    manifest: AdapterMetadata | None = None
     label: str = ""
 
     @property
@@ -158,7 +160,7 @@ class Service:
         if not caller.may(name):
             raise unknown(shown)
 
-    async def _resolved(self, shown: str, call: Callable[[], Manifest]) -> Manifest:
+    async def _resolved(self, shown: str, call: Callable[[], AdapterMetadata]) -> AdapterMetadata:
         try:
             return await self.read(call)
         except UnknownAdapter:  # the cache's own words may list names that this key must not learn

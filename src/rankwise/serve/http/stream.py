@@ -6,13 +6,15 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive
 
 from rankwise.serve.http.errors import EngineFault
-from rankwise.serve.http.face import Engine
 from rankwise.serve.types import Event, Finished, Request, ServeError
+
+if TYPE_CHECKING:
+    from rankwise.serve.http.face import Engine
 
 
 class ClientGone(Exception):
@@ -26,7 +28,7 @@ class SlowReader(ServeError):
     code = "slow_reader"
 
 
-class Mailbox:
+class EventQueue:
     """Events from another thread, in order, at most ``limit`` of them unread; further ones close it.
 
     ``post`` never waits, so a slow reader cannot slow a step.
@@ -97,7 +99,7 @@ class Generation:
 
     def __init__(self, engine: Engine, requests: Sequence[Request], *, buffer: int, quiet: float):
         self.engine, self.requests, self.quiet = engine, requests, quiet
-        self.mailbox = Mailbox(asyncio.get_running_loop(), max(buffer, 2 * len(requests)))
+        self.mailbox = EventQueue(asyncio.get_running_loop(), max(buffer, 2 * len(requests)))
         self.open: set[str] = set()
         self._watch: asyncio.Task[None] | None = None
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.serve.ops.base import Cells, Group
+from rankwise.serve.batch import Segment, TokenPlan
+from rankwise.serve.ops.base import Group, LoraPages
 from rankwise.serve.ops.step import Op
-from rankwise.serve.plan import Segment, TokenPlan
 
 SIDE = 1024  #: widest input or output that the probe multiplies with
 SEGMENTS, ROWS = (1, 4, 16), (1, 8, 64, 256)  #: classes: at most so many segments, of at most so many rows
@@ -43,7 +43,7 @@ class Auto(Op):
 
     name = "auto"
 
-    def __init__(self, cells: Cells, native: bool | None = None):
+    def __init__(self, cells: LoraPages, native: bool | None = None):
         from rankwise.serve.ops.registry import make_op
 
         super().__init__(cells)
@@ -90,7 +90,7 @@ def _wanted() -> bool:
     return value == "1"
 
 
-def candidates(cells: Cells, native: bool) -> tuple[str, ...]:
+def candidates(cells: LoraPages, native: bool) -> tuple[str, ...]:
     """Names of the operators that may run on ``cells``, the one to prefer first."""
     if next(iter(cells.shrink.values())).device.type != "cpu":
         return ("triton", "grouped") if cells.dtype != torch.float64 else ("grouped", "cat")
@@ -104,7 +104,7 @@ def _class(n: int, classes: tuple[int, ...]) -> int:
 _tables: dict[Any, Table] = {}
 
 
-def table(groups: Sequence[Group], cells: Cells, names: Sequence[str]) -> Table:
+def table(groups: Sequence[Group], cells: LoraPages, names: Sequence[str]) -> Table:
     """The fastest of ``names`` in each class; measured once per process, shapes, dtype, device and thread count."""
     shapes = {(min(g.inp, SIDE), tuple(min(out, SIDE) for out in g.outs)) for g in groups}
     device = next(iter(cells.shrink.values())).device.type
@@ -119,7 +119,7 @@ def _measure(shapes: Sequence[Any], dtype: torch.dtype, device: str, names: Sequ
     from rankwise.serve.ops.registry import make_op
 
     groups = [Group(f"g{i}", tuple(map(str, range(len(outs)))), inp, outs) for i, (inp, outs) in enumerate(shapes)]
-    cells = Cells(groups, max(SEGMENTS), dtype, device)
+    cells = LoraPages(groups, max(SEGMENTS), dtype, device)
     gen = torch.Generator().manual_seed(0)
     for t in (*cells.shrink.values(), *cells.packed.values()):
         t.copy_(torch.randn(t.shape, generator=gen).div_(8))
@@ -148,12 +148,12 @@ def _step(op: Op, segments: int, rows: int, seed: int = 0) -> list[tuple[Group, 
     return [(g, random_(g.inp), [random_(out) for out in g.outs]) for g in op.cells.groups.values()]
 
 
-def _right(op: Op, oracle: Op) -> bool:
+def _right(op: Op, evaluator: Op) -> bool:
     """True where ``op`` gives what the reference gives; else it is left out, and the log says so."""
     bound = 1e-4 if op.cells.dtype in (torch.float32, torch.float64) else 5e-2
-    for (group, x, ys), (_, _, wants) in zip(_step(op, 3, 9), _step(oracle, 3, 9), strict=True):
+    for (group, x, ys), (_, _, wants) in zip(_step(op, 3, 9), _step(evaluator, 3, 9), strict=True):
         op.apply(group, x, ys)
-        oracle.apply(group, x, wants)
+        evaluator.apply(group, x, wants)
         worst = max(float((y - w).norm() / w.norm()) for y, w in zip(ys, wants, strict=True))
         if not worst <= bound:
             logger.warning("The delta operator %r is off by %.1e here and is not used.", op.name, worst)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.serve.ops.base import WIDTH, Group
-from rankwise.serve.ops.step import Op, Run, joined
+from rankwise.serve.ops.step import Op, RowRun, joined
 
 SUM = 0
 
@@ -89,7 +89,7 @@ class Bags(Op):
         """v (P, WIDTH·m) of all components and inputs; devices that share these override it."""
         return v
 
-    def _index(self, group: Group, runs: tuple[Run, ...]) -> Index:
+    def _index(self, group: Group, runs: tuple[RowRun, ...]) -> Index:
         return make_index(group, runs, self.cells.count)
 
 
@@ -98,7 +98,7 @@ def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tens
     return torch._embedding_bag_forward_only(rows, index, offsets, False, SUM, False, weights, True, -1)[0]  # type: ignore[attr-defined]
 
 
-def make_index(group: Group, runs: Sequence[Run], count: int) -> Index:
+def make_index(group: Group, runs: Sequence[RowRun], count: int) -> Index:
     """The bags of ``runs`` (one at least); int32 while ``count`` cells can be counted in it."""
     chunks, modules = sum(group.chunks), len(group.outs)
     kind: Any = np.int32 if count * max(group.inp, chunks * WIDTH) < 2**31 else np.int64

@@ -1,7 +1,7 @@
 """The seam of the delta operators: many low-rank changes, each on its own tokens, added to one product's output.
 
 Modules that share an input (q, k, v; gate, up) form a :class:`Group` with one shrink and one expand a module.
-Adapters live in :class:`Cells`: a cell is eight components of one adapter at *every* module, so the pool that
+Adapters live in :class:`LoraPages`: a cell is eight components of one adapter at *every* module, so the pool that
 hands cells out sees one size, and an adapter of rank r owns ⌈r/8⌉ of them, the rest of the last one zero.
 
     v = A x  (shrink, once a group)          y_j += B_j v_j  (expand, once a module; the scale is in A)
@@ -13,13 +13,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError, unknown
-from rankwise.serve.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from rankwise.serve.batch import TokenPlan
 
 WIDTH = 8  #: components in a cell
 NARROW, WIDE = 64, 256  #: bounds of a chunk of outputs
@@ -71,7 +73,7 @@ def _chunks(outs: tuple[int, ...]) -> tuple[int, ...]:
 Pairs = Sequence[tuple[Tensor, Tensor] | None]
 
 
-class Cells:
+class LoraPages:
     """The numbers of all resident adapters, ``count`` cells of every group, in one dtype.
 
     A cell's numbers at a group lie together, in the order in which they are read, so that a step streams them:
@@ -182,7 +184,7 @@ class Cells:
 
 
 def check_pairs(g: Group, pairs: Pairs | None, cells: int, across: int = WIDTH) -> None:
-    """Raises OptionError where one adapter's factors do not fit a group and so many cells; ``across``: see :class:`Cells`."""
+    """Raises OptionError where one adapter's factors do not fit a group and so many cells; ``across``: see :class:`LoraPages`."""
     if pairs is None:
         return
     if len(pairs) != len(g.modules):

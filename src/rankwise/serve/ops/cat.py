@@ -7,12 +7,12 @@ from torch import Tensor
 
 from rankwise.serve.ops.base import WIDTH, Group
 from rankwise.serve.ops.grouped import stacked_A, stacked_B
-from rankwise.serve.ops.step import Op, Run
+from rankwise.serve.ops.step import Op, RowRun
 
 Kept = tuple[list[int], Tensor, int, int]
 
 
-class Cat(Op):
+class ConcatOp(Op):
     """Stacked factors and a mask: work and memory grow with rows times adapters, so for few adapters on many short segments."""
 
     name = "cat"
@@ -34,7 +34,7 @@ class Cat(Op):
         B = stacked_B(self.cells, group, j, cells).reshape(-1, group.outs[j])
         y[lo:hi] += (masked[:, j].flatten(1) @ B).to(y.dtype)
 
-    def _kept(self, group: Group, runs: tuple[Run, ...]) -> Kept:
+    def _kept(self, group: Group, runs: tuple[RowRun, ...]) -> Kept:
         lo, hi = runs[0].start, runs[-1].end
         cells = list(dict.fromkeys(c for run in runs for c in run.cells))
         mask = torch.zeros(len(cells), hi - lo, 1, 1, dtype=torch.bool)

@@ -7,27 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankwise.serve.ops.base import WIDTH, Cells, Group
-from rankwise.serve.ops.step import Op, Run
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
+from rankwise.serve.ops.step import Op, RowRun
 
 LONG = 16  #: rows from which a segment has products of its own
 FEW = 4  #: short segments from which equal ones are batched
 
 
-def stacked_A(cells: Cells, group: Group, held: Sequence[int]) -> Tensor:
+def stacked_A(cells: LoraPages, group: Group, held: Sequence[int]) -> Tensor:
     """(len(held), in, WIDTH·m): the shrinking factors; a view of the cells where one is asked for."""
     whole = cells.shrink[group.name].view(cells.count, group.inp, -1)
     return whole[held[0] : held[0] + 1] if len(held) == 1 else whole[list(held)]
 
 
-def stacked_B(cells: Cells, group: Group, j: int, held: Sequence[int]) -> Tensor:
+def stacked_B(cells: LoraPages, group: Group, j: int, held: Sequence[int]) -> Tensor:
     """(len(held), WIDTH, out_j): the expanding factors of module ``j``, laid out as rows (a copy)."""
     whole = cells.expand[group.name][j]
     some = whole[held[0] : held[0] + 1] if len(held) == 1 else whole[list(held)]
     return some.transpose(1, 2).flatten(2)[..., : group.outs[j]]
 
 
-Blocks = tuple[tuple[Run, ...], ...]
+Blocks = tuple[tuple[RowRun, ...], ...]
 
 
 class Grouped(Op):
@@ -35,18 +35,18 @@ class Grouped(Op):
 
     name = "grouped"
 
-    def shrink(self, group: Group, x: Tensor) -> list[tuple[tuple[Run, ...], Tensor]]:
+    def shrink(self, group: Group, x: Tensor) -> list[tuple[tuple[RowRun, ...], Tensor]]:
         """Per block of runs, v: (runs, rows, m, cells·WIDTH)."""
         x = x.to(self.cells.dtype)
         return [(runs, self._shrink(group, runs, x)) for runs in self.step.kept(group, _blocks)]
 
-    def _shrink(self, group: Group, runs: tuple[Run, ...], x: Tensor) -> Tensor:
+    def _shrink(self, group: Group, runs: tuple[RowRun, ...], x: Tensor) -> Tensor:
         d, n, c = len(runs), runs[0].rows, len(runs[0].cells)
         A = stacked_A(self.cells, group, [cell for run in runs for cell in run.cells])
         v = torch.matmul(_rows(x, runs).view(d, 1, n, -1), A.view(d, c, group.inp, -1))
         return v.view(d, c, n, -1, WIDTH).permute(0, 2, 3, 1, 4).reshape(d, n, -1, c * WIDTH)
 
-    def expand(self, group: Group, j: int, v: list[tuple[tuple[Run, ...], Tensor]], y: Tensor) -> None:
+    def expand(self, group: Group, j: int, v: list[tuple[tuple[RowRun, ...], Tensor]], y: Tensor) -> None:
         for runs, vs in v:
             d, n = len(runs), runs[0].rows
             B = stacked_B(self.cells, group, j, [cell for run in runs for cell in run.cells]).reshape(d, -1, group.outs[j])
@@ -58,22 +58,22 @@ class Grouped(Op):
                 y[run] += one
 
 
-def _blocks(group: Group, runs: tuple[Run, ...]) -> Blocks:
-    alike: dict[tuple[int, int], list[Run]] = {}
+def _blocks(group: Group, runs: tuple[RowRun, ...]) -> Blocks:
+    alike: dict[tuple[int, int], list[RowRun]] = {}
     for run in runs:
         alike.setdefault((run.rows, len(run.cells)), []).append(run)
-    out: list[tuple[Run, ...]] = []
+    out: list[tuple[RowRun, ...]] = []
     for (rows, _), same in alike.items():
         out += [tuple(same)] if rows < LONG and len(same) >= FEW else [(run,) for run in same]
     return tuple(out)
 
 
-def _rows(x: Tensor, runs: Sequence[Run]) -> Tensor:
+def _rows(x: Tensor, runs: Sequence[RowRun]) -> Tensor:
     parts = [x[span] for span, _ in _spans(runs, x)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
-def _spans(runs: Sequence[Run], packed: Tensor) -> list[tuple[slice, Tensor]]:
+def _spans(runs: Sequence[RowRun], packed: Tensor) -> list[tuple[slice, Tensor]]:
     """(rows in the step, their rows of ``packed``), neighbours joined."""
     bounds: list[list[int]] = []
     for run in runs:

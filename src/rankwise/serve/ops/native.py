@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
 from rankwise.serve.ops.build import load
-from rankwise.serve.ops.step import Op, Run
+from rankwise.serve.ops.step import Op, RowRun
 
 ROWS, MODULES = 8, 8  # as in native.c
 
@@ -47,7 +47,7 @@ def library() -> Any:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Work:
+class NativeWork:
     """Pieces (start, rows, first of its cells, cells) as int32, the list of cells, and their addresses."""
 
     pieces: Tensor
@@ -60,7 +60,7 @@ class Native(Op):
 
     name = "native"
 
-    def __init__(self, cells: Cells):
+    def __init__(self, cells: LoraPages):
         super().__init__(cells)
         if cells.dtype != torch.float32:
             raise OptionError(f"The native operator computes in float32, and the cells hold {cells.dtype}; use 'bags' for these.")
@@ -83,7 +83,7 @@ class Native(Op):
         x, (pieces, n, cells) = _plain(x), self.step.kept(group, _pieces).at
         self.lib.rankwise_apply(self._address[group.name], x.data_ptr(), x.stride(0), y, ld, pieces, n, cells)
 
-    def shrink(self, group: Group, x: Tensor) -> tuple[Work, Tensor] | None:
+    def shrink(self, group: Group, x: Tensor) -> tuple[NativeWork, Tensor] | None:
         """v of every piece and cell: (cells of all pieces, ROWS, modules·WIDTH)."""
         if not self.step.runs(group):
             return None
@@ -93,7 +93,7 @@ class Native(Op):
         self.lib.rankwise_shrink(self._address[group.name], x.data_ptr(), x.stride(0), pieces, n, cells, v.data_ptr())
         return work, v
 
-    def expand(self, group: Group, j: int, v: tuple[Work, Tensor] | None, y: Tensor) -> None:
+    def expand(self, group: Group, j: int, v: tuple[NativeWork, Tensor] | None, y: Tensor) -> None:
         if v is None:
             return
         work, numbers = v
@@ -110,7 +110,7 @@ def _plain(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _describe(cells: Cells, g: Group) -> _Group:
+def _describe(cells: LoraPages, g: Group) -> _Group:
     first = [sum(g.chunks[:j]) for j in range(len(g.outs))]
     pad = [0] * (MODULES - len(first))
     return _Group(
@@ -119,7 +119,7 @@ def _describe(cells: Cells, g: Group) -> _Group:
     )  # fmt: skip
 
 
-def _pieces(group: Group, runs: tuple[Run, ...]) -> Work:
+def _pieces(group: Group, runs: tuple[RowRun, ...]) -> NativeWork:
     pieces: list[tuple[int, int, int, int]] = []
     cells: list[int] = []
     for run in runs:
@@ -128,4 +128,4 @@ def _pieces(group: Group, runs: tuple[Run, ...]) -> Work:
             cells += run.cells
     pieces.sort(key=lambda p: -p[1] * p[3])  # a long piece that comes last would leave the other threads waiting
     table, listed = torch.tensor(pieces, dtype=torch.int32), torch.tensor(cells, dtype=torch.int32)
-    return Work(table, listed, (table.data_ptr(), len(pieces), listed.data_ptr()))
+    return NativeWork(table, listed, (table.data_ptr(), len(pieces), listed.data_ptr()))

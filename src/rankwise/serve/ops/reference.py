@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from rankwise.serve.ops.base import Group
 from rankwise.serve.ops.step import Op
 
+if TYPE_CHECKING:
+    from rankwise.serve.ops.base import Group
 
-class Reference(Op):
+
+class ReferenceOp(Op):
     """y[segment] += (x[segment] Aᵀ) Bᵀ with A and B read out of the cells."""
 
     name = "reference"

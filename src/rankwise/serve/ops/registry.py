@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError, unknown
-from rankwise.serve.ops.base import Cells
-from rankwise.serve.ops.step import Op
+
+if TYPE_CHECKING:
+    from rankwise.serve.ops.base import LoraPages
+    from rankwise.serve.ops.step import Op
 
 OPS = {
     "auto": "auto:Auto",
-    "reference": "reference:Reference",
+    "reference": "reference:ReferenceOp",
     "bags": "bags:Bags",
     "grouped": "grouped:Grouped",
-    "cat": "cat:Cat",
+    "cat": "cat:ConcatOp",
     "native": "native:Native",
     "triton": "triton:Triton",
 }
 
 
-def make_op(name: str, cells: Cells, native: bool | None = None) -> Op:
+def make_op(name: str, cells: LoraPages, native: bool | None = None) -> Op:
     """The operator ``name`` on ``cells``; ``native`` lets "auto" build and use the C operator (None: as $RANKWISE_NATIVE says).
 
     Raises:

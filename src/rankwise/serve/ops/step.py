@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.serve.ops.base import Cells, Group
-from rankwise.serve.plan import Segment, TokenPlan
+
+if TYPE_CHECKING:
+    from rankwise.serve.batch import Segment, TokenPlan
+    from rankwise.serve.ops.base import Group, LoraPages
 
 KEPT = 8  #: compositions whose indices are kept
 
@@ -18,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Run:
+class RowRun:
     """Rows [start, end) and the cells that act on them, one at least."""
 
     start: int
@@ -30,19 +32,19 @@ class Run:
         return self.end - self.start
 
 
-class Step:
+class OpStep:
     """The segments of one composition with their cells, and what operators derived from them (``notes`` is theirs)."""
 
-    def __init__(self, cells: Cells, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
+    def __init__(self, cells: LoraPages, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
         self.cells, self.segments, self.held = cells, segments, held
         self._touched = frozenset(c for some in held for c in some)
-        self._whole: tuple[Run, ...] | None = None
-        self._runs: dict[str, tuple[Run, ...]] = {}
+        self._whole: tuple[RowRun, ...] | None = None
+        self._runs: dict[str, tuple[RowRun, ...]] = {}
         self._of_group: dict[str, Any] = {}
         self._shared: dict[Any, Any] = {}
         self.notes: dict[str, Any] = {}
 
-    def runs(self, group: Group) -> tuple[Run, ...]:
+    def runs(self, group: Group) -> tuple[RowRun, ...]:
         """The rows that something acts on at ``group``, in order; empty where no adapter of the step touches it.
 
         One object for all groups that every adapter of the step touches, which is most of them.
@@ -53,12 +55,12 @@ class Step:
                 self._runs[group.name] = self._whole
             else:
                 used = [(s, self.cells.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
-                self._runs[group.name] = tuple(Run(s.start, s.end, c) for s, c in used if c and s.end > s.start)
+                self._runs[group.name] = tuple(RowRun(s.start, s.end, c) for s, c in used if c and s.end > s.start)
             if whole:
                 self._whole = self._runs[group.name]
         return self._runs[group.name]
 
-    def kept(self, group: Group, make: Callable[[Group, tuple[Run, ...]], T]) -> T:
+    def kept(self, group: Group, make: Callable[[Group, tuple[RowRun, ...]], T]) -> T:
         """``make(group, runs)``, made once for all groups of equal shape and runs."""
         if group.name not in self._of_group:
             runs = self.runs(group)
@@ -74,11 +76,11 @@ class Op:
 
     name: ClassVar[str]
 
-    def __init__(self, cells: Cells):
+    def __init__(self, cells: LoraPages):
         self.cells = cells
-        self.step = Step(cells, (), ())
+        self.step = OpStep(cells, (), ())
         self._key: Any = None
-        self._steps: dict[Any, Step] = {}
+        self._steps: dict[Any, OpStep] = {}
 
     def begin(self, plan: TokenPlan, slots: Mapping[int, Sequence[int]]) -> None:
         """Make ``plan`` the running step.
@@ -94,7 +96,7 @@ class Op:
         if key == self._key:
             return
         known = self._steps.pop(key) if key in self._steps else None
-        self._key, self.step = key, known or Step(self.cells, plan.composition, held)
+        self._key, self.step = key, known or OpStep(self.cells, plan.composition, held)
         self._steps[key] = self.step
         if len(self._steps) > KEPT:
             del self._steps[next(iter(self._steps))]  # the one unused for longest

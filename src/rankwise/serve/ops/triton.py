@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError, need
-from rankwise.serve.ops.base import WIDTH, Cells, Group
+from rankwise.serve.ops.base import WIDTH, Group, LoraPages
 from rankwise.serve.ops.step import Op
-from rankwise.serve.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from rankwise.serve.batch import TokenPlan
 
 CHUNK = 16  #: rows of a prefill piece: a long prompt does not own one program
 SMALLEST = 16  #: sides that a tensor core's product needs
@@ -34,7 +36,7 @@ class Triton(Op):
 
     name = "triton"
 
-    def __init__(self, cells: Cells):
+    def __init__(self, cells: LoraPages):
         super().__init__(cells)
         self.device = next(iter(cells.shrink.values())).device
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,12 +11,16 @@ the sum holds it once.  Sources: S-LoRA (arXiv 2311.03285), section 6; the secon
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from rankwise.serve.adapters.values import Shadow
-from rankwise.serve.ops.base import Pairs
-from rankwise.serve.parallel.shares import Share
+
+if TYPE_CHECKING:
+    from rankwise.serve.ops.base import Pairs
+    from rankwise.serve.parallel.shares import Share
 
 
 @torch.no_grad()

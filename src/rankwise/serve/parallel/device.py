@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import OptionError
 from rankwise.serve.ops.bags import Bags
-from rankwise.serve.ops.base import WIDTH, Cells, DeltaOp, Group, Pairs
+from rankwise.serve.ops.base import WIDTH, DeltaOp, Group, LoraPages, Pairs
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.parallel.comm import Communicator
 from rankwise.serve.parallel.cutting import cut_pairs, gathered
-from rankwise.serve.parallel.shares import Share
-from rankwise.serve.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from rankwise.serve.batch import TokenPlan
+    from rankwise.serve.parallel.comm import Communicator
+    from rankwise.serve.parallel.shares import Share
 
 SPLITS = ("auto", "split", "replicate")
 SPLIT_FROM = 64  #: rank from which "auto" splits: two collectives a block are paid with time, and below it save too little memory
@@ -34,7 +36,7 @@ class SplitBags(Bags):
 
     name = "split"
 
-    def __init__(self, cells: Cells, share: Share, comm: Communicator):
+    def __init__(self, cells: LoraPages, share: Share, comm: Communicator):
         super().__init__(cells)
         self.share, self.comm = share, comm
 
@@ -112,12 +114,12 @@ class DeviceCells:
         if op == "triton":
             raise OptionError("With several devices the Triton operator is not served; give --op auto.")
         self.share, self.comm, self.count, self.way, self._op, self._native = share, comm, count, split, op, native
-        self.stores: dict[bool, Cells] = {}
+        self.stores: dict[bool, LoraPages] = {}
         if split != "split":
-            self.stores[False] = Cells(share.groups, count, dtype)
+            self.stores[False] = LoraPages(share.groups, count, dtype)
         if split != "replicate":
             across = {g.name: WIDTH if share.row_parallel(g.name) else -(-WIDTH // share.size) for g in share.groups}
-            self.stores[True] = Cells([self._slice(g) for g in share.groups], count, dtype, across=across)
+            self.stores[True] = LoraPages([self._slice(g) for g in share.groups], count, dtype, across=across)
 
     def _slice(self, g: Group) -> Group:
         lo, hi = self.share.outputs(g.name) if self.share.row_parallel(g.name) else (0, 0)

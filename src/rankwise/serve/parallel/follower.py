@@ -6,32 +6,34 @@ import dataclasses
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.serve.adapters.base import Manifest, Served
+from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.ops.base import Cells
-from rankwise.serve.parallel.comm import Communicator
+from rankwise.serve.batch import make_plan
+from rankwise.serve.model.runner import NativeRunner
 from rankwise.serve.parallel.cutting import cut_model
 from rankwise.serve.parallel.device import DeviceCells
-from rankwise.serve.parallel.messages import Acts, Build, Said, Step, Stop, Write, hear, tell
+from rankwise.serve.parallel.messages import Acts, Build, Said, StepMessage, Stop, Write, hear, tell
 from rankwise.serve.parallel.shares import Share, shares
-from rankwise.serve.plan import make_plan
-from rankwise.serve.runner import NativeRunner
+
+if TYPE_CHECKING:
+    from rankwise.serve.ops.base import LoraPages
+    from rankwise.serve.parallel.comm import Communicator
 
 R = TypeVar("R", bound=NativeRunner)
-_NOBODY = Manifest("", "", "", "", 0, 0, 0)
+_NOBODY = AdapterMetadata("", "", "", "", 0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Held:
+class SlotCopy:
     """A slot as a follower knows it."""
 
     cells: tuple[int, ...]
-    served: Served
+    served: LoadedAdapter
 
 
 def device_of(
@@ -42,7 +44,7 @@ def device_of(
     dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
     cells = DeviceCells(share, comm, build.cells, dtype, build.split, build.op, build.native)
     finish = {g.name: comm.all_reduce for g in share.groups if share.row_parallel(g.name)}
-    first: Cells = next(iter(cells.stores.values()))
+    first: LoraPages = next(iter(cells.stores.values()))
     made = runner(
         local, share.groups, first, cells.operator(), cells.operator(), blocks=build.blocks, page=build.page,
         max_rows=build.max_rows, pack=build.pack, loop=build.loop, expected=expected, finish=finish,
@@ -57,18 +59,18 @@ class Follower(NativeRunner):
     def _gap(self, expected: Tensor) -> float:
         return 0.0
 
-    def step(self, step: Step, held: dict[int, Held]) -> None:
+    def step(self, step: StepMessage, held: dict[int, SlotCopy]) -> None:
         """``held``: the slots told so far, brought up to date."""
         for n in step.gone:
             del held[n]
-        held |= {n: Held(acts.cells, _touching(acts)) for n, acts in step.slots.items()}
+        held |= {n: SlotCopy(acts.cells, _touching(acts)) for n, acts in step.slots.items()}
         plan = make_plan(step.spans, self.page)
         self.run(dataclasses.replace(plan, sample_rows=torch.empty(0, dtype=torch.int64)), held)
 
 
-def _touching(acts: Acts) -> Served:
+def _touching(acts: Acts) -> LoadedAdapter:
     """What a runner needs to know of an adapter whose numbers are in cells."""
-    return Served(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())), acts.loose)
+    return LoadedAdapter(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())), acts.loose)
 
 
 def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
@@ -83,7 +85,7 @@ def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
     share = shares(model, Layout(model), comm.size)[comm.rank]
     cells, runner = device_of(model, share, comm, build, Follower, torch.empty(0))
     del model  # the slices are copies: the whole weights go
-    held: dict[int, Held] = {}
+    held: dict[int, SlotCopy] = {}
     tell(pipe, Said("ready"))
     while not isinstance(message := hear(pipe), Stop):
         if isinstance(message, Write):

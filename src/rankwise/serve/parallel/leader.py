@@ -10,21 +10,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from rankwise.serve.adapters.base import Served
-from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.model.runner import NativeRunner, RunnerSlot, own_logits
 from rankwise.serve.ops.base import Pairs, check_pairs
-from rankwise.serve.parallel.comm import Communicator
 from rankwise.serve.parallel.device import DeviceCells, slices
-from rankwise.serve.parallel.follower import Held, device_of
-from rankwise.serve.parallel.loose import local
-from rankwise.serve.parallel.messages import Acts, Build, Step, Write
+from rankwise.serve.parallel.follower import SlotCopy, device_of
+from rankwise.serve.parallel.messages import Acts, Build, StepMessage, Write
+from rankwise.serve.parallel.non_lora_changes import local
 from rankwise.serve.parallel.shares import Share, shares
-from rankwise.serve.plan import TokenPlan
-from rankwise.serve.runner import NativeRunner, Slot, own_logits
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import LoadedAdapter
+    from rankwise.serve.adapters.layout import Layout
+    from rankwise.serve.batch import TokenPlan
+    from rankwise.serve.parallel.comm import Communicator
 
 
 class Team(Protocol):
@@ -70,7 +72,7 @@ class SharedCells:
         return self.cells.cell_bytes
 
     def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
-        """See :meth:`rankwise.serve.ops.base.Cells.write`."""
+        """See :meth:`rankwise.serve.ops.base.LoraPages.write`."""
         for name, g in self.shares[0].whole.items():
             check_pairs(g, pairs.get(name), len(cells))
         split = self.cells.splits(pairs)
@@ -89,24 +91,24 @@ class Leader(NativeRunner):
 
     def __init__(self, *args: Any, team: Team, made: Sequence[Share], **more: Any):
         self.team, self.shares = team, made  # first: a runner takes its first steps, the probe's, while it is made
-        self.told: dict[int, Held] = {}  # as this device holds them
+        self.told: dict[int, SlotCopy] = {}  # as this device holds them
         super().__init__(*args, **more)
 
-    def run(self, plan: TokenPlan, slots: Mapping[int, Slot]) -> Tensor:
+    def run(self, plan: TokenPlan, slots: Mapping[int, RunnerSlot]) -> Tensor:
         new = {s.slot: slots[s.slot] for s in plan.segments if s.slot not in self.told}
         gone = tuple(n for n in self.told if n not in slots)
         for share in self.shares[1:]:
             acts = {n: Acts(tuple(s.cells), tuple(s.served.pairs), local(s.served, share)) for n, s in new.items()}
-            self.team.tell(share.rank, Step(plan.spans, acts, gone))
+            self.team.tell(share.rank, StepMessage(plan.spans, acts, gone))
         for n in gone:
             del self.told[n]
-        self.told |= {n: Held(s.cells, self._own(s.served)) for n, s in new.items()}
+        self.told |= {n: SlotCopy(s.cells, self._own(s.served)) for n, s in new.items()}
         try:
             return super().run(plan, self.told)
         except Exception as error:
             raise self.team.broken(error) from error
 
-    def _own(self, served: Served) -> Served:
+    def _own(self, served: LoadedAdapter) -> LoadedAdapter:
         """The adapter as this device computes it: the head's changes are its alone."""
         head = {m: those for m, those in served.loose.items() if m not in self.shares[0].cuts}
         return dataclasses.replace(served, loose=head | local(served, self.shares[0]))

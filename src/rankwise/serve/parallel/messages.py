@@ -6,11 +6,12 @@ import dataclasses
 import pickle
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.serve.adapters.base import Loose
-from rankwise.serve.ops.base import Pairs
-from rankwise.serve.plan import Span
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import NonLoraChange
+    from rankwise.serve.batch import Span
+    from rankwise.serve.ops.base import Pairs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,11 +45,11 @@ class Acts:
 
     cells: tuple[int, ...]
     groups: tuple[str, ...]
-    loose: Mapping[str, tuple[Loose, ...]]
+    loose: Mapping[str, tuple[NonLoraChange, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class StepMessage:
     """One step: its spans in packed order, the slots in it that are new to the receiver, and those that it may forget."""
 
     spans: tuple[Span, ...]

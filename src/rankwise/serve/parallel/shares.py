@@ -19,15 +19,18 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError, OptionError
-from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.ops.base import Group
-from rankwise.sites import Site
 from rankwise.sites.coupling import Axis
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.layout import Layout
+    from rankwise.sites.site import Site
 
 SERVED = (
     "tensor parallelism serves dense decoders whose layers are q, k, v, o and gate, up, down projections with nothing that differs "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from rankwise.errors import DataError, OptionError
 from rankwise.train.data.chat import IGNORED
 from rankwise.train.data.packing import Packed
-from rankwise.train.data.tokens import Example
+
+if TYPE_CHECKING:
+    from rankwise.train.data.tokens import Example
 
 Attention = Literal["mask", "additive", "varlen"]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rankwise.errors import DataError, OptionError
 from rankwise.train.data.chat import IGNORED
-from rankwise.train.data.tokens import Example
+
+if TYPE_CHECKING:
+    from rankwise.train.data.tokens import Example
 
 
 @dataclasses.dataclass(frozen=True)

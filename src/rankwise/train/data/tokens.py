@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import DataError, OptionError
 from rankwise.train.data.chat import IGNORED, chat_ids
-from rankwise.train.data.layouts import Record
+
+if TYPE_CHECKING:
+    from rankwise.train.data.layouts import Record
 
 Overlong = Literal["auto", "error", "truncate", "split"]
 

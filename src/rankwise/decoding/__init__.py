@@ -1,0 +1,1 @@
+"""Several models or views that decode together: their logits combined at every step."""

@@ -1,0 +1,1 @@
+"""What a merge may ask of a model: scores, gradients, overlaps."""

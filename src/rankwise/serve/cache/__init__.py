@@ -1,0 +1,1 @@
+"""Blocks of the key-value cache: who holds them, and which are shared."""

@@ -1,0 +1,366 @@
+"""Who runs: waiting and running requests, their blocks and slots, and the spans of the next step.
+
+What does not fit waits; where a running request must grow and nothing is left, the youngest is put back (its tokens are
+kept, their keys and values found or computed again), so a step never fails for want of room.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from rankwise.errors import OptionError, RankwiseError
+from rankwise.serve.batch import BASE, Role, Span
+from rankwise.serve.cache.prefix import PrefixIndex, salt
+from rankwise.serve.engine.memory_pressure import TRIES, OomBackoff
+from rankwise.serve.engine.prompt_lookup import PromptLookup
+from rankwise.serve.engine.sequence import Sequence
+from rankwise.serve.engine.step_time import StepLoad
+from rankwise.serve.engine.waiting import Waiting
+from rankwise.serve.memory import no_memory
+from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, tried
+from rankwise.serve.types import Outcome, Overloaded, Request
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import LoadedAdapter
+    from rankwise.serve.engine.interfaces import Copies, Residency
+    from rankwise.serve.engine.options import EngineOptions
+
+WINDOW = 64  #: waiting requests that a policy is shown, at least
+SWEPT = 32  #: waiting requests that are looked at in a step whether or not there is a place
+log = logging.getLogger("rankwise.serve")
+#: (sequence, outcome, message, error): ends a request wherever it is
+Finish = Callable[[Sequence, Outcome, str, RankwiseError | None], None]
+
+
+class Scheduler:
+    """Requests between their arrival and their end.
+
+    Args:
+        prompt_tokens: (load of the decoding rows, prompt tokens waiting) → how many of them join a step.
+        finish: called for a request that ends here (its adapter cannot be read, a policy's verdict).
+    """
+
+    def __init__(
+        self,
+        page: int,
+        total_blocks: int,
+        index: PrefixIndex,
+        adapters: Residency,
+        policy: Policy,
+        options: EngineOptions,
+        base: str,
+        clock: Callable[[], float],
+        prompt_tokens: Callable[[StepLoad, int], int],
+        finish: Finish,
+    ):
+        self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
+        self.policy, self.options, self.base, self.clock, self.finish = policy, options, base, clock, finish
+        self.prompt_tokens = prompt_tokens
+        self.waiting = Waiting()
+        self.running: dict[str, Sequence] = {}
+        self.counters: Counter[str] = Counter()
+        self.shortage = OomBackoff()
+        self.copies: Copies | None = None
+        self.step_seconds = 0.0  # of the last step
+        self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
+        self._asked = self._spare = 0
+        self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
+
+    def take_queued(self) -> list[float]:
+        """Seconds in the queue of those let in since the last call."""
+        taken, self.queued = self.queued, []
+        return taken
+
+    # --- admission ------------------------------------------------------------------------------------------------
+    def _state(self, shown: Iterable[Sequence]) -> State:
+        """What a policy sees; ``shown``: of those that wait."""
+        shown = list(shown)
+        for s in shown:
+            s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
+            s.job.ready = s.fetched is None or s.fetched.done()
+        chunk = max(self.options.step_tokens - self.options.max_running, 1)
+        return State(
+            self.clock(), [s.job for s in self.running.values()], [s.job for s in shown],
+            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds, self.token_seconds(), chunk,
+        )  # fmt: skip
+
+    def admit(self) -> None:
+        """Try the first of the waiting requests in the policy's order.
+
+        While every place is taken nobody can enter, and the order is asked for every 16th step, for policies that learn from it.
+        """
+        if not self.waiting:
+            return
+        self._sweep()
+        self._asked += 1
+        if len(self.running) >= self._places() and self._asked % 16:
+            return
+        self._spare = self._spared()
+        state = self._state(self.waiting.window(max(WINDOW, 2 * self.options.max_running)))
+        for job, verdict in tried(self.policy, state, self._fits):
+            if verdict is not Verdict.ADMIT:
+                self._let_go(self.waiting[job.id], verdict)
+            else:
+                self.policy.admitted(job, state.now)
+                state.running = [s.job for s in self.running.values()]
+                state.free_blocks = self.index.available()
+                self._spare = self._spared()
+
+    def _sweep(self) -> None:
+        """A few of all that wait, whether any is to be let go."""
+        some = [s for s in self.waiting.sweep(SWEPT) if not self._lost(s)]
+        state = self._state(some)
+        for seq in some:
+            verdict = self.policy.verdict(seq.job, state)
+            if verdict in (Verdict.ABORT, Verdict.REJECT):
+                self._let_go(seq, verdict)
+
+    def _let_go(self, seq: Sequence, verdict: Verdict) -> None:
+        if verdict is Verdict.ABORT:
+            self.finish(seq, Outcome.ABORTED, "Its first token would have come after its deadline.", None)
+        else:
+            self.finish(seq, Outcome.REJECTED, "The server cannot serve it in time; try again later.", None)
+
+    def _fits(self, job: RequestInfo) -> bool | None:
+        """Whether it has entered; None where it has ended instead."""
+        entered = self._enter(self.waiting[job.id])
+        return None if not entered and job.id not in self.waiting else entered
+
+    def _enter(self, seq: Sequence) -> bool:
+        """Move a waiting request to the running ones, if there is room for it now."""
+        if len(self.running) >= self._places() or self._waits_for_sibling(seq):
+            return False
+        if self._lost(seq) or (seq.fetched is not None and not seq.fetched.done()) or not self._can_ever(seq):
+            return False
+        served = None if seq.fetched is None else seq.fetched.result()
+        if not seq.blocks:
+            self._match(seq)
+        fits = self._room(self._lacking(seq) + self._spare)
+        slot: int | None = BASE
+        if fits and served is not None:
+            slot = self._slot(seq, served)
+            if seq.request.id not in self.waiting:
+                return False
+        if not fits or slot is None:
+            self._unmatch(seq)
+            return False
+        seq.slot = slot
+        now = self.clock()
+        if seq.job.started is None:
+            seq.job.started = now
+            self.queued.append(now - seq.job.arrival)
+        self.counters["prefix_query_tokens"] += len(seq.tokens)
+        self.counters["prefix_hit_tokens"] += seq.reused
+        self.waiting.pop(seq.request.id)
+        self.running[seq.request.id] = seq
+        return True
+
+    def _spared(self) -> int:
+        """Blocks that running requests have yet to take, and one more for each, so that one newly let in is not put back at once."""
+        return sum(self._lacking(s) + 1 for s in self.running.values())
+
+    def _places(self) -> int:
+        return self.shortage.of_requests(self.options.max_running)
+
+    def _slot(self, seq: Sequence, served: LoadedAdapter) -> int | None:
+        """Its adapter's slot, or None where there is no room now; the request may have ended."""
+        assert seq.request.adapter is not None
+        try:
+            return self.adapters.enter(seq.request.adapter, served)
+        except RankwiseError as error:  # it can never be in a slot
+            self.finish(seq, Outcome.REJECTED, str(error), error)
+        except Exception as error:
+            if no_memory(error):
+                self._found_none(seq, not self.running)
+            else:
+                log.error("an adapter could not be put in a slot", exc_info=error)
+                self.counters["faults"] += 1
+                self.finish(seq, Outcome.ERROR, "The engine failed to place its adapter.", None)
+        return None
+
+    def _lacking(self, seq: Sequence) -> int:
+        """Blocks that a request takes for the tokens it has and the next one."""
+        return max(-(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks), 0)
+
+    def check_length(self, r: Request) -> None:
+        """Refuse a request that could not even run alone.
+
+        Raises:
+            OptionError: it is longer than the cache, its share beside its adapter, or the options' limit.
+        """
+        beside = self.adapters.most_blocks(r.adapter) * self.page
+        limit = beside if self.options.max_context is None else min(beside, self.options.max_context)
+        wanted = len(r.prompt) + r.sampling.max_tokens
+        if wanted > limit:
+            where = " beside its adapter" if limit == beside < self.total_blocks * self.page else ""
+            raise OptionError(
+                f"The prompt has {len(r.prompt)} tokens and max_tokens is {r.sampling.max_tokens}: {wanted} together, "
+                f"but a request may have {limit}{where}; shorten one of them."
+            )
+
+    def _can_ever(self, seq: Sequence) -> bool:
+        """Whether it could run alone, now that it is known what its adapter takes; it is ended where it could not."""
+        try:
+            self.check_length(seq.request)
+        except OptionError as error:
+            self.finish(seq, Outcome.REJECTED, str(error), error)
+            return False
+        return True
+
+    def _waits_for_sibling(self, seq: Sequence) -> bool:
+        """A sample of the same prompt is being computed, whose blocks this one will share."""
+        group = seq.request.group
+        return (
+            group is not None
+            and self.index.share
+            and any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
+        )
+
+    def _lost(self, seq: Sequence) -> bool:
+        """Whether its adapter could not be read, which ends it."""
+        error = seq.fetched.exception() if seq.fetched is not None and seq.fetched.done() else None
+        if error is not None:
+            kind = error if isinstance(error, RankwiseError) else None
+            self.finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
+        return error is not None
+
+    def _match(self, seq: Sequence) -> None:
+        if len(seq.links) * self.page + self.page < len(seq.tokens):
+            seq.links = self.index.chain(self.first_link(seq.request), seq.tokens)
+        seq.blocks = self.index.match(seq.links)
+        seq.full = len(seq.blocks)
+        seq.computed = seq.reused = seq.full * self.page
+        seq.chain = seq.links[seq.full - 1] if seq.full else seq.chain
+
+    def _unmatch(self, seq: Sequence) -> None:
+        """Back to before :meth:`_match`: what waits holds no block."""
+        self.index.release(seq.blocks)
+        self._reset(seq)
+
+    def _reset(self, seq: Sequence) -> None:
+        seq.blocks, seq.computed, seq.full, seq.reused = [], 0, 0, 0
+        seq.chain = self.first_link(seq.request)
+
+    def first_link(self, r: Request) -> bytes:
+        """The salt of a request's prefix chain."""
+        return salt({"base": self.base, "adapter": r.adapter or "", "tenant": r.tenant, "salt": r.salt})
+
+    def _room(self, blocks: int) -> bool:
+        """Whether ``blocks`` can be taken; idle adapters make way for them where both live on one budget."""
+        if self.index.ids() < blocks:
+            return False  # ids are short, which no adapter's memory makes more
+        while self.index.available() < blocks:
+            if not self.adapters.shrink():
+                return False
+        return True
+
+    # --- the plan -------------------------------------------------------------------------------------------------
+    def spans(self) -> list[Span]:
+        """The spans of the next step: every decoding row (with its guesses, where there is room), then prompts in chunks."""
+        spans: list[Span] = []
+        for seq in [s for s in self.running.values() if s.decoding]:
+            if seq.request.id in self.running and self._grow(seq, len(seq.tokens), preempt=True):
+                spans.append(self._span(seq, 1, self._guesses(seq)))
+        # putting a request back may have taken one that is in the list already
+        spans = [s for s in spans if s.request in self.running]
+        waiting = sum(s.pending for s in self.running.values() if not s.decoding)
+        budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
+        budget = self.shortage.of_tokens(budget)
+        for seq in [s for s in self.running.values() if not s.decoding]:
+            n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was put back for an earlier one
+            if n and self._grow(seq, seq.computed + n, preempt=not spans):
+                spans.append(self._span(seq, n))
+                budget -= n
+        return [s for s in spans if s.request in self.running]
+
+    def load(self, spans: Iterable[Span]) -> StepLoad:
+        """What a step of these spans computes, as the step-time model sees it."""
+        spans = list(spans)
+        ranks = sum(self.adapters.slots[i].served.manifest.rank for i in {s.slot for s in spans} if i != BASE)
+        return StepLoad(sum(len(s.tokens) for s in spans), sum(s.end for s in spans), ranks)
+
+    def _guesses(self, seq: Sequence) -> tuple[int, ...]:
+        """Tokens to verify beside the one that is computed; their keys and values need room that nobody else gives up."""
+        most = min(self.options.speculate, seq.request.sampling.max_tokens - seq.generated - 1)
+        if most < 1 or not seq.sampler.plain:
+            return ()
+        seq.grams = seq.grams or PromptLookup()
+        guesses = seq.grams.guess(seq.tokens, most)
+        return guesses if guesses and self._grow(seq, len(seq.tokens) + len(guesses), preempt=False) else ()
+
+    def _span(self, seq: Sequence, n: int, guesses: tuple[int, ...] = ()) -> Span:
+        at = seq.computed
+        tokens = (*seq.tokens[at : at + n], *guesses)
+        role = Role.VERIFY if guesses else Role.DECODE if seq.decoding else Role.PREFILL
+        samples = 1 + len(guesses) if n == seq.pending else 0
+        return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples, seq.serial)
+
+    def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
+        """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""
+        wanted = -(-tokens // self.page) - len(seq.blocks)
+        while wanted > 0:
+            if self._room(wanted):
+                taken = self.index.take(wanted)
+                if taken is not None:
+                    seq.blocks += taken
+                    return True
+            if not preempt:
+                return False
+            youngest = self._youngest()
+            self._put_back(youngest)
+            if youngest is seq:
+                return False
+        return True
+
+    def _youngest(self) -> Sequence:
+        return max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
+
+    def _put_back(self, seq: Sequence) -> None:
+        """From running to waiting: its tokens stay, their keys and values will be computed (or found) again."""
+        self.counters["preemptions"] += 1
+        del self.running[seq.request.id]
+        self.let_go(seq)
+        self._reset(seq)
+        self.waiting.push(seq, front=True)
+
+    def let_go(self, seq: Sequence) -> None:
+        self.index.release(seq.blocks)
+        seq.blocks = []
+        if seq.slot != BASE:
+            self.adapters.leave(seq.slot)
+            seq.slot = BASE
+
+    # --- when memory runs out -------------------------------------------------------------------------------------
+    def make_way(self, seqs: Iterable[Sequence], tokens: int) -> None:
+        """A step of ``seqs`` and ``tokens`` found no memory: what is idle goes, the younger half waits, and steps are smaller."""
+        seqs = list(seqs)
+        log.warning("memory ran out in a step of %d requests and %d tokens; the next are smaller", len(seqs), tokens)
+        self.shortage.failed(len(seqs), tokens)
+        if len(seqs) == 1:
+            self._found_none(seqs[0], True)
+        else:
+            self._relieve(copies=True)
+        while len(self.running) > self._places():
+            self._put_back(self._youngest())
+
+    def _found_none(self, seq: Sequence, alone: bool) -> None:
+        """A request found no memory; it is tried again, unless it was ``alone`` and that often enough."""
+        self._relieve(copies=alone)
+        seq.short += alone
+        if seq.short >= TRIES:
+            self.turn_away(seq)
+
+    def _relieve(self, *, copies: bool) -> None:
+        """Let go of what is idle, and of the runner's ``copies``, which decoding rows would miss."""
+        self.counters["out_of_memory"] += 1
+        self.adapters.relieve()
+        if copies and self.copies is not None:
+            self.copies.relieve()
+
+    def turn_away(self, seq: Sequence) -> None:
+        """End a request for which there is no memory, with the word to come back."""
+        error = Overloaded("The server has no memory left for this request; try again later.", 5.0)
+        self.finish(seq, Outcome.REJECTED, str(error), error)

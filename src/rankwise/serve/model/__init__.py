@@ -1,0 +1,1 @@
+"""A transformers model that runs packed steps over a paged cache."""

@@ -1,0 +1,1 @@
+"""Admission policies: in which order waiting requests are tried, and what becomes of each."""
