@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 HOME = ROOT / "docs/methods"
 #: folders whose files cite papers and these pages, and nothing that is not in the repository
 CITING = ("docs",)
-#: what may still cite otherwise
-EXEMPT = ("docs/design.md",)
-PRIVATE = re.compile(r"\bcards?\b|methods/0|\bissue #?\d|\brow \d+", re.IGNORECASE)
+#: what is left alone: the design page until it is rewritten, and what speaks of the cards of shipped models
+EXEMPT = ("docs/design.md", "src/rankwise/assets/", "tests/assets/", "tests/docs/test_methods.py")
+#: "card 123" and the like (a model's card is none of them), the private references' files, issues and rows of plans by number
+PRIVATE = re.compile(r"(?<![a-z])(?<!model[ _])cards?(?![a-z])|methods/0|\bissue #?\d|\brow \d+", re.IGNORECASE)
 #: what every section says, in this order; a policy has a rule in place of a formula
 LABELS = (("Formula", "Rule"), ("Start and defaults", "Defaults"), ("Checked",), ("Source",), ("Departs",))
 
@@ -137,7 +138,7 @@ def test_no_link_dangles(page: str) -> None:
 
 def texts(folder: str) -> Iterator[tuple[Path, str]]:
     for file in sorted((ROOT / folder).rglob("*")):
-        if file.suffix in (".py", ".md", ".c", ".toml", ".yaml", ".yml") and str(file.relative_to(ROOT)) not in EXEMPT:
+        if file.suffix in (".py", ".md", ".c", ".toml", ".yaml", ".yml"):
             yield file, file.read_text(encoding="utf-8")
 
 
@@ -153,6 +154,15 @@ def test_no_citation_of_these_pages_dangles(folder: str) -> None:
     assert not [f"{f.relative_to(ROOT)}: {wrong}" for f, t in cited if (wrong := dangling(t, ROOT, f))]
 
 
+@pytest.mark.parametrize("line", ["see card 034", "its card's numbers", "CARD = 1", "methods/04", "issue #12", "Row 19: memory"])
+def test_the_check_of_citations_sees_what_is_private(line: str) -> None:
+    assert PRIVATE.search(line)
+    assert not any(
+        PRIVATE.search(s)
+        for s in ("the model card", "write_model_card=False", "cardinality", "discards", "a row", "row i", "issues")
+    )
+
+
 @pytest.mark.parametrize("folder", CITING)
 def test_nothing_cites_what_is_not_in_the_repository(folder: str) -> None:
     """A paper and its section, or a page of docs/methods, can be read by everybody; numbers of private lists cannot."""
@@ -160,6 +170,6 @@ def test_nothing_cites_what_is_not_in_the_repository(folder: str) -> None:
         f"{file.relative_to(ROOT)}:{n}: {line.strip()[:100]}"
         for file, text in texts(folder)
         for n, line in enumerate(text.splitlines(), 1)
-        if file != Path(__file__) and PRIVATE.search(line)
+        if not str(file.relative_to(ROOT)).startswith(EXEMPT) and PRIVATE.search(line)
     ]
     assert not hits, "\n".join(hits)
