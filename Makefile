@@ -37,8 +37,8 @@ bench: $(VENV)/.installed  ## measure beside PEFT; results in benchmarks/results
 	$(PY) -m benchmarks.serving_policies
 	$(PY) -m benchmarks.table
 
-docs: $(VENV)/.installed  ## the catalogue as a page
-	$(PY) -m rankwise.cli.main methods --markdown > docs/methods.md
+docs: $(VENV)/.installed  ## the table of all methods, docs/methods/README.md
+	$(PY) -m rankwise.cli.main methods --markdown > docs/methods/README.md
 
 soak: $(VENV)/.installed  ## the long counts
 	$(PY) -m pytest -m soak --timeout 7200

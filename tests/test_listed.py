@@ -40,7 +40,7 @@ def test_each_has_a_page_with_its_formula_options_and_source(capsys: Any, info: 
     code, text, _ = call(capsys, "methods", info.name)
     flat = " ".join(text.split())
     assert code == 0 and f"{info.name} · {info.kind}" in flat and info.title in flat
-    assert info.reference is None or f"card {info.reference}" in flat
+    assert info.reference is None or f"reference {info.reference}" in flat
     assert all(option in flat for option in info.options)
     assert " ".join(info.doc.split("\n\n")[0].split())[:60] in flat, "the page leaves out what the method says of itself"
     assert len(info.doc) > 60

@@ -45,7 +45,7 @@ def test_each_has_a_page(capsys: Any, kind: str, name: str) -> None:
     code, text, _ = call(capsys, "methods", name)
     assert code == 0 and f"{name} · {kind}" in text
     reference = NAMED[kind, name]
-    assert reference is None or f"card {reference}" in " ".join(text.split())
+    assert reference is None or f"reference {reference}" in " ".join(text.split())
 
 
 def test_no_merge_is_forgotten_here(listed: dict[tuple[str, str], Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
 import platform
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its page.")] = None,
     kind: Annotated[str | None, typer.Option(help="form, init, router, budget, optimizer, loss, merge, codec or policy.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print every page as one Markdown document.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/methods/README.md.")] = False,
 ) -> None:
     """List every method, or show one's page.
 
@@ -46,7 +45,7 @@ def methods(
         typer.echo(_markdown(found))
         return
     rows = [(m.kind, m.name, m.reference or "", m.title, m.mergeable, m.exports_to_peft) for m in found]
-    table(f"{len(found)} methods", ["kind", "name", "card", "title", "merges", "to PEFT"], rows)
+    table(f"{len(found)} methods", ["kind", "name", "reference", "title", "merges", "to PEFT"], rows)
     out.print("\nrankwise methods NAME shows one with its formula and options.", style="dim")
 
 
@@ -60,7 +59,8 @@ def _row(m: Any) -> dict[str, Any]:
 def _page(m: Any) -> None:
     out.rule(f"[bold]{m.name}[/] · {m.kind}", align="left")
     out.print(
-        f"{m.title}" + (f"  ({m.paper})" if m.paper else "") + (f"  card {m.reference}" if m.reference else ""), highlight=False
+        f"{m.title}" + (f"  ({m.paper})" if m.paper else "") + (f"  reference {m.reference}" if m.reference else ""),
+        highlight=False,
     )
     out.print("\n" + "\n".join(line.removeprefix("    ") for line in m.doc.splitlines()) + "\n", highlight=False, markup=False)
     if m.requires:
@@ -70,23 +70,29 @@ def _page(m: Any) -> None:
     out.print()
 
 
+#: kind → the page of docs/methods that has a section on each of its methods
+PAGES = {
+    "form": "forms.md", "init": "inits.md", "router": "routers.md", "budget": "budgets.md", "optimizer": "optimizers.md", "loss": "losses.md",
+    "merge": "merging.md", "logits": "merging.md", "codec": "codecs.md", "policy": "serving.md",
+}  # fmt: skip
+_HEAD = """# Methods
+
+Every method that is built, as `rankwise methods` lists it, and what it was built from: the idea, the formula with shapes, initial values and
+defaults, what tests check, the source, and where the code departs from the paper or from its authors' program, with the reason. The number is
+the method's `reference`; methods with one number were built from one reference. What the serving engine is built from, beside its policies, heads
+[serving.md](serving.md).
+
+Made by `make docs` from the catalogue; a test holds it against that. The pages behind the links are written by hand."""
+
+
 def _markdown(found: list[Any]) -> str:
-    """The catalogue as one page: a table of contents by kind, then each method with formula and options."""
-    kinds: dict[str, list[Any]] = {}
+    """The catalogue as one table: a row a method, linked to its section of docs/methods where the method is this package's own."""
+    lines = [_HEAD, "", "| method | kind | title | paper | number |", "|---|---|---|---|---|"]
     for m in found:
-        kinds.setdefault(m.kind, []).append(m)
-    lines = ["# Methods", "", "Made by `make docs` from the catalogue.", ""]
-    lines += [f"- **{kind}**: {', '.join(f'[{m.name}](#{kind}-{m.name})' for m in ms)}" for kind, ms in kinds.items()]
-    for kind, ms in kinds.items():
-        lines += ["", f"## {kind}"]
-        for m in ms:
-            lines += ["", f'<a id="{kind}-{m.name}"></a>', f"### {m.name}", ""]
-            lines += [" · ".join(x for x in (m.title, m.paper, f"card {m.reference}" if m.reference else None) if x), ""]
-            lines += ["```text", inspect.cleandoc(m.doc), "```"]
-            if m.requires:
-                lines += ["", f"Needs a form that gives: {', '.join(m.requires)}."]
-            if m.options:
-                lines += ["", "| option | default |", "|---|---|", *(f"| `{k}` | `{v!r}` |" for k, v in m.options.items())]
+        own = m.cls.__module__.partition(".")[0] == "rankwise"  # an entry point's method has its page elsewhere
+        name = f"[{m.name}]({PAGES[m.kind]}#{m.name})" if own else m.name
+        cells = (name, m.kind, m.title, m.paper or "", m.reference or "")
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines)
 
 
