@@ -44,15 +44,20 @@ def run(command: list[str], folder: Path, seconds: float = 300) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the source archive and the wheel made from it, of a copy without leavings of earlier builds."""
-    folder = tmp_path_factory.mktemp("wheel")
+def copied(folder: Path) -> Path:
+    """What a wheel is made of, copied into ``folder`` without leavings of earlier builds."""
     leavings = shutil.ignore_patterns("*.egg-info", "__pycache__", "*.pyc", ".*")
     shutil.copytree(ROOT / "src", folder / "copy/src", ignore=leavings)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "copy" / name)
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "copy")], folder)
+    return folder / "copy"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source archive and the wheel made from it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(copied(folder))], folder)
     return folder / "dist"
 
 
