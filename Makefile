@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench docs soak clean
+.PHONY: demo test fast lint bench docs soak wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -21,11 +21,17 @@ demo: $(VENV)/.installed  ## adapt the shipped base with six methods and write d
 test: $(VENV)/.installed  ## every test of one change (under 12 minutes on two cores)
 	$(PY) -m pytest -n 2 -m "not soak"
 
-lint: $(VENV)/.installed  ## style, types, floors
+fast: $(VENV)/.installed  ## the same without what takes more than ten seconds a test
+	$(PY) -m pytest -n 2 -m "not slow and not soak"
+
+lint: $(VENV)/.installed  ## style, floors, types, workflows
 	$(VENV)/bin/ruff check src tests benchmarks examples
 	$(VENV)/bin/ruff format --check src tests benchmarks examples
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(VENV)/bin/pre-commit validate-config
 
 bench: $(VENV)/.installed  ## measure beside PEFT; results in benchmarks/results, table in docs/performance.md
 	$(PY) -m benchmarks.train_step
@@ -43,5 +49,8 @@ docs: $(VENV)/.installed  ## the table of all methods, docs/methods/README.md
 soak: $(VENV)/.installed  ## the long counts
 	$(PY) -m pytest -m soak --timeout 7200
 
+wheel: $(VENV)/.installed  ## dist/*.whl by way of the source archive, so that what one lacks the other lacks
+	$(PY) -m build --no-isolation
+
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo-output dist .pytest_cache .ruff_cache .mypy_cache

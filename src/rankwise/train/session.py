@@ -47,12 +47,17 @@ class Session:
         ddp: gradients are averaged over processes, so every rank must decide alike (default: where ``model`` is torch's DDP).
 
     Example:
-        >>> s = Session(model, adapter, lr=1e-3, total_steps=100)                 # doctest: +SKIP
-        >>> for batch in data:                                                    # doctest: +SKIP
+        >>> import rankwise as rw
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> adapter = rw.attach(model, rw.Recipe(form="lora", r=2))
+        >>> s = Session(model, adapter, lr=1e-3, total_steps=2)
+        >>> for batch in [{"input": torch.randn(4, 8)}, {"input": torch.randn(4, 8)}]:
         ...     s.step_begin()
         ...     out = model(**batch)
-        ...     (out.loss + s.penalty(out, batch)).backward()
-        ...     s.step()
+        ...     (out.square().mean() + s.penalty(out, batch)).backward()
+        ...     taken = s.step()
+        >>> s.t
+        2
     """
 
     def __init__(
