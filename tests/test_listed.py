@@ -1,4 +1,4 @@
-"""Every method that issue 2 names is in ``rankwise methods`` under its card's number, and no method is without page and source."""
+"""Every method named here is in ``rankwise methods`` under its reference number, and no method is without page and source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankwise import catalogue
 from rankwise.catalogue import MethodInfo
 from tests.cli.tools import call
 
-#: (kind, name) → number of its reference card; None where the reference gives it no number of its own
+#: (kind, name) → its reference number; None where it has none of its own
 NAMED: dict[tuple[str, str], str | None] = {
     ("form", "lora"): None, ("form", "rslora"): None, ("form", "dora"): None, ("form", "mos"): "034", ("form", "paca"): "041",
     ("form", "lora_xs"): None, ("form", "bottleneck"): None, ("form", "svd"): "203",

@@ -44,7 +44,7 @@ T = TypeVar("T", bound=type)
 class MethodInfo:
     """What the catalogue knows of one method.
 
-    ``reference`` is the three-digit number of its card, or None.  ``requires`` are words that the form's
+    ``reference`` is the three-digit number that ``docs/methods`` lists it under, or None.  ``requires`` are words that the form's
     ``provides`` must hold (see :mod:`rankwise.recipe`).  ``options`` maps each option to its default.
     """
 

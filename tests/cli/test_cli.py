@@ -82,9 +82,9 @@ def test_plan_methods_and_doctor(capsys: Any) -> None:
     )
     code, text, _ = call(capsys, "methods", "--json")
     found = {m["name"]: m for m in json.loads(text)}
-    cards = {"mos": "034", "paca": "041", "pissa": "086", "eva": "046", "lora_ga": "027", "adalora": "203", "lisa": "078", "galore": "087",
+    known = {"mos": "034", "paca": "041", "pissa": "086", "eva": "046", "lora_ga": "027", "adalora": "203", "lisa": "078", "galore": "087",
              "lora_pro": "035", "allora": "031", "ba_lora": "054", "smora": "009", "mixlora": "065", "lego": "003", "compeft": "192"}  # fmt: skip
-    assert {n: found[n]["reference"] for n in cards} == cards
+    assert {n: found[n]["reference"] for n in known} == known
     assert {"lora", "dora", "lora_xs", "bottleneck", "loftq", "loraplus", "arrow", "linear", "ties"} <= set(found)
     assert all(len(m["title"]) > 2 for m in found.values())
     assert "‖W" in call(capsys, "methods", "dora")[1]

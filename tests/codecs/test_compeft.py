@@ -1,4 +1,4 @@
-"""ComPEFT: the card's identities, its table of sizes, and two thousand damaged streams."""
+"""ComPEFT (arXiv 2311.13171): its identities, a table of sizes, and two thousand damaged streams."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_idempotent(cls: type[ComPEFT], per_tensor: bool, dtype: torch.dtype) ->
     ("density", "bits", "factor"),
     [(0.05, 0.339, 47), (0.1, 0.576, 27.8), (0.2, 0.939, 17.0), (0.3, 1.188, 13.5), (0.5, 1.5, 10.7)],
 )
-def test_measured_bits_are_the_cards(density: float, bits: float, factor: float) -> None:
+def test_measured_bits_are_the_formulas(density: float, bits: float, factor: float) -> None:
     n = 400_000
     data = ComPEFT(density=density).encode_tensors({"x": torch.randn(n, generator=generator(0, "test", "bits"))})
     assert 8 * len(data) / n == pytest.approx(bits, rel=0.01)
@@ -125,7 +125,7 @@ def test_ties_go_to_the_first_and_zeros_are_never_kept() -> None:
 
 
 def test_top_entries_beat_a_random_mask() -> None:
-    """The card's control: the same count of signs at random places says far less of the update."""
+    """The control: the same count of signs at random places says far less of the update."""
     tau = flat(adapter(8))
     got = flat(coded(ComPEFT(), adapter(8)))
     at = torch.randperm(tau.numel(), generator=generator(0, "test", "mask"))[: got.count_nonzero()]

@@ -1,4 +1,4 @@
-"""Bit streams and gap codes: lossless, the card's parameters and sizes, damage refused."""
+"""Bit streams and gap codes: lossless, ComPEFT's parameters and sizes, damage refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rankwise.codecs import golomb
 from rankwise.codecs.bits import BitReader, BitWriter
 from rankwise.errors import ArtefactError, OptionError
 
-#: density, b*, bits a parameter with signs: the card's table
+#: density, b*, bits a parameter with signs, by the formula (docs/methods/codecs.md#compeft)
 TABLE = [(0.05, 4, 0.339), (0.1, 3, 0.576), (0.2, 2, 0.939), (0.3, 1, 1.188), (0.5, 0, 1.5)]
 
 
@@ -20,7 +20,7 @@ def mask(n: int, density: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("density", "b", "bits"), TABLE)
-def test_parameter_and_size_are_the_cards(density: float, b: int, bits: float) -> None:
+def test_parameter_and_size_are_the_formulas(density: float, b: int, bits: float) -> None:
     assert golomb.parameter(density) == b
     assert density * (golomb.position_bits(density) + 1) == pytest.approx(bits, abs=6e-4)
     positions = mask(1_000_000, density)

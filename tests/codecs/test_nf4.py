@@ -1,4 +1,4 @@
-"""nf-k: the identities of the QLoRA card, and bitsandbytes as the other opinion."""
+"""nf-k: the identities of QLoRA (arXiv 2305.14314, §3), and bitsandbytes as the other opinion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankwise.codecs.nf4 import NormalFloat, levels
 from rankwise.errors import ArtefactError, OptionError
 from rankwise.seeds import generator
 
-CARD = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302, 0.2461123,
+PUBLISHED = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302, 0.2461123,
         0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]  # fmt: skip
 
 
@@ -24,8 +24,8 @@ def nbytes(state: dict) -> int:
     return sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, torch.Tensor))
 
 
-def test_levels_are_the_cards() -> None:
-    assert torch.allclose(levels(4), torch.tensor(CARD), atol=5e-7, rtol=0)
+def test_levels_are_the_published_ones() -> None:
+    assert torch.allclose(levels(4), torch.tensor(PUBLISHED), atol=5e-7, rtol=0)
     for k in range(2, 9):
         table = levels(k)
         assert table.numel() == 2**k and (table.diff() > 0).all()
@@ -47,7 +47,7 @@ def test_idempotent_and_absmax_exact_without_double_quantisation(k: int, shape: 
         assert (block - decoded).abs().max() <= block[at].abs() * levels(k).diff().max() / 2 * 1.00001
 
 
-def test_error_bound_is_the_cards() -> None:
+def test_error_bound_is_the_largest_half_gap() -> None:
     assert abs(levels(4).diff().max().item() / 2 - 0.152) < 5e-4
 
 
@@ -73,7 +73,7 @@ def test_bitsandbytes_decodes_to_the_same(blocksize: int) -> None:
     assert abs(ours / theirs - 1) < 0.02
 
 
-def test_ledger_is_the_cards_and_what_the_state_holds() -> None:
+def test_ledger_is_the_formula_and_what_the_state_holds() -> None:
     assert NormalFloat().bits((4096, 4096)) == pytest.approx(4.127, abs=1e-3)
     assert NormalFloat(double_quant=False).bits((4096, 4096)) == 4.5
     lq = NormalFloat(k=3, scale_bits=4, scale_block=16, block=32, scale_dtype="bfloat16", scale_offset="min")

@@ -17,7 +17,7 @@ from tests.cli.tools import call
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "docs/methods"
 #: folders whose files cite papers and these pages, and nothing that is not in the repository
-CITING = ("docs",)
+CITING = ("src", "tests", "docs", "benchmarks", "examples")
 #: what is left alone: the design page until it is rewritten, and what speaks of the cards of shipped models
 EXEMPT = ("docs/design.md", "src/rankwise/assets/", "tests/assets/", "tests/docs/test_methods.py")
 #: "card 123" and the like (a model's card is none of them), the private references' files, issues and rows of plans by number

@@ -1,4 +1,4 @@
-"""Every method that issue 3 names is in ``rankwise methods`` under its card's number, with a page."""
+"""Every method named here is in ``rankwise methods`` under its reference number, with a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rankwise.catalogue import make, methods
 from rankwise.errors import OptionError
 from tests.cli.tools import call
 
-#: (kind, name) → number of its reference card; None where part 1 of the reference gives it no number of its own
+#: (kind, name) → its reference number; None where it has none of its own
 NAMED: dict[tuple[str, str], str | None] = {
     ("merge", "linear"): None, ("merge", "cat"): None, ("merge", "svd"): None, ("merge", "average"): None,
     ("merge", "task_arithmetic"): None, ("merge", "ties"): None, ("merge", "dare_linear"): None, ("merge", "dare_ties"): None,
@@ -57,7 +57,7 @@ def test_each_page_says_where_it_comes_from(listed: dict[tuple[str, str], Any]) 
         k
         for k in NAMED
         if k[0] in ("merge", "logits")
-        and not any(w in listed[k].doc for w in ("Source", "source", "mergekit", "published", "Card", "arXiv"))
+        and not any(w in listed[k].doc for w in ("Source", "source", "mergekit", "published", "arXiv"))
     ]
     assert not silent, silent
 

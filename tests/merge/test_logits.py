@@ -1,4 +1,4 @@
-"""Fusing logits: the identities of the card, against naive formulas; decoding by itself and inside transformers' generate."""
+"""Fusing logits: the identities of the paper, against naive formulas; decoding by itself and inside transformers' generate."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_of_several_experts_the_mean_shift_is_met_and_the_ray_is_as_said() -> No
         assert torch.allclose(alpha[:, 0] / alpha[:, 1], says)
 
 
-def test_identities_of_the_card() -> None:
+def test_identities_of_the_strengths() -> None:
     same = {**LOGITS, "L": LOGITS["S"]}
     assert torch.allclose(dynamic(T, logits=same), torch.ones(3, 1).double(), atol=1e-12)  # large = small
     clones = dynamic(T, T, logits=same)

@@ -47,7 +47,7 @@ def good_and_bad(evaluator: Evaluator) -> list[AdapterState]:
     return found
 
 
-def test_the_catalogue_has_them_with_their_card() -> None:
+def test_the_catalogue_has_them_with_their_reference() -> None:
     assert SOUPS == ["greedy_soup", "learned_soup"]
     assert {catalogue.find("merge", n).reference for n in SOUPS} == {"217"}
 

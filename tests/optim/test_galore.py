@@ -1,4 +1,4 @@
-"""GaLore: the identities (i)–(v) of its card."""
+"""GaLore: five identities of Zhao et al. 2024, Alg. 2, numbered (i)–(v) below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA-Pro: the invariants of its card, in fp64, for single pairs and stacks."""
+"""LoRA-Pro (Wang et al. 2024): the invariants of its closed-form steps, in fp64, for single pairs and stacks."""
 
 from __future__ import annotations
 

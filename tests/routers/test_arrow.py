@@ -167,7 +167,7 @@ def test_general_adapters_must_fit_every_task(tmp_path: Any) -> None:
 
 
 def test_experts_of_disjoint_subspaces_are_found_without_training(tmp_path: Any) -> None:
-    """The card's toy: each adapter has learnt on inputs of a subspace of its own."""
+    """Disjoint subspaces: each adapter has learnt on inputs of a subspace of its own."""
     paths = []
     for t in range(4):
         model = torch.nn.Sequential(torch.nn.Linear(16, 8))

@@ -1,4 +1,4 @@
-"""MixLoRA's variants: each is its naive sum with its gradients, keeps the card's invariants, and its noise is repeatable."""
+"""MixLoRA's variants: each is its naive sum with its gradients, keeps MixLoRA's invariants, and its noise is repeatable."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_capacity_is_each_sequences_own_and_padding_takes_none() -> None:
     assert acts == [[True] * 6, [True] * 4 + [False] * 2], "three of padding leave room for three"
 
 
-def test_losses_are_the_cards() -> None:
+def test_losses_are_the_formulas() -> None:
     model, adapter = mixlora("switch", capacity=2, jitter=0.0, balance=0.5, z=0.25)
     router = adapter.sites[PATH].router
     batch = batch_for(model)
@@ -292,7 +292,7 @@ def test_options_that_a_variant_does_not_use_are_refused(options: dict[str, Any]
         rw.Recipe(router={"name": "mixlora", **options})
 
 
-def test_defaults_are_the_cards() -> None:
+def test_defaults_are_the_released_ones() -> None:
     made = {v: catalogue.make("router", "mixlora", variant=v) for v in VARIANTS}
     assert (made["topk"].experts, made["topk"].k, made["topk"].std, made["topk"].jitter) == (8, 2, 0.02, 0.0)
     assert (made["dynamic"].top_p, made["dynamic"].k, made["dynamic"].std) == (0.8, None, 0.02)
@@ -302,7 +302,7 @@ def test_defaults_are_the_cards() -> None:
     assert all(r.jitter == 0.01 for r in routers_in(adapter.module) if hasattr(r, "jitter"))
 
 
-# --- the card's toy -----------------------------------------------------------------------------------------
+# --- two mappings at once -------------------------------------------------------------------------------------
 class Tokens(nn.Module):
     """One MLP as large models have it."""
 

@@ -119,6 +119,6 @@ def _fitted(p: int, seed: int) -> float:
 
 
 def test_single_ranks_fit_tasks_with_shared_factors_better_than_two_large_blocks() -> None:
-    """The card's toy, R = 16 and k = 8.  Between p = 4, 2 and 1 no order holds on three seeds; all are far below p = 8."""
+    """A finer partition, R = 16 and k = 8.  Between p = 4, 2 and 1 no order holds on three seeds; all are far below p = 8."""
     coarse, fine = _fitted(8, seed=0), _fitted(1, seed=0)
     assert fine < 0.3 * coarse

@@ -1,4 +1,4 @@
-"""Row 14 on the engine itself: a crowd of which a fifth is cancelled at a random moment; who finished is exact, all memory comes back."""
+"""On the engine itself: a crowd of which a fifth is cancelled at a random moment; who finished is exact, all memory comes back."""
 
 from __future__ import annotations
 

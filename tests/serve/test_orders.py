@@ -1,4 +1,4 @@
-"""What each policy does in one admission, and the identities of its card."""
+"""What each policy does in one admission, and the identities of its rule (docs/methods/serving.md)."""
 
 from __future__ import annotations
 

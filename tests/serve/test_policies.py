@@ -25,7 +25,7 @@ HEAVY = trace(rate=40, seconds=3)
 
 
 def test_the_registry_holds_the_policies_built() -> None:
-    assert set(ALL) >= {"fcfs", "early_abort", "cluster", "vtc", "drain", "lorax", "merge_mode", "pets", "chain", "default"}
+    assert set(ALL) >= {"fcfs", "early_abort", "cluster", "vtc", "drain", "lorax", "pets", "chain", "default"}
     assert all(catalogue.find("policy", n).doc for n in ALL)
 
 

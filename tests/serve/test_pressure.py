@@ -28,7 +28,7 @@ def crowd(n: int, seed: int) -> list[Sent]:
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("peak", [True, False])
 def test_a_crowd_with_cancellations_leaves_nothing_behind(policy: object, peak: bool) -> None:
-    """Row 14: every request ends once, cancelled ones in any phase, and all memory comes back."""
+    """Every request ends once, cancelled ones in any phase, and all memory comes back."""
     made: Policy = make(policy)  # type: ignore[arg-type]
     sim = simulator(made, make_pool(budget=60), peak=peak)
     requests = crowd(256, seed=3)
@@ -64,7 +64,7 @@ class Failing(BlockPool):
 
 
 def test_any_one_allocation_may_fail() -> None:
-    """Row 19: for every k up to the last, all requests still end as they should and nothing is lost."""
+    """For every k up to the last, all requests still end as they should and nothing is lost."""
     requests = trace(rate=40, seconds=0.3)
 
     def run(k: int) -> Simulator:
@@ -81,7 +81,7 @@ def test_any_one_allocation_may_fail() -> None:
 
 
 def test_unloading_waits_for_those_who_use_it() -> None:
-    """Row 16: cells that requests hold stay theirs after the registry has let them go."""
+    """Cells that requests hold stay theirs after the registry has let them go."""
     pool = make_pool()
     cells = pool.allocate(4, ADAPTER, "registry") or ()
     for r in ("r1", "r2"):
@@ -93,7 +93,7 @@ def test_unloading_waits_for_those_who_use_it() -> None:
 
 
 def test_what_is_without_measure_is_refused_at_once() -> None:
-    """Row 20: sizes are compared, never laid out."""
+    """Sizes are compared, never laid out."""
     pool = make_pool()
     assert pool.allocate(10**15, KV) is None and pool.used_bytes == 0
     test, job = PeakTest(16), Sent("r", 0.0, 10**12, 10**12)

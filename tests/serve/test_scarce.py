@@ -1,4 +1,4 @@
-"""Row 19: memory runs out at the k-th place that asks for some, for every k; nobody is lost, all answers are right, all is given back.
+"""Memory runs out at the k-th place that asks for some, for every k; nobody is lost, all answers are right, all is given back.
 
 Places: blocks and cells of the pool, an adapter's numbers into its cells, an adapter read to the host, and every tensor that a step
 makes.  What fails once is done again, so all requests end as if nothing had been; what fails for good ends them with a 429.

@@ -92,7 +92,9 @@ def main(folder: Path) -> None:
         loaded = rw.load(model, folder / name)
         expected["files"][name] = {"digest": digest(loaded), "logits": logits(model, batch_for(model)).flatten()[:64].tolist()}
     model = base(tied=True)
-    adapter = rw.attach(model, rw.Recipe(r=2, targets=["embed_tokens"], separate_tied=True), name="kept")  # was written as untie=True
+    adapter = rw.attach(
+        model, rw.Recipe(r=2, targets=["embed_tokens"], separate_tied=True), name="kept"
+    )  # was written as untie=True
     move(adapter)
     adapter.save(folder / "tied-untie")
     first = logits(model, batch_for(model)).flatten()[:64].tolist()

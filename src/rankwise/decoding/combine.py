@@ -95,7 +95,7 @@ class Dynamic(LogitCombiner):
     vocabulary changes nothing.  Weights are relative, so one expert's must be 1.
 
     Args:
-        cap: c at the most, where the KL asked for cannot be reached (ours; the card's grid ends at 2).
+        cap: c at the most, where the KL asked for cannot be reached (ours; the paper gives no bound).
         ray: "shift" or "weight".
         divergence: "forward" KL(p_α‖p_L), "reverse" KL(p_L‖p_α), or "both" summed, on both sides of the match.
 

@@ -33,7 +33,7 @@ class CFGDistillation(LossTerm):
     γ = 1 makes the target ℓ_c: the loss is 0 at the start, and no second reference pass is made.  γ > 1 trades diversity for
     quality.  Answers may be data or samples.  It is added to the task's loss, as every term is.
 
-    Source: none published (card 182); the loss is a reconstruction, and its reward of diversity (a policy gradient) is not here.
+    Source: arXiv 2410.06084, without code; the loss is a reconstruction, and its reward of diversity is not here.
     Errors: γ ≠ 1 with packed rows, or where no row has a prompt (labels −100 before the answer).
     """
 

@@ -11,6 +11,7 @@ from rankwise._renamed import old_names
 from rankwise.merge.engine.base import Merge, merge_states
 from rankwise.merge.engine.files import attach_merged, attach_state, read_state
 from rankwise.merge.judge.evaluator import Evaluator
+from rankwise.merge.methods.weighings import row
 
-__all__ = ["Evaluator", "Merge", "attach_merged", "attach_state", "merge_states", "read_state"]
+__all__ = ["Evaluator", "Merge", "attach_merged", "attach_state", "merge_states", "read_state", "row"]
 __getattr__ = old_names(__name__, "Oracle")

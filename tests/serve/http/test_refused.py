@@ -132,7 +132,7 @@ def test_every_kind_of_failure_is_a_4xx_and_the_others_are_exact(traffic: tuple[
 
 
 def test_tenants_share_no_prefix(tmp_path: Path) -> None:
-    """Row 17: the same prompt under two keys and two salts is found only by who computed it."""
+    """The same prompt under two keys and two salts is found only by who computed it."""
     keys = [{"name": n, "key": f"{n}-key-0123456789"} for n in ("ann", "ben")]
     (tmp_path / "keys.json").write_text(json.dumps({"keys": keys}))
     (tmp_path / "root").mkdir()

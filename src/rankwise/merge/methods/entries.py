@@ -13,6 +13,7 @@ with what that loses reported; a whole checkpoint's stays as it is.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -125,7 +126,7 @@ def row(name: str, title: str, *, sparsify: str, join: str, doc: str, paper: str
     """A row of the table, registered: its sparsifier, how it joins, and its options with their defaults."""
     body = {
         "__doc__": doc,
-        "__module__": __name__,
+        "__module__": sys._getframe(1).f_globals["__name__"],  # whose row it is, so that no other file takes its name
         "sparsifier": lambda self: SPARSIFIERS[sparsify](self),
         "join": lambda self, kept, w: JOINS[join](self, kept, w),
         "breaks": frozenset(breaks),

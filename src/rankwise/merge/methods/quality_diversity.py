@@ -2,7 +2,7 @@
 
 θ(λ) = (1 − λ)·θ_q + λ·θ_d: θ_q is distilled towards classifier-free guidance (the loss ``cfg_distillation``), θ_d towards
 it with a reward for two samples of one prompt that differ (a policy gradient, not built here).  Both from one base.
-Card 182: no code is published; the loss's details, γ and the reward's weight are a reconstruction.
+After arXiv 2410.06084, whose code is not published; the loss's details, γ and the reward's weight are a reconstruction.
 """
 
 from __future__ import annotations

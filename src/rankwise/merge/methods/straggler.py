@@ -7,7 +7,7 @@
     straggler: barrier_ℓ > Q_2 + 1.5·(Q_3 − Q_1) of the other layers' barriers
     sharpness_ℓ = loss(θ_1 + ε_ℓ) − loss(θ_1),  ε_ℓ = ρ·‖θ_ℓ‖·∇_ℓ/‖∇_ℓ‖   (one normalised step up, radius relative to the layer)
 
-The paper's own definitions of straggler and sharpness are not published: these are a reconstruction (card 212).
+The paper's own definitions of straggler and sharpness are not published: these are a reconstruction (after arXiv 2410.16476).
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def row(name: str, title: str, weigh: Callable[[Any, Tensor, Tensor], Tensor], *
         uses_weights: bool = True, **options: Any) -> type[Weighing]:  # fmt: skip
     """A row of the table, registered: how it weighs, and its options with their defaults."""
     body = {
-        "__doc__": doc, "__module__": __name__, "breaks": frozenset(breaks), "count": count, "works_on": works_on,
+        "__doc__": doc, "__module__": weigh.__module__, "breaks": frozenset(breaks), "count": count, "works_on": works_on,
         "uses_weights": uses_weights, "products": weigh is not plain, "coefficients": lambda self, gram, w: weigh(self, gram, w),
         "__annotations__": {"breaks": ClassVar[frozenset[str]], "count": ClassVar[int | None], "works_on": ClassVar[str],
                             "uses_weights": ClassVar[bool], "products": ClassVar[bool]},

@@ -6,7 +6,7 @@ last and window by window from the end, runs the layer again on X_l[a:b] with th
     dX_l[a:b], dK_l[:a], dV_l[:a], dθ  =  gradient of (y, k, v) for (dX_{l+1}[a:b], dK_l[a:b], dV_l[a:b])
 
 Keys of a window are read by that window and later ones only, so dK_l[a:b] is complete when its turn comes, and the sum
-is the full sequence's gradient for any cuts, however they differ from piece to piece (method card 168, FlexLLM).
+is the full sequence's gradient for any cuts, however they differ from piece to piece (after FlexLLM, 2024).
 """
 
 from __future__ import annotations
