@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import rankwise as rw
 from rankwise.errors import RecipeError
+from rankwise.forms.base import AdapterLayer
 from tests.forms.helpers import one
 
 
@@ -50,3 +52,42 @@ def test_over_other_inner_forms() -> None:
         model, adapter, d = one({"form": {"name": "dora", "inner": inner}})
         x = torch.randn(3, 12)
         assert torch.allclose(model(x), torch.nn.functional.linear(x, model[0].weight, model[0].bias), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", [None, "pissa"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strength", [None, 0.5, torch.tensor(0.3)])
+def test_its_own_forward_is_the_reference(
+    dtype: torch.dtype, init: str | None, bias: bool, strength: float | torch.Tensor | None
+) -> None:
+    """Values and gradients of the short way against those by way of :meth:`delta`, at a site where both run."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 10, bias=bias)).to(dtype)
+    adapter = rw.attach(model, {"form": "dora", "r": 3, "alpha": 6, "targets": ["0"], "init": init})
+    (layer,) = adapter.sites.values()
+    with torch.no_grad():
+        layer.m.mul_(1.3)
+        layer.inner.B.add_(0.3 * torch.randn(10, 3))
+    x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
+    w = torch.randn(2, 5, 10, dtype=dtype)
+    found = []
+    for forward in (type(layer).forward, AdapterLayer.forward):
+        y = torch.nn.functional.linear(x, model[0].weight, model[0].bias).detach()
+        out = forward(layer, x, y, strength)
+        grads = torch.autograd.grad((out * w).sum(), [x, *layer.parameters()])
+        found.append([out, *grads])
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]  # factors are fp32 masters
+    for own, reference in zip(*found):
+        torch.testing.assert_close(own, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
+
+
+def test_its_own_forward_runs_where_nothing_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter, d = one({"form": "dora"})
+    monkeypatch.setattr(AdapterLayer, "forward", lambda *a: pytest.fail("the reference ran at a plain linear"))
+    model(torch.zeros(1, 12))
+    with torch.no_grad():
+        d.m.mul_(1.5)
+    adapter.merge()
+    adapter.unmerge()
+    model(torch.zeros(1, 12))

@@ -5,7 +5,7 @@ A module whose format is not known is refused by name: taken for a float weight 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,14 @@ def find_bridge(module: nn.Module) -> Bridge | None:
     Raises TargetError, with the class's name, where the weight is quantised in a way that is not known.
     """
     weight = module._parameters.get("weight")
-    for path, name in _classes(module):
-        if weight is not None and _within(path, "bitsandbytes") and name in _BNB:
-            return _BNB[name]
+    by_class, quantiser = _of_class(type(module))
     if weight is not None:
-        bridge = subclass_bridge(weight)
+        if by_class is not None:
+            return by_class
+        bridge = None if type(weight) in (nn.Parameter, Tensor) else subclass_bridge(weight)
         if bridge is not None:
             return bridge
-    foreign = _foreign(module, weight)
+    foreign = _foreign(module, weight, quantiser)
     if foreign:
         raise TargetError(
             f"{foreign} is quantised in a way that rankwise cannot read; known are bitsandbytes' 4-bit and 8-bit "
@@ -77,14 +77,12 @@ def keep_stored(model: nn.Module) -> None:
             bridge.keep(module)
 
 
-def _foreign(module: nn.Module, weight: Tensor | None) -> str:
-    """The name of a quantised module without a bridge, else ""."""
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
-    if not own and "_packed_params" not in module._modules:  # torch's own keeps the weight in a child
-        return ""
-    for path, name in _classes(module):
-        if any(_within(path, package) for package in _QUANTISERS):
-            return f"{path}.{name}"
+def _foreign(module: nn.Module, weight: Tensor | None, quantiser: str) -> str:
+    """The name of a quantised module without a bridge, else ""; ``quantiser`` is its class's, where a library of them defines it."""
+    if quantiser:
+        own = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
+        if own or "_packed_params" in module._modules:  # torch's own keeps the weight in a child; a container has none
+            return quantiser
     cls = type(module)
     if weight is not None and (weight.is_quantized or not (weight.dtype in _FLOATS or weight.is_complex())):
         return f"{cls.__module__}.{cls.__name__} with its {weight.dtype} weight"
@@ -93,11 +91,17 @@ def _foreign(module: nn.Module, weight: Tensor | None) -> str:
     return ""
 
 
-def _classes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(module path, name) of each module class that ``module`` is (mixins of a library are not its layers)."""
-    for cls in type(module).__mro__:
-        if issubclass(cls, nn.Module):
-            yield cls.__module__, cls.__name__
+@functools.cache
+def _of_class(cls: type[nn.Module]) -> tuple[Bridge | None, str]:
+    """(the bridge of a bitsandbytes class, the name of a class that a library of quantised layers defines or ""), looked up once a class."""
+    bridge, quantiser = None, ""
+    for base in cls.__mro__:
+        if issubclass(base, nn.Module):  # mixins of a library are not its layers
+            if bridge is None and _within(base.__module__, "bitsandbytes"):
+                bridge = _BNB.get(base.__name__)
+            if not quantiser and any(_within(base.__module__, package) for package in _QUANTISERS):
+                quantiser = f"{base.__module__}.{base.__name__}"
+    return bridge, quantiser
 
 
 def _within(path: str, package: str) -> bool:

@@ -50,18 +50,44 @@ class DoraLayer(AdapterLayer):
         self.inner.freeze_initial_delta()
         self.complete({})
 
-    @torch.no_grad()
     def row_norms(self, d: Delta) -> Tensor:
-        """‖W_j + Δ_j‖ without forming W + Δ: ‖W_j‖² + 2⟨W_j, Δ_j⟩ + ‖Δ_j‖², the last two from r-wide products."""
+        """‖W_j + Δ_j‖ of each row of the adapted weight, (…, out), without gradient."""
         W = self.site.untouched()
         if not isinstance(d, LowRank):
-            return (W + d.dense()).norm(dim=-1)
+            with torch.no_grad():
+                return (W + d.dense()).norm(dim=-1)
+        return self._norms_of(W, *d.factors())
+
+    @torch.no_grad()
+    def _norms_of(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """‖W_j + (B·A)_j‖ without forming W + B·A: ‖W_j‖² + 2⟨W_j, (BA)_j⟩ + ‖(BA)_j‖², the last two from r-wide products."""
         if self._norms is None or self._norms.device != W.device:
             self._norms = W.square().sum(-1)
-        A, B = (t.to(W.dtype) for t in d.factors())
+        A, B = A.to(W.dtype), B.to(W.dtype)
         cross = ((W @ A.mT) * B).sum(-1)
         own = ((B @ (A @ A.mT)) * B).sum(-1)
         return (self._norms + 2 * cross + own).clamp_min(1e-24).sqrt()
+
+    def forward(self, x: Tensor, y: Tensor, strength: float | Tensor | None = None) -> Tensor:
+        """Δy = c·((m/n − 1)⊙(y − bias) + (m/n)⊙(drop(x)·Aᵀ)·Bᵀ) at a plain linear, by its own few products.
+
+        The reference is :meth:`AdapterLayer.forward`, by way of :meth:`delta`; it runs at every other site, and over inner forms
+        that are no sum of plain pairs.
+        """
+        W = self.site.plain_weight()
+        pairs = None if W is None else self.inner.fused_factors()
+        if W is None or pairs is None:
+            return super().forward(x, y, strength)  # type: ignore[arg-type]
+        A, B, s = pairs[0]
+        B = B if s == 1.0 else B * s
+        for C, D, t in pairs[1:]:  # the frozen initial delta
+            A, B = torch.cat([A, C]), torch.cat([B, D * t], -1)
+        gain = (self.m / self._norms_of(W if W.dtype == torch.float64 else W.float(), A, B))[:, None]
+        h = nn.functional.linear((self.drop(x) if self.dropout and self.training else x).to(y.dtype), A.to(y.dtype))
+        bias = self.site.bias
+        plain = y if bias is None else y - bias.to(y.dtype)
+        change = plain * (gain[:, 0] - 1).to(y.dtype) + nn.functional.linear(h, (gain * B).to(y.dtype))
+        return change if strength is None or (isinstance(strength, float) and strength == 1.0) else change * strength
 
     def delta(self) -> Delta:
         d = self.inner.total_delta()

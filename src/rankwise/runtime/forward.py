@@ -37,7 +37,7 @@ class OutputHook:
                 return add_changes(super().forward(x, *args, **kwargs), x, view, acting)  # type: ignore[misc]
         if not acting:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if not args and not kwargs:
+        if not args and not kwargs and acting[0][0].fusable:
             y = fast_forward(self, state, x, view, acting)
             if y is not None:
                 return y
@@ -68,7 +68,7 @@ def _summed(y: Tensor, x: Tensor, acting: list[tuple[AdapterBranch, Tensor]], vi
     total = y
     for branch, strength in acting:
         branch.was_called = True
-        rows = branch.site.spec.row_index()
+        rows = None if branch.site.spec.rows is None else branch.site.spec.row_index()
         mine = y if rows is None else y.index_select(-1, rows.to(y.device))
         change = branch.change(x, mine, strength)
         mask = view.mask(branch.name, change, branch.site.spec.routed) if view is not None else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class AdapterBranch:
     """One adapter at one site of a module; ``transposed`` at the far end of a tie."""
 
-    __slots__ = ("form", "name", "site", "transposed", "was_called")
+    __slots__ = ("form", "fusable", "name", "site", "transposed", "was_called")
 
     def __init__(self, name: str, site: Site, form: AdapterLayer, transposed: bool = False):
         self.name = name
@@ -31,6 +31,9 @@ class AdapterBranch:
         self.form = form
         self.transposed = transposed
         self.was_called = form.in_place
+        self.fusable = (
+            not transposed and site.spec.rows is None and form.fused_factors() is not None
+        )  # else never for the fast path
 
     def change(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
         """Δy in this site's rows of the module's output."""

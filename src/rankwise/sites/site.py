@@ -63,8 +63,10 @@ class Site:
         """This site's part of the module's bias, or None."""
         name = "in_proj_bias" if self.spec.param == "in_proj_weight" else "bias"
         bias = self.module._parameters.get(name) if self.spec.bias else None
+        if bias is None or self.spec.rows is None:
+            return bias
         rows = self.spec.row_index()
-        return bias if bias is None or rows is None else bias[rows.to(bias.device)]
+        return bias if rows is None else bias[rows.to(bias.device)]
 
     @property
     def op(self) -> Geometry:
@@ -115,6 +117,17 @@ class Site:
             rows = self.spec.row_index()
             return raw if rows is None else raw[rows]
         return self.view(raw)
+
+    def plain_weight(self) -> Tensor | None:
+        """The stored tensor itself where it is W, out×in and floating, with nothing merged into it; else None."""
+        spec = self.spec
+        if spec.kind != "linear" or spec.transposed or spec.quantised or spec.rows is not None or spec.mode != "called":
+            return None
+        state = self.module.__dict__.get("_rankwise")
+        if state is not None and (spec.module, spec.param) in state.registry.weight_backups:
+            return None
+        W = self.module._parameters[spec.param]
+        return W.detach() if W is not None and W.dim() == 2 and W.is_floating_point() else None
 
     def read(self) -> Tensor:
         """The base weight as fp32 (fp64 stays) out×in, un-transposed, dequantised, gathered."""
