@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.forms import fused
+from rankwise.forms import fused, input_group
 from rankwise.forms import packed as pk
-from rankwise.forms.fused import InputGroup, composite, lora_linear, shared_down
+from rankwise.forms.fused import composite, lora_linear
+from rankwise.forms.input_group import InputGroup, shared_down
 
 IN, OUT = 12, 10
 TOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -292,13 +293,13 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.widths: list[int] = []
-        real = fused._down
+        real = input_group._down
 
         def down(compute: torch.dtype, x: Tensor, A: Sequence[Tensor]) -> tuple[Tensor, ...]:
             self.widths.append(sum(a.shape[0] for a in A))
             return real(compute, x, A)
 
-        monkeypatch.setattr(fused, "_down", down)
+        monkeypatch.setattr(input_group, "_down", down)
 
 
 @pytest.fixture

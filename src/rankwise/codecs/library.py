@@ -6,6 +6,7 @@ A module whose format is not known is refused by name: taken for a float weight 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def find_bridge(module: nn.Module) -> Bridge | None:
     Raises TargetError, with the class's name, where the weight is quantised in a way that is not known.
     """
     weight = module._parameters.get("weight")
-    by_class, quantiser = _of_class(type(module))
+    by_class, quantiser = _of_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     if weight is not None:
         if by_class is not None:
             return by_class
@@ -92,7 +93,7 @@ def _foreign(module: nn.Module, weight: Tensor | None, quantiser: str) -> str:
 
 
 @functools.cache
-def _of_class(cls: type[nn.Module]) -> tuple[Bridge | None, str]:
+def _of_class(cls: Any) -> tuple[Bridge | None, str]:
     """(the bridge of a bitsandbytes class, the name of a class that a library of quantised layers defines or ""), looked up once a class."""
     bridge, quantiser = None, ""
     for base in cls.__mro__:

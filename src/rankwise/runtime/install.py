@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import AttachError
-from rankwise.forms.fused import InputGroup
+from rankwise.forms.input_group import InputGroup
 from rankwise.runtime.forward import adapted_class
 from rankwise.runtime.module_state import AdaptedModuleState, AdapterBranch
 from rankwise.runtime.record import AdapterModule, AdapterRecord, InstalledPart

@@ -16,7 +16,7 @@ from rankwise.runtime.view import Owner, View, current
 
 if TYPE_CHECKING:
     from rankwise.forms.base import AdapterLayer
-    from rankwise.forms.fused import InputGroup
+    from rankwise.forms.input_group import InputGroup
     from rankwise.sites.site import Site
 
 

@@ -15,7 +15,7 @@ from rankwise.runtime.view import Rows, View, is_finite
 from rankwise.sites.discover import find_sites
 
 if TYPE_CHECKING:
-    from rankwise.forms.fused import InputGroup
+    from rankwise.forms.input_group import InputGroup
     from rankwise.runtime.module_state import AdaptedModuleState, AdapterBranch
     from rankwise.runtime.record import AdapterRecord
     from rankwise.sites.site import Site
