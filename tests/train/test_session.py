@@ -160,7 +160,7 @@ def test_a_site_that_was_not_called_is_named() -> None:
     model, _, session = start()
     layer = model.model.layers[1]
     layer.mlp.forward = lambda x: x
-    with pytest.raises(AttachError, match=r"3 of its places took no part.*layers\.1\.mlp"):
+    with pytest.raises(AttachError, match=r"3 of its layers took no part.*layers\.1\.mlp"):
         one(model, session, batch_for(model))
 
 

@@ -96,7 +96,7 @@ def build_parts(
         part.refuse_ignored(form.info.name, form.ranked, sites)
         for s in sites:
             if s.name in deltas:
-                raise AttachError(f"Two parts of the recipe are at {s.name!r}; give each place to one part (targets, exclude).")
+                raise AttachError(f"Two parts of the recipe are at {s.name!r}; give each layer to one part (targets, exclude).")
         init: Init | None = build("init", part.init) if part.init else None
         ranks = {s.name: part.rank_of(s.spec.module, s.spec.role) for s in sites}
         scales = {n: _scale(part, s, ranks[n]) for n, s in ((s.name, s) for s in sites)}
@@ -125,7 +125,18 @@ def make_deltas(
     model: nn.Module,
     restoring: bool = False,
 ) -> tuple[dict[str, AdapterLayer], Plan]:
-    """Plan all sites, then build each; with a router, the router's modules take the place of the form's."""
+    """Plan all sites, then build each; with a router, the router's modules replace the form's.
+
+    Args:
+        form: of the part.
+        part: of the recipe.
+        sites: where, in model order.
+        ranks: site → r.
+        scales: site → factor of B·A.
+        seed: of the run; each draw is by purpose and site name.
+        model: the base.
+        restoring: values come from a file, so nothing is read from outside.
+    """
     router = build("router", part.router) if part.router else None
     ranks = dict(ranks)
     if router is not None:

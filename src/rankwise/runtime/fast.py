@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 def fast_forward(
     module: Any, state: AdaptedModuleState, x: Tensor, view: View, acting: list[tuple[AdapterBranch, Tensor]]
 ) -> Tensor | None:
-    """y of the whole module, or None for the reference path."""
+    """y of the whole module, or None for the reference path.
+
+    Args:
+        module: the adapted linear.
+        state: what it holds.
+        x: (…, in).
+        view: the current one.
+        acting: (branch, strength) of each adapter that acts here.
+    """
     fast = state.fast
     masked = bool(view.rows or view.tokens)
     if not fast.plain or (masked and view.row_segments is None) or forward_context.decisions is not None:
@@ -67,8 +75,8 @@ def _how(fast: FastPath, x: Tensor, weight: Tensor) -> tuple[PackedWeight | None
 
 def _grouped(module: Any, fast: FastPath, x: Tensor, view: View, acting: list[tuple[AdapterBranch, Tensor]]) -> Tensor | None:
     """y where each row is under one adapter of the view, or None for the reference path."""
-    spans = view.segments_in(x.shape[0], x.dim()) if x.dim() > 1 and x.numel() else None
-    if spans is None:
+    segments = view.segments_in(x.shape[0], x.dim()) if x.dim() > 1 and x.numel() else None
+    if segments is None:
         return None
     found: dict[str, list[Factor]] = {}
     for branch, strength in acting:
@@ -77,13 +85,13 @@ def _grouped(module: Any, fast: FastPath, x: Tensor, view: View, acting: list[tu
             return None
         found.setdefault(branch.name, []).extend(factors)
     tokens = x.numel() // (x.shape[-1] * x.shape[0])
-    groups = [(a * tokens, b * tokens, f) for name, a, b in spans if name is not None for f in found.get(name, ())]
+    groups = [(a * tokens, b * tokens, f) for name, a, b in segments if name is not None for f in found.get(name, ())]
     packed, widen = _how(fast, x, module._parameters["weight"])
     return grouped_linear(x, module._parameters["weight"], module.bias, groups, packed=packed, widen=widen)
 
 
 def foreseen(form: Any, rows: int) -> ProductChoice | None:
-    """How the frozen product at an attached ``form``'s place would run in a training step of ``rows`` rows, or None off the fast path."""
+    """How the frozen product at an attached layer's module would run in a training step of ``rows`` rows, or None off the fast path."""
     site = form.site
     state = site.module.__dict__.get("_rankwise")
     if (
@@ -99,7 +107,7 @@ def foreseen(form: Any, rows: int) -> ProductChoice | None:
 
 
 def forget(model: nn.Module) -> None:
-    """Let every place of ``model`` ask again how its product runs."""
+    """Let every adapted module of ``model`` choose again how its product runs."""
     for module in model.modules():
         state = module.__dict__.get("_rankwise")
         if state is not None:
@@ -125,7 +133,7 @@ def _factors(view: View, acting: list[tuple[AdapterBranch, Tensor]]) -> list[Fac
 
 
 def _siblings(members: list[AdaptedModuleState], view: View) -> list[list[Tensor]]:
-    """The A's that act at each place of an input group in this view."""
+    """The A's that act at each module of an input group in this view."""
     out: list[list[Tensor]] = []
     for state in members:
         acting = [(t, s) for n, s in view.strengths.items() for t in state.branches.get(n, ())]

@@ -1,7 +1,7 @@
 """Fold an adapter into the base weights and take it out again; every merge verifies itself or is undone whole.
 
 ΔW is always against the untouched W (:meth:`AdapterRegistry.untouched`), whatever else is merged; what the weights held before is
-in the roster's journal.  A merge that fails half-way, or is interrupted, leaves every weight as it was.
+in the registry's ``weight_backups``.  A merge that fails half-way, or is interrupted, leaves every weight as it was.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ class MergeReport:
 def merge(
     registry: AdapterRegistry, record: AdapterRecord, probe: Mapping[str, Any] | None, force: bool, tolerance: float
 ) -> MergeReport:
-    """See :meth:`rankwise.adapter.Adapter.merge`."""
+    """See :meth:`rankwise.adapter.Adapter.merge`.
+
+    Args:
+        registry: the model's.
+        record: the adapter to merge.
+        probe: a batch of the model's inputs for the check of the logits; None: made up from the configuration.
+        force: keep a merge that fails its check, labelled so.
+        tolerance: largest share of ‖ΔW‖ that storing may round away.
+    """
     if record.merged:
         raise MergeError(f"Adapter {record.name!r} is already merged.")
     refuse(registry, record)
@@ -64,7 +72,7 @@ def merge(
         marks = {n: _merge_site(registry, s, record.deltas[n]) for n, s in record.site_of().items()}
         for n, site in record.site_of().items():  # what is in memory now, not what writing said
             if _mark(site.read()) != marks[n][1]:
-                raise MergeError(f"The weight at {n!r} does not hold what was written to it; do two places share its storage?")
+                raise MergeError(f"The weight at {n!r} does not hold what was written to it; do two modules share its storage?")
         for module in dict.fromkeys(registry.adapted_modules(record.name)):
             module._rankwise.branches.pop(record.name, None)
         record.merged = True
@@ -85,7 +93,7 @@ def merge(
 
 
 def unmerge(registry: AdapterRegistry, record: AdapterRecord) -> None:
-    """The original bits at this adapter's weights, the other merged adapters put back in order; it acts beside W again."""
+    """The original bits at this adapter's weights, the other merged adapters merged again in order; it acts beside W again."""
     if record.name in registry.merged:
         registry.merged.remove(record.name)
     record.merged = False
@@ -126,7 +134,7 @@ def refuse(registry: AdapterRegistry, record: AdapterRecord) -> None:
         shared = next((s for s in part.sites.values() if s.spec.tie_group and part.part.separate_tied), None)
         if shared is not None:
             raise MergeError(
-                f"{shared.name!r} shares its weight with another place and is adapted apart from it (untie), so merging would change "
+                f"{shared.name!r} shares its weight with another module and is adapted apart from it (separate_tied), so merging would change "
                 "both; keep the adapter attached, or untie the model's weights first (config.tie_word_embeddings=False)."
             )
     for name, delta in record.deltas.items():

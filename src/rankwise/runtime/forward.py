@@ -1,7 +1,14 @@
-"""What an adapted module computes: the class it is swapped to.
+"""The forward of an adapted module.  Attaching swaps a module's class for a subclass made here (see :func:`adapted_class`).
 
-A *called* module adds its adapters' changes to its own output.  A *read* module's weight becomes a property that returns
-W + ΔW.  A *block* hands its call to the forms that wrap it.  Outside every view each is the plain class's forward, to the bit.
+There are three ways to adapt a module, one mixin each:
+
+- :class:`OutputHook`: the module is linear in its weight and is called, so Δ(x) is added to its output (as in PEFT's LoRA layers);
+- :class:`WeightParametrization`: another forward reads the weight (expert stacks, ``nn.MultiheadAttention``), so the parameter
+  becomes a property that returns W + ΔW (as ``torch.nn.utils.parametrize`` does);
+- :class:`BlockWrapper`: the adapter wraps a whole block (bottleneck adapters, expert blocks).
+
+Which adapters act in a call is told by the current view (:mod:`rankwise.runtime.view`).  Where none acts, each is the plain
+class's forward, to the bit.
 """
 
 from __future__ import annotations
@@ -30,14 +37,14 @@ class OutputHook:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state = self._rankwise
-        view, acting = state.acting()
-        acting = [(t, s) for t, s in acting if t.site.spec.mode == "called"]  # a bias of this module is read, below
+        view, acting = state.acting()  # [(branch, its strength)]
+        acting = [(t, s) for t, s in acting if t.site.spec.mode == "called"]  # an adapted bias goes by WeightParametrization
         if state.must_restore(view):
             with state.base_tensors(self, view):  # type: ignore[arg-type]
                 return add_changes(super().forward(x, *args, **kwargs), x, view, acting)  # type: ignore[misc]
         if not acting:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if not args and not kwargs and acting[0][0].fusable:
+        if not args and not kwargs and acting[0][0].fusable:  # base and adapters in one autograd function
             y = fast_forward(self, state, x, view, acting)
             if y is not None:
                 return y
@@ -45,7 +52,15 @@ class OutputHook:
 
 
 def gathered(base: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
-    """base(x); where a block expanded its rows to get x, the product is made once a row and gathered."""
+    """base(x).  Inside a mixture-of-experts block x holds each row once for every expert that takes it: the base's product, which is
+    the same for all of them, is computed once a row and gathered.
+
+    Args:
+        base: the plain forward of the module.
+        x: (…, in).
+        args: other positional arguments of the call.
+        kwargs: its keyword arguments.
+    """
     for context in (forward_context.decisions or {}).values():
         if context.x is x and not args and not kwargs:
             return base(context.h)[context.rows]
@@ -53,14 +68,21 @@ def gathered(base: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any
 
 
 def add_changes(y: Tensor, x: Tensor, view: View, acting: list[tuple[AdapterBranch, Tensor]]) -> Tensor:
-    """The naive reference of the executor: the base's output plus each change, each from the base's own x and y.
+    """y + Σ strength·Δ(x), each adapter's change computed from the base's own x and y; the naive reference of the fast path.
 
-    Where every row is under one adapter, each adapter sees its rows alone: no row's NaN reaches another's gradient.
+    Args:
+        y: (…, out) the base's output.
+        x: (…, in) the module's input.
+        view: which adapters act on which rows.
+        acting: (branch, strength) of each adapter that acts here.
+
+    Where the view has each row under one adapter (``row_segments``), each adapter sees its rows alone, so no row's NaN reaches
+    another's gradient.
     """
     if view.row_segments is not None and all(branch.form.row_wise and not branch.site.spec.routed for branch, _ in acting):
-        spans = view.segments_in(y.shape[0], y.dim())
-        if spans is not None:
-            return torch.cat([_summed(y[a:b], x[a:b], [t for t in acting if t[0].name == name]) for name, a, b in spans])
+        segments = view.segments_in(y.shape[0], y.dim())
+        if segments is not None:
+            return torch.cat([_summed(y[a:b], x[a:b], [t for t in acting if t[0].name == name]) for name, a, b in segments])
     return _summed(y, x, acting, view)
 
 
@@ -93,7 +115,7 @@ class WeightParametrization:
 
 
 def reading(param: str) -> property:
-    """The property that stands in for parameter ``param`` of a read module."""
+    """The property that replaces parameter ``param`` of a module by W + ΔW."""
 
     def get(module: Any) -> Tensor:
         state: AdaptedModuleState = module._rankwise
@@ -118,7 +140,7 @@ def reading(param: str) -> property:
 
 
 def in_storage(branch: AdapterBranch, strength: Tensor, W: Tensor) -> Tensor:
-    """A tap's ΔW as the module stores weights (transposed, in its rows), in ``W``'s dtype; differentiable."""
+    """A branch's ΔW as the module stores weights (transposed, in its rows), in ``W``'s dtype; differentiable."""
     d = branch.form.total_delta()
     if branch.transposed:
         d = d.transposed()
@@ -127,13 +149,16 @@ def in_storage(branch: AdapterBranch, strength: Tensor, W: Tensor) -> Tensor:
 
 
 def wrapping(branch: AdapterBranch) -> BlockDelta:
-    """A tap's form where it wraps a block, as every form at a block does."""
+    """The branch's layer, which at a block is one of block scope."""
     assert isinstance(branch.form, BlockDelta)
     return branch.form
 
 
 class BlockWrapper:
-    """Mixin of a module that forms wrap as a whole; a form sees the block's own input and output."""
+    """Mixin of a module that adapters wrap as a whole; each sees the block's own input and output.
+
+    An adapter adds to the block's output, or ``replaces`` the block (an expert block); at most one of those can act at a time.
+    """
 
     _rankwise: AdaptedModuleState
 

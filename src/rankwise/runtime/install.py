@@ -32,12 +32,12 @@ def install(
     """Put built layers into the model: tensors on the registry, a branch at each site, the class swaps.
 
     Args:
-        roster: the model's registry.
+        registry: the model's registry.
         name: the adapter's.
         recipe: of the whole adapter.
         installed: its parts, as built.
         deltas: site → its layer.
-        followers: site → the sites at the other ends of its tie.
+        tied_sites: site → the sites at the other ends of its tie.
 
     Raises:
         AttachError: a layer that works on the base weight, where another adapter is merged into it; nothing is left behind.
@@ -123,7 +123,7 @@ def set_class(module: Any) -> None:
 
 
 def uninstall(registry: AdapterRegistry, name: str, attached: Iterable[AdapterLayer] | None = None) -> None:
-    """Take an adapter out: its taps, its class swaps, its tensors; the last one takes the roster along.
+    """Take an adapter out: its branches, its class swaps, its tensors; the last one takes the registry along.
 
     ``attached``: the deltas that had come as far as ``on_attach``, where installing stopped half-way.
     """

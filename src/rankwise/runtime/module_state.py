@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 class AdapterBranch:
-    """One adapter at one site of a module; ``transposed`` at the far end of a tie."""
+    """One adapter's layer at one site of a module.
+
+    Args:
+        name: the adapter's.
+        site: where.
+        form: the layer that holds the adapter's tensors; at tied sites one layer serves both ends.
+        transposed: at the other end of a tie whose storage is the transpose (embedding and output head).
+    """
 
     __slots__ = ("form", "fusable", "name", "site", "transposed", "was_called")
 
@@ -43,7 +50,7 @@ class AdapterBranch:
 
 
 class FastPath:
-    """What the fast path keeps at a place: how its product runs, and the group of sites that the same tensor feeds."""
+    """What the fast path keeps at a module: how its product runs, and the group of sites that the same tensor feeds."""
 
     def __init__(self, base: type[nn.Module]):
         self.plain = base.forward is nn.Linear.forward
@@ -53,7 +60,7 @@ class FastPath:
 
 
 class AdaptedModuleState:
-    """What an adapted module knows: its taps by adapter name, and original tensors to act where an owner does not.
+    """What an adapted module knows: its branches by adapter name, and original tensors to act where an owner does not.
 
     A plain object, not a module, so the model's own tree and state dict stay as they were.
     """
@@ -66,7 +73,7 @@ class AdaptedModuleState:
         self.fast = FastPath(base)
 
     def acting(self) -> tuple[View, list[tuple[AdapterBranch, Tensor]]]:
-        """The view in force, and the taps that act in it."""
+        """The current view, and [(branch, strength)] of the adapters that act in it."""
         view = current(self.registry)
         found = [
             (branch, s) for name, s in view.strengths.items() for branch in self.branches.get(name, ()) if not branch.form.in_place

@@ -139,7 +139,14 @@ def load_foreign_file(model: nn.Module, path: str, name: str | None) -> AdapterR
 
 
 def as_native(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """(parts as a native header has them, tensors by our names) of a PEFT adapter."""
+    """(parts as a native header has them, tensors by our names) of another library's adapter.
+
+    Args:
+        known: every site of the base, by name.
+        state: low-rank changes by site, and whole parameters.
+        info: what the reader found beside them: ``magnitude``, ``bias``, ``dropout``, ``untied``.
+        path: for messages.
+    """
     magnitude: Mapping[str, Tensor] = info["magnitude"]
     parts: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}

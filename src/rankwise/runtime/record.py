@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AnyKeyModuleDict(nn.Module):
-    """Modules by free name: a dot, a slash or a method's name in a key is no harm."""
+    """A ModuleDict that takes any key: a dot, a slash or a method's name in a key is no harm."""
 
     def put(self, name: str, module: nn.Module) -> None:
         self._modules[name.replace(".", "/")] = module
@@ -30,7 +30,7 @@ class AnyKeyModuleDict(nn.Module):
 
 
 class AdapterModule(nn.Module):
-    """One adapter's tensors: a SiteDelta each site, banks, and copies of modules it trains whole."""
+    """One adapter's tensors: a layer at each site, and tensors that several sites share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,14 @@ class AdapterModule(nn.Module):
 
 @dataclasses.dataclass
 class InstalledPart:
-    """One part as it stands in the model."""
+    """One part of a recipe as it was built.
+
+    Attributes:
+        part: of the recipe.
+        form: its form.
+        plan: ranks, scales and shared tensors.
+        sites: name → site.
+    """
 
     part: Part
     form: Form
@@ -50,14 +57,26 @@ class InstalledPart:
 
 @dataclasses.dataclass
 class AdapterRecord:
-    """What the roster knows of one adapter."""
+    """What the registry knows of one adapter.
+
+    Attributes:
+        name: of the adapter, free text.
+        slot: the registry's child that holds its tensors.
+        recipe: what it was made from.
+        parts: the recipe's parts as they were built.
+        deltas: site → its layer.
+        tied_sites: site → names of the sites at the other ends of its tie.
+        home: the module that holds every tensor once.
+        merged: whether it is folded into the base weights.
+        checked: whether a forward has shown that every layer takes part.
+    """
 
     name: str
     slot: str
     recipe: Recipe
     parts: list[InstalledPart]
     deltas: dict[str, AdapterLayer]
-    tied_sites: dict[str, list[str]]  # site → names of the sites at the other ends of its tie
+    tied_sites: dict[str, list[str]]
     home: AdapterModule
     merged: bool = False
     checked: bool = False

@@ -22,19 +22,28 @@ if TYPE_CHECKING:
 
 
 class AdapterRegistry(nn.Module):
-    """The model's one added child: its adapters, the default view, and the journal of what was done to base weights."""
+    """The model's one added child: its adapters, the default view, and backups of base weights.
+
+    Attributes:
+        records: adapter → what is known of it.
+        known: every site of the model, by name.
+        weight_backups: (module, parameter) → its snapshot from before the first merge into it.
+        replaced_weights: (module, parameter) → (the adapter whose own weight stands there, the original or None).
+        merged: names of merged adapters, in order.
+        moving: names of adapters that train base weights in place.
+        groups: input group → what its sites share for the fast path.
+        frozen: paths of parameters that attaching froze.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.records: dict[str, AdapterRecord] = {}
         self.known: dict[str, Site] = find_sites(model)
-        self.weight_backups: dict[tuple[str, str], Any] = {}  # (module, parameter) → its snapshot from before the first merge
-        self.replaced_weights: dict[
-            tuple[str, str], tuple[str, Tensor | None]
-        ] = {}  # … → the adapter that moved it, and the original
+        self.weight_backups: dict[tuple[str, str], Any] = {}
+        self.replaced_weights: dict[tuple[str, str], tuple[str, Tensor | None]] = {}
         self.merged: list[str] = []
-        self.moving: list[str] = []  # adapters that train base weights in place
-        self.groups: dict[str, tuple[InputGroup, list[AdaptedModuleState]]] = {}  # sites that one tensor feeds, for the fast path
+        self.moving: list[str] = []
+        self.groups: dict[str, tuple[InputGroup, list[AdaptedModuleState]]] = {}
         self.frozen: list[str] = []
         self._model = (model,)  # a tuple, so that it is not a child
         self._count = 0
@@ -121,7 +130,7 @@ class AdapterRegistry(nn.Module):
                     return name
         return None
 
-    # --- the journal of moved weights -----------------------------------------------------------------------
+    # --- backups of base weights ----------------------------------------------------------------------------
     @torch.no_grad()
     def untouched(self, site: Site) -> Tensor:
         """W at a site (fp32, fp64 stays) as it was before anything was merged into it."""
@@ -166,7 +175,7 @@ class AdapterRegistry(nn.Module):
             idle = [t.site.name for t in self.branches_of(n) if not t.was_called]
             if idle and not record.checked:
                 raise AttachError(
-                    f"Adapter {n!r}: {len(idle)} of its places took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
+                    f"Adapter {n!r}: {len(idle)} of its layers took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
                     "their module was not called. Leave them out with exclude=[…], or feed the inputs that reach them."
                 )
             record.checked = True
@@ -183,7 +192,7 @@ class AdapterRegistry(nn.Module):
 
 
 def registry_of(model: nn.Module, *, create: bool = False) -> AdapterRegistry:
-    """The model's roster; an AttachError where nothing is attached and none is to be made."""
+    """The model's registry; an AttachError where nothing is attached and none is to be made."""
     found = model._modules.get("rankwise")
     if isinstance(found, AdapterRegistry):
         return found

@@ -32,6 +32,12 @@ class View:
 
     A plain value: the registry of the model, which makes views (``registry.view``), has held it against its adapters.
 
+    Args:
+        registry: of the model it is a view of.
+        strengths: {adapter: strength}, a number or a 0-d tensor.
+        rows: one adapter name (or None for the base) for each batch row, or {name: mask (B,)}.
+        tokens: {name: mask (B, T)}.
+
     Attributes:
         strengths: adapter → 0-d tensor.
         rows: adapter → float mask (B,), or empty.
