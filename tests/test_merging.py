@@ -75,7 +75,7 @@ def test_tied_places_adapted_apart_are_not_merged() -> None:
         kept = bits(model)
         adapter = rw.attach(model, {"r": 2, "targets": targets, "separate_tied": True})
         move(adapter)
-        with pytest.raises(MergeError, match="shares its weight with another place"):
+        with pytest.raises(MergeError, match="shares its weight with another module"):
             adapter.merge()
         assert same(model, kept)
 
