@@ -215,7 +215,7 @@ def drive(made: Server, run: Run, due: list[tuple[int, Request]], rnd: random.Ra
 
 
 def check(run: Run, made: Server) -> None:
-    """The master identity, and nothing left behind."""
+    """Each answer is that of its merged model, and nothing is left behind."""
     assert not made.engine.error, made.engine.error
     for name, request in run.requests.items():
         done = run.outcome(name)
@@ -228,6 +228,11 @@ def check(run: Run, made: Server) -> None:
         assert done.outcome is (Outcome.STOP if eos else Outcome.LENGTH), (name, done)
         assert eos or len(ids) == request.sampling.max_tokens
         assert done.generated_tokens == len(ids) and done.prompt_tokens == len(request.prompt)
+    nothing_is_held(made)
+
+
+def nothing_is_held(made: Server) -> None:
+    """No request is known any more, no adapter pinned, and every block can be had."""
     index = made.engine.queue.index
+    assert not made.engine._ids and not made.cache._pins and not any(s.use.pins for s in made.table.slots.values())
     assert index.available() == made.engine.queue.total_blocks and not index.refs
-    assert all(not s.use.pins for s in made.table.slots.values())

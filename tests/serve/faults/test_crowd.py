@@ -9,7 +9,7 @@ import pytest
 
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
 from tests.models import VOCAB
-from tests.serve.rig import check_greedy, configure, digest_of, server
+from tests.serve.rig import check_greedy, configure, digest_of, nothing_is_held, server
 
 KINDS: tuple[tuple[tuple[str, float], ...], ...] = (
     (), (("one", 1.0),), (("three", 1.0),), (("eight", 1.0),), (("nine", 1.0),), (("dora", 1.0),), (("one", 0.5), ("eight", 1.0)),
@@ -59,5 +59,4 @@ def test_a_crowd_of_which_a_fifth_goes_away(count: int) -> None:
         seen[ends[0].outcome.value] += 1
     assert seen["length"] > count * 0.75 and seen["cancelled"] > count * 0.05 and seen["full"], seen
     assert not engine.counters["faults"]
-    assert not engine._ids and not made.cache._pins and not any(s.use.pins for s in made.table.slots.values())
-    assert engine.queue.index.available() == engine.queue.total_blocks and not engine.queue.index.refs
+    nothing_is_held(made)

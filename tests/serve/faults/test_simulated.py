@@ -1,4 +1,4 @@
-"""The scheduler's part of what goes wrong in service: crowds that leave, allocations that fail, requests without measure."""
+"""In the simulator: many requests of which some are cancelled, allocations that fail, requests that are far too large."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
 from rankwise.serve.policies.base import Policy
 from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.merge_mode import MergeMode
 from rankwise.serve.simulate.simulator import Sent, Simulator
 from rankwise.serve.types import Outcome
+from tests.serve.faults.tools import FailingAt
 from tests.serve.traffic import OPTIONS, TRUE, make_pool, simulator, trace
+from tests.serve.traffic import job as make_job
 
-POLICIES = ["default", "lorax", {"name": "early_abort", "slo": 2.0}, "merge_mode"]
+POLICIES = ["default", "lorax", {"name": "early_abort", "slo": 2.0}, MergeMode.name]
 
 
 def crowd(n: int, seed: int) -> list[Sent]:
@@ -51,33 +54,33 @@ def test_a_large_crowd(policy: object, n: int) -> None:
     assert None not in {r.outcome for r in sim.records} and sim.pool.used(KV) == 0
 
 
-class Failing(BlockPool):
+class FailingPool(BlockPool):
     """The ``k``-th call to allocate finds no room, whatever there is."""
 
     def __init__(self, k: int):
         super().__init__({KV: PoolUnit(1, 200), ADAPTER: PoolUnit(1, 200)}, 60)
-        self.k, self.calls = k, 0
+        self.fails = FailingAt(k)
 
     def allocate(self, n: int, tag: str, owner: str = "") -> tuple[int, ...] | None:
-        self.calls += 1
-        return None if self.calls == self.k else super().allocate(n, tag, owner)
+        return None if self.fails() else super().allocate(n, tag, owner)
 
 
 def test_any_one_allocation_may_fail() -> None:
     """For every k up to the last, all requests still end as they should and nothing is lost."""
     requests = trace(rate=40, seconds=0.3)
 
-    def run(k: int) -> Simulator:
-        sim = Simulator(make("default"), Failing(k), TRUE, OPTIONS, PeakTest(OPTIONS.page))
+    def run(k: int) -> int:
+        pool = FailingPool(k)
+        sim = Simulator(make("default"), pool, TRUE, OPTIONS, PeakTest(OPTIONS.page))
         report = sim.run(requests)
-        assert report.finished == len(requests) and sim.pool.used(KV) == 0
-        assert set(sim.pool._held) == set(sim.idle)
-        return sim
+        assert report.finished == len(requests) and pool.used(KV) == 0
+        assert set(pool._held) == set(sim.idle)
+        return pool.fails.calls
 
-    calls = run(0).pool.calls  # type: ignore[attr-defined]
+    calls = run(0)
     assert calls > 30
     for k in range(1, calls + 1):
-        assert run(k).pool.calls >= k  # type: ignore[attr-defined]
+        assert run(k) >= k
 
 
 def test_unloading_waits_for_those_who_use_it() -> None:
@@ -92,11 +95,8 @@ def test_unloading_waits_for_those_who_use_it() -> None:
     assert pool.release("r2") == {}
 
 
-def test_what_is_without_measure_is_refused_at_once() -> None:
-    """Sizes are compared, never laid out."""
+def test_what_is_far_too_large_is_refused_at_once() -> None:
+    """Sizes are compared; nothing of that size is allocated."""
     pool = make_pool()
     assert pool.allocate(10**15, KV) is None and pool.used_bytes == 0
-    test, job = PeakTest(16), Sent("r", 0.0, 10**12, 10**12)
-    from tests.serve.traffic import job as make_job
-
-    assert not test.fits([], make_job("r", prompt=job.prompt, bound=job.output), 10**6, chunk=1)
+    assert not PeakTest(16).fits([], make_job("r", prompt=10**12, bound=10**12), 10**6, chunk=1)
