@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 HOME = ROOT / "docs/methods"
 #: folders whose files cite papers and these pages, and nothing that is not in the repository
 CITING = ("src", "tests", "docs", "benchmarks", "examples")
-#: what is left alone: the design page until it is rewritten, and what speaks of the cards of shipped models
-EXEMPT = ("docs/design.md", "src/rankwise/assets/", "tests/assets/", "tests/docs/test_methods.py")
+#: what is left alone: what speaks of the cards of shipped models
+EXEMPT = ("src/rankwise/assets/", "tests/assets/", "tests/docs/test_methods.py")
 #: "card 123" and the like (a model's card is none of them), the private references' files, issues and rows of plans by number
 PRIVATE = re.compile(r"(?<![a-z])(?<!model[ _])cards?(?![a-z])|methods/0|\bissue #?\d|\brow \d+", re.IGNORECASE)
 #: what every section says, in this order; a policy has a rule in place of a formula
