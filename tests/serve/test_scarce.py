@@ -1,6 +1,6 @@
 """Memory runs out at the k-th place that asks for some, for every k; nobody is lost, all answers are right, all is given back.
 
-Places: blocks and cells of the pool, an adapter's numbers into its cells, an adapter read to the host, and every tensor that a step
+Places: blocks and pages of the pool, an adapter's numbers into its pages, an adapter read to the host, and every tensor that a step
 makes.  What fails once is done again, so all requests end as if nothing had been; what fails for good ends them with a 429.
 """
 
@@ -28,13 +28,13 @@ from rankwise.serve.types import Event, Outcome, Overloaded, Request, Sampling
 from tests.serve.rig import base_model, check_greedy, configure, folder, server
 
 PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
-#: (adapters, prompt, tokens): shared beginnings, cells that evict one another, blocks that do not suffice for all at once
+#: (adapters, prompt, tokens): shared beginnings, pages that evict one another, blocks that do not suffice for all at once
 WORK = (
     (("one",), PROMPT, 4), (("nine",), PROMPT[::-1], 5), ((), PROMPT, 6), (("one",), (*PROMPT, 1, 2), 4), (("eight", "three"), PROMPT, 3),
     (("dora",), PROMPT[2:], 4), ((), PROMPT[3:], 5),
 )  # fmt: skip
 DRAWN = len(WORK) - 1  #: the one that is drawn at a temperature, whose draws must not depend on what failed
-PLACES = ("block", "cell", "write", "host")
+PLACES = ("block", "page", "write", "host")
 NO_ROOM = "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
 
 
@@ -83,13 +83,13 @@ def failing(made: Server, place: str, fails: Failing, how: str = "error") -> Ite
         with Tensors(fails):
             return run(*args)
 
-    write, run = made.table._cells.write, made.engine._drawn
+    write, run = made.table._pages.write, made.engine._drawn
     with pytest.MonkeyPatch.context() as m:
-        if place in ("block", "cell"):
-            tag = {"block": "kv", "cell": "adapter"}[place]
+        if place in ("block", "page"):
+            tag = {"block": "kv", "page": "adapter"}[place]
             m.setattr(made.pool, "allocate", before(made.pool.allocate, lambda n, t, *a: t == tag))
         elif place == "write":
-            m.setattr(made.table._cells, "write", afterwards)
+            m.setattr(made.table._pages, "write", afterwards)
         elif place == "host":
             m.setattr(made.cache.source, "fetch", before(made.cache.source.fetch))
         else:
@@ -142,7 +142,7 @@ def served(made: Server, fails: Failing, place: str, how: str = "error") -> list
     assert not made.engine._ids and not made.cache._pins and not made.cache._loading
     assert not any(s.use.pins for s in made.table.slots.values())
     assert made.engine.queue.index.available() == made.engine.queue.total_blocks and not made.engine.queue.index.refs
-    assert made.pool.used("adapter") == sum(len(s.cells) for s in made.table.slots.values())
+    assert made.pool.used("adapter") == sum(len(s.pages) for s in made.table.slots.values())
     return events
 
 
@@ -173,11 +173,11 @@ def check(made: Server, events: list[list[Event]]) -> None:
 @pytest.mark.parametrize("how", ["error", "none"])
 @pytest.mark.parametrize("place", PLACES)
 def test_any_one_allocation_may_fail(made: Server, place: str, how: str) -> None:
-    if how == "none" and place not in ("block", "cell"):
+    if how == "none" and place not in ("block", "page"):
         pytest.skip("only the pool says no by None")
     count = Failing()
     check(made, served(made, count, place, how))
-    assert count.calls >= {"block": 12, "cell": 4, "write": 4, "host": 5}[place]
+    assert count.calls >= {"block": 12, "page": 4, "write": 4, "host": 5}[place]
     for k in range(1, count.calls + 1):
         fails = Failing(k)
         check(made, served(made, fails, place, how))
@@ -226,12 +226,12 @@ def test_what_lasts_ends_with_a_429_and_is_over_when_it_is_over(made: Server, pl
 
 
 # --- what is reserved -------------------------------------------------------------------------------------------------
-def shared(blocks: int, cells: int, **sizes: Any) -> Server:
-    """A server whose blocks and cells live on one budget, which would hold so many of either."""
-    cell = server(4, 14, 3, "bags", True, "fcfs").table._cells.cell_bytes
+def shared(blocks: int, pages: int, **sizes: Any) -> Server:
+    """A server whose blocks and pages live on one budget, which would hold so many of either."""
+    page = server(4, 14, 3, "bags", True, "fcfs").table._pages.page_bytes
     return build_server(
-        base_model(), lambda intake: FolderSource(folder(), intake), op="bags", pack=True, policy="fcfs",
-        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + cells * cell, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
+        base_model(), lambda adapter_loader: FolderSource(folder(), adapter_loader), op="bags", pack=True, policy="fcfs",
+        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * page, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
     )  # fmt: skip
 
 
@@ -241,7 +241,7 @@ BLOCK = 4 * 2 * 2 * 2 * 8 * 4  #: bytes of four tokens: keys and values of two l
 def test_what_can_never_fit_beside_its_adapter_is_refused_at_once() -> None:
     made = shared(20, 2)
     assert made.pool.units["kv"].bytes == BLOCK
-    digest, left = made.cache.resolve("nine").digest, 80  # "nine" has two cells
+    digest, left = made.cache.resolve("nine").digest, 80  # "nine" has two pages
     with pytest.raises(
         OptionError, match=rf"9 tokens and max_tokens is {left - 8}: {left + 1} together, but a request may have {left} beside"
     ):
@@ -263,7 +263,7 @@ def test_what_can_never_fit_beside_its_adapter_is_refused_at_once() -> None:
 def test_an_adapter_larger_than_its_header_said_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     made = shared(20, 2)
     digest = made.cache.resolve("nine").digest
-    said = dataclasses.replace(made.cache.known(digest), cells=0)
+    said = dataclasses.replace(made.cache.known(digest), pages=0)
     monkeypatch.setitem(made.cache._known, digest, said)
     events: list[Event] = []
     made.engine.submit(Request("long", PROMPT, Sampling(max_tokens=150), digest), events.append)
