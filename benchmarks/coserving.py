@@ -77,7 +77,7 @@ class Bench:
     def __init__(self, home: Path):
         (home / "adapters").mkdir()
         self.made: Server = build_server(
-            m0(), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=40),
+            m0(), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, lora_pages=40),
             options=EngineOptions(max_running=128), policy="fcfs", share_prefixes=False,
         )  # fmt: skip
         self.engine = self.made.engine

@@ -70,9 +70,9 @@ class RandomSource:
         return LoadedAdapter(manifest, pairs)
 
 
-def server(model: Any, cells: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
+def server(model: Any, pages: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
     return build_server(
-        copy.deepcopy(model), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=cells),
+        copy.deepcopy(model), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, lora_pages=pages),
         options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
         share_prefixes=False,
     )  # fmt: skip
@@ -320,7 +320,7 @@ def main() -> None:
 
 
 def fill(made: Server) -> None:
-    """Load adapters until no cell is free."""
+    """Load adapters until no page is free."""
     for i in range(POOL - 8):
         if not made.pool.room("adapter"):
             break

@@ -68,18 +68,18 @@ class Steps:
 
 
 def ours(root: Path, count: int) -> dict[str, float]:
-    """Never seen (read, checked, prepared), seen before, let go and read again, and into the cells of the pool."""
+    """Never seen (read, checked, prepared), seen before, let go and read again, and into the pages of the pool."""
     source = FolderSource(root, AdapterLoader(base()))
-    cells = LoraPages(source.intake.layout.groups, 16)
+    pages = LoraPages(source.adapter_loader.layout.groups, 16)
     steps = Steps()
     for i in range(count):
         name = f"a{i}"
         served = steps.run("load", lambda name=name: source.fetch(source.resolve(name)))
         manifest = steps.run("resolve again", lambda name=name: source.resolve(name))
         steps.run("load again", lambda manifest=manifest: source.fetch(manifest))
-        at = list(range(i % 8, i % 8 + served.manifest.cells))
-        cells.write(at, served.pairs)  # the first touch of a cell's pages is the system's time
-        steps.run("into cells", lambda at=at, served=served: cells.write(at, served.pairs))
+        at = list(range(i % 8, i % 8 + served.manifest.pages))
+        pages.write(at, served.pairs)  # the first touch of its memory is the system's time
+        steps.run("into cells", lambda at=at, served=served: pages.write(at, served.pairs))
     return steps.row()
 
 

@@ -1,8 +1,8 @@
 """The changes of one serving step by every delta operator, beside the base's packed products they are added to.
 
 Linears only, shapes of a small Llama (8 layers, 512 wide, 1408 within, 8 and 4 heads): `base` multiplies, `with` multiplies and
-adds the changes, in turn and in random order; the delta is their difference, its bandwidth the bytes of the cells
-that the step needs (a cell read for a hundred tokens counts once) over it.
+adds the changes, in turn and in random order; the delta is their difference, its bandwidth the bytes of the pages
+that the step needs (a page read for a hundred tokens counts once) over it.
 
 python -m benchmarks.serving_ops [--ops bags native …] [--rounds 30] [--threads 2 | --cpu]
 """
@@ -67,13 +67,13 @@ class Linears:
                 op.apply(g, x, y.split(g.outs, 1))
 
 
-def fill(cells: LoraPages) -> None:
-    for t in (*cells.shrink.values(), *cells.packed.values()):
+def fill(pages: LoraPages) -> None:
+    for t in (*pages.shrink.values(), *pages.packed.values()):
         t.normal_(std=0.02)
 
 
 def deal(ranks: Sequence[int], count: int) -> dict[int, list[int]]:
-    """Cells for adapters of ``ranks``, scattered as after hours of serving."""
+    """Pages for adapters of ``ranks``, scattered as after hours of serving."""
     free = random.sample(range(count), count)
     return {slot: [free.pop() for _ in range(-(-r // WIDTH))] for slot, r in enumerate(ranks)}
 
@@ -87,7 +87,7 @@ def step(ranks: Sequence[int], rows: int) -> TokenPlan:
 @torch.inference_mode()
 def measure(case: str, ops: Sequence[Op], linears: Linears, rounds: int, clock: Callable[[], float]) -> list[dict[str, object]]:
     ranks, rows = CASES[case]
-    plan, slots = step(ranks, rows), deal(ranks, ops[0].cells.count)
+    plan, slots = step(ranks, rows), deal(ranks, ops[0].pages.count)
     xs = {inp: torch.randn(len(ranks) * rows, inp) for inp in {g.inp for g in GROUPS}}
     begin = {}
     for op in ops:
@@ -104,7 +104,7 @@ def measure(case: str, ops: Sequence[Op], linears: Linears, rounds: int, clock: 
                 op.begin(plan, slots)
             linears.run(xs, op)
             times[name].append(clock() - start)
-    read = sum(len(c) for c in slots.values()) * ops[0].cells.cell_bytes
+    read = sum(len(c) for c in slots.values()) * ops[0].pages.page_bytes
     base = statistics.median(times["base"])
     out = []
     for op in ops:
@@ -131,9 +131,9 @@ def main() -> None:
     torch.set_num_threads(1 if a.cpu else a.threads)
     clock = time.thread_time if a.cpu else time.perf_counter
     keep_freed_memory()
-    cells = LoraPages(GROUPS, 144)
-    fill(cells)
-    linears, ops = Linears(), [make_op(name, cells) for name in a.ops]
+    pages = LoraPages(GROUPS, 144)
+    fill(pages)
+    linears, ops = Linears(), [make_op(name, pages) for name in a.ops]
     rows = []
     for case in a.cases:
         rows += measure(case, ops, linears, a.rounds, clock)

@@ -92,12 +92,12 @@ def check_greedy(request: Request, ids: list[int], adapters: tuple[tuple[str, fl
 
 
 @functools.cache
-def server(page: int, blocks: int, cells: int, op: str, pack: bool, policy: str, loop: bool | None = None) -> Server:
+def server(page: int, blocks: int, pages: int, op: str, pack: bool, policy: str, loop: bool | None = None) -> Server:
     """A server of these sizes; one for all scenarios that ask for the same."""
-    sizes = Sizes(kv_tokens=blocks * page, page=page, cells=cells)
+    sizes = Sizes(kv_tokens=blocks * page, page=page, lora_pages=pages)
     return build_server(
         base_model(),
-        lambda intake: FolderSource(folder(), intake),
+        lambda adapter_loader: FolderSource(folder(), adapter_loader),
         sizes=sizes,
         op=op,
         pack=pack,
@@ -130,7 +130,7 @@ class Run:
         return last
 
 
-#: (page, blocks, cells, operator, packed, policy, by the loop): loose and tight, every page and operator at least once
+#: (page, blocks, pages, operator, packed, policy, by the loop): loose and tight, every page and operator at least once
 SERVERS = (
     (1, 40, 6, "reference", False, "fcfs", True),
     (2, 22, 4, "bags", True, "default", False),

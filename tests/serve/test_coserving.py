@@ -25,7 +25,7 @@ def made(home: Path) -> tuple[Server, TrainStream, list[torch.Tensor]]:
     """A server over the rig's adapters, its stream, and every logit that it computes."""
     (home / "adapters").mkdir(parents=True)
     server = build_server(
-        base_model(), lambda intake: FolderSource([folder(), home / "adapters"], intake), sizes=Sizes(512, 4, 24),
+        base_model(), lambda adapter_loader: FolderSource([folder(), home / "adapters"], adapter_loader), sizes=Sizes(512, 4, 24),
         options=EngineOptions(step_tokens=24, train_tokens=64), policy="fcfs", op="reference", pack=False, base="co",
     )  # fmt: skip
     stream = beside(server, home)

@@ -61,13 +61,13 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards(made: Server) -> None
     assert answer(made, Request("r", PROMPT))[0] == collect(first)[0]
 
 
-def test_a_look_counts_what_no_step_has_seen_and_the_cells_in_use(made: Server) -> None:
+def test_a_look_counts_what_no_step_has_seen_and_the_pages_in_use(made: Server) -> None:
     put(made, Request("r", PROMPT, Sampling(max_tokens=2), made.cache.resolve("nine").digest))
     assert (made.engine.stats().running, made.engine.stats().waiting) == (0, 1)
     while not made.engine.stats().running:
         made.engine.step()
     s = made.engine.stats()
-    assert s.waiting == 0 and s.cells_total == 8 and s.cells_used >= 2
+    assert s.waiting == 0 and s.lora_pages_total == 8 and s.lora_pages_used >= 2
     run_until_idle(made.engine)
     assert (made.engine.stats().running, made.engine.stats().waiting) == (0, 0)
 
@@ -145,7 +145,7 @@ def test_an_adapter_that_no_slot_can_hold_ends_its_request_alone() -> None:
     mate = put(small, Request("mate", PROMPT, Sampling(max_tokens=3), small.cache.resolve("eight").digest))
     run_until_idle(small.engine)
     done = collect(lost)[1]
-    assert done is not None and done.outcome is Outcome.REJECTED and "needs 2 cells" in done.message
+    assert done is not None and done.outcome is Outcome.REJECTED and "needs 2 pages" in done.message
     check_greedy(Request("mate", PROMPT), collect(mate)[0], (("eight", 1.0),))
 
 
@@ -238,7 +238,7 @@ def test_a_mix_of_a_whole_head_and_a_gain_on_it_is_their_sum() -> None:
         AdapterMetadata("mixed", "mixed", "", "mix", 0, 0, 0), {}, {path: (lambda x, y: y * gain,)}, {f"{path}.weight": head}
     )
     plan = make_plan([Span("r", PROMPT, 0, (0, 1, 2), 7, Role.PREFILL, 1)], one.runner.page)
-    got = one.runner.run(plan, {7: SimpleNamespace(cells=(), served=served)})[0]
+    got = one.runner.run(plan, {7: SimpleNamespace(pages=(), served=served)})[0]
     model = base_model()
     with torch.inference_mode():
         x = model.model(input_ids=torch.tensor([PROMPT])).last_hidden_state[0, -1]
@@ -266,7 +266,7 @@ def test_what_cannot_be_queued_ends_alone_and_a_failing_command_nobody(made: Ser
     assert len(collect(well)[0]) == 3
 
 
-def test_full_cells_leave_the_prefixes_alone_and_short_memory_the_adapters() -> None:
+def test_full_pages_leave_the_prefixes_alone_and_short_memory_the_adapters() -> None:
     """With a budget each, what is short of one sort gains nothing from giving up the other."""
     small = server(4, 12, 1, "bags", True, "fcfs")
     a, b = (small.cache.resolve(n).digest for n in ("one", "eight"))
@@ -364,7 +364,7 @@ def test_a_chunk_that_is_not_finite_is_never_shared(made: Server, monkeypatch: p
             if s.request == "ill" and not s.samples:
                 with torch.inference_mode():
                     for _, V in self.store.layers.values():
-                        V[plan.cell[first : first + len(s.tokens)]] = torch.nan
+                        V[plan.page[first : first + len(s.tokens)]] = torch.nan
         return logits
 
     monkeypatch.setattr(type(made.runner), "run", poisoned)
@@ -465,5 +465,9 @@ def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
     for policy in ("merge_mode", {"name": "chain", "rules": ["fcfs", "merge_mode"]}):
         with pytest.raises(OptionError, match="is for the simulator: it wants the engine to merge an adapter"):
             build_server(
-                base_model(), lambda intake: FolderSource(folder(), intake), sizes=Sizes(64, 4, 2), op="reference", policy=policy
+                base_model(),
+                lambda adapter_loader: FolderSource(folder(), adapter_loader),
+                sizes=Sizes(64, 4, 2),
+                op="reference",
+                policy=policy,
             )

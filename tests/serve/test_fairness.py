@@ -23,9 +23,9 @@ LONGEST = 0.6  #: seconds that a request of a flood runs at most, measured by te
 FLOOD = 4.0  #: seconds that floods last
 
 
-def wait_of_victim(policy: Policy, victim: Sent, requests: list[Sent], blocks: int = 200, cells: int = 200) -> float:
+def wait_of_victim(policy: Policy, victim: Sent, requests: list[Sent], blocks: int = 200, pages: int = 200) -> float:
     spy = Spy(policy)
-    sim = simulator(spy, make_pool(blocks, cells))
+    sim = simulator(spy, make_pool(blocks, pages))
     sim.run([*requests, victim])
     record = next(r for r in sim.records if r.id == victim.id)
     assert record.outcome is Outcome.LENGTH
@@ -40,15 +40,15 @@ def test_the_yardstick() -> None:
 
 BIG = Sent("big", 0.5, 200, 40)  # nearly the whole cache
 RARE = Sent("rare", 0.5, 16, 16, "one", "rare", 8)
-WIDE = Sent("wide", 0.5, 16, 16, "one", "wide", 32)  # four cells
+WIDE = Sent("wide", 0.5, 16, 16, "one", "wide", 32)  # four pages
 CACHE = {"blocks": 34}
-CELLS = {"cells": 4}
+PAGES = {"pages": 4}
 HOT, BUSY = flood(70, FLOOD), flood(40, FLOOD, ("a", "b", "c", "d"))
 CASES = {
     # protected policy, its bound, the same without protection, who waits, among whom, what is scarce
     "fcfs": (Fcfs(max_wait=1.0), 1.0 + LONGEST, Fcfs(), BIG, flood(30, FLOOD, (None,)), CACHE),
     "cluster": (Cluster(d=1, max_wait=1.0), 1.0 + LONGEST, Cluster(d=1, max_wait=1e9), RARE, HOT, {}),
-    "drain": (Drain(max_wait=1.0), 1.0 + 2 * LONGEST, Fcfs(), WIDE, BUSY, CELLS),
+    "drain": (Drain(max_wait=1.0), 1.0 + 2 * LONGEST, Fcfs(), WIDE, BUSY, PAGES),
     "drain of the cache": (Drain(max_wait=1.0), 1.0 + LONGEST, Fcfs(), BIG, flood(30, FLOOD, (None,)), CACHE),
     "default": (
         Default(max_wait=1.0),
@@ -56,7 +56,7 @@ CASES = {
         ChainPolicy(({"name": "cluster", "max_wait": 1e9}, "vtc")),
         WIDE,
         BUSY,
-        CELLS,
+        PAGES,
     ),
     "default, clustered": (Default(d=1, max_wait=1.0), 1.0 + 2 * LONGEST, Cluster(d=1, max_wait=1e9), RARE, HOT, {}),
     "lorax": (Lorax(1, max_active=1.0), 1.0 + LONGEST, Lorax(1, max_active=1e9), RARE, HOT, {}),

@@ -16,10 +16,10 @@ from tests.serve.ops.steps import GROUPS, make_case
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", ["reference", "bags"])
 @pytest.mark.parametrize("loose", [True, False])
-def test_changes_of_siblings(name: str, pack: bool, loose: bool) -> None:
-    """Each module's output has its change once, also where it is called again, and a loose change sees the base's output."""
+def test_changes_of_siblings(name: str, pack: bool, non_lora_changes: bool) -> None:
+    """Each module's output has its change once, also where it is called again, and a non-LoRA change sees the base's output."""
     case = make_case({0: 8, 1: 9}, [BASE, 0, 0, 1])
-    group, op = GROUPS[0], make_op(name, case.cells)
+    group, op = GROUPS[0], make_op(name, case.pages)
     torch.manual_seed(0)
     modules = [nn.Linear(group.inp, out, bias=False).requires_grad_(False) for out in group.outs]
     bundle = Bundle(group, modules, pack=pack)
@@ -32,7 +32,7 @@ def test_changes_of_siblings(name: str, pack: bool, loose: bool) -> None:
         seen.append(y.clone())
         return torch.zeros_like(y)
 
-    changes = Changes(op, frozenset([group.name]), loose={"v": [(segment, (watch,))]} if loose else {})
+    changes = Changes(op, frozenset([group.name]), non_lora_changes={"v": [(segment, (watch,))]} if non_lora_changes else {})
     hooks = [Hook(path, bundle, j, Acting(body=changes)) for j, path in enumerate(group.modules)]
     x = torch.randn(4, group.inp)
     with planned(case.plan):
@@ -46,7 +46,7 @@ def test_changes_of_siblings(name: str, pack: bool, loose: bool) -> None:
                 w[t] += (B @ (A @ x[t].double())).float()
     for y, w in zip(got, [want[0], *want], strict=True):
         assert torch.allclose(y, w, atol=1e-3, rtol=1e-5)
-    if loose:
+    if non_lora_changes:
         assert torch.allclose(seen[0], base[2][segment.start : segment.end], atol=1e-5)
 
 

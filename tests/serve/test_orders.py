@@ -122,24 +122,26 @@ def test_idle_time_earns_no_credit() -> None:
 
 def test_drain_stops_the_adapter_nearest_its_end() -> None:
     running = [
-        job("x1", adapter="A", bound=50, generated=10, cells=2), job("x2", adapter="A", bound=50, generated=49, cells=2),
-        job("y", adapter="B", bound=50, generated=20, cells=2),
+        job("x1", adapter="A", bound=50, generated=10, lora_pages=2), job("x2", adapter="A", bound=50, generated=49, lora_pages=2),
+        job("y", adapter="B", bound=50, generated=20, lora_pages=2),
     ]  # fmt: skip
-    waiting = [job("a", 5, "A"), job("b", 6, "B"), job("d", 7, "D", resident=False, cells=1), job("base", 8)]
-    starving = job("c", 0, "C", resident=False, cells=2)
+    waiting = [job("a", 5, "A"), job("b", 6, "B"), job("d", 7, "D", resident=False, lora_pages=1), job("base", 8)]
+    starving = job("c", 0, "C", resident=False, lora_pages=2)
     policy = Drain(max_wait=10)
-    assert ids(policy.order(state([starving, *waiting], running, now=9, free_cells=1))) == "c a b d base" and not policy.draining
-    assert ids(policy.order(state([starving, *waiting], running, now=11, free_cells=1))) == "c a base"
+    assert (
+        ids(policy.order(state([starving, *waiting], running, now=9, free_lora_pages=1))) == "c a b d base" and not policy.draining
+    )
+    assert ids(policy.order(state([starving, *waiting], running, now=11, free_lora_pages=1))) == "c a base"
     assert policy.draining == {"B"} and not policy.blocking  # B has 30 tokens left, A 40
-    starving.cells = 4
-    assert ids(policy.order(state([starving, *waiting], running, now=11, free_cells=1))) == "c base" and policy.draining == {
+    starving.lora_pages = 4
+    assert ids(policy.order(state([starving, *waiting], running, now=11, free_lora_pages=1))) == "c base" and policy.draining == {
         "A",
         "B",
     }
-    starving.cells = 1
-    assert ids(policy.order(state([starving, *waiting], running, now=11, free_cells=1))) == "c a b d base" and policy.blocking
+    starving.lora_pages = 1
+    assert ids(policy.order(state([starving, *waiting], running, now=11, free_lora_pages=1))) == "c a b d base" and policy.blocking
     limited = Drain(max_wait=10, slots=2)
-    assert ids(limited.order(state([starving, *waiting], running, now=11, free_cells=9))) == "c a base"
+    assert ids(limited.order(state([starving, *waiting], running, now=11, free_lora_pages=9))) == "c a base"
 
 
 def test_queues_of_adapters_rotate() -> None:
@@ -227,7 +229,7 @@ def test_cuts_are_the_cheapest_there_are(lengths: list[int], most: int, fixed: i
 
 def test_planned_batches_hold_everybody_once_and_the_oldest_goes_first() -> None:
     policy = Pets(step=500, max_batch=4)
-    jobs = [job(f"r{i}", 100 - i, "AB"[i % 2], prompt=1 + 7 * i % 50, cells=i % 2 + 1) for i in range(17)]
+    jobs = [job(f"r{i}", 100 - i, "AB"[i % 2], prompt=1 + 7 * i % 50, lora_pages=i % 2 + 1) for i in range(17)]
     plan = policy.plan(jobs)
     assert Counter(j.id for b in plan for j in b) == Counter(j.id for j in jobs) and max(map(len, plan)) <= 4
     assert [max(j.prompt for j in b) for b in plan] == sorted(max(j.prompt for j in b) for b in plan)

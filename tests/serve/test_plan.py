@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rankwise.serve.batch import BASE, Role, Segment, Span, make_plan
 from rankwise.serve.model import paged_attention as paged
-from rankwise.serve.model.decode_tables import LEAST, RowTables, cells_of
+from rankwise.serve.model.decode_tables import LEAST, RowTables, kv_slots_of
 
 
 def spans_of(shapes: list[tuple[int, int, int]], page: int) -> list[Span]:
@@ -33,9 +33,9 @@ def test_spans_of_one_slot_lie_together_and_the_base_first() -> None:
     assert plan.sample_rows.tolist() == [0, 1, 4, 5]
 
 
-def test_cells_follow_the_block_table() -> None:
+def test_kv_slots_follow_the_block_table() -> None:
     plan = make_plan([Span("r", (7, 8, 9), 3, (5, 2, 9), BASE, Role.PREFILL, 0)], 2)
-    assert plan.cell.tolist() == [2 * 2 + 1, 9 * 2, 9 * 2 + 1]
+    assert plan.kv_slots.tolist() == [2 * 2 + 1, 9 * 2, 9 * 2 + 1]
     assert plan.sample_rows.numel() == 0
 
 
@@ -45,7 +45,7 @@ shape = st.tuples(st.integers(0, 9), st.integers(1, 6), st.sampled_from([BASE, 0
 @settings(max_examples=60, deadline=None)
 @given(st.lists(shape, min_size=1, max_size=6), st.sampled_from([1, 2, 4]), st.sampled_from([None, 3]), st.integers(0, 9))
 def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: int, window: int | None, seed: int) -> None:
-    """Any mix of chunks and decoding rows, any pages, windows, grouped heads; cells that nobody wrote hold NaN."""
+    """Any mix of chunks and decoding rows, any pages, windows, grouped heads; KV slots that nobody wrote hold NaN."""
     g = torch.Generator().manual_seed(seed)
     plan = make_plan(spans_of(shapes, page), page)
     heads, kv, d = 4, 2, 8
@@ -55,8 +55,8 @@ def test_attention_is_its_definition(shapes: list[tuple[int, int, int]], page: i
     K, V = store.of(0, k[0].transpose(0, 1), v[0].transpose(0, 1))
     K.fill_(torch.nan), V.fill_(torch.nan)
     for s in plan.spans:  # what earlier steps would have written
-        cells = cells_of(s, page)[: s.start]
-        K[cells], V[cells] = (torch.randn(s.start, kv, d, generator=g) for _ in range(2))
+        kv_slots = kv_slots_of(s, page)[: s.start]
+        K[kv_slots], V[kv_slots] = (torch.randn(s.start, kv, d, generator=g) for _ in range(2))
     module = torch.nn.Module()
     module.layer_idx = 0
     with paged.attending(paged.AttentionStep(plan), store):
@@ -75,10 +75,10 @@ def test_softcap_is_the_definitions() -> None:
     K.normal_(generator=g), V.normal_(generator=g)
     with paged.attending(paged.AttentionStep(plan), store):
         got, _ = paged.paged_attention(module, q, k, v, None, softcap=0.5)
-    cells = cells_of(plan.spans[0], 2)
-    scores = torch.einsum("hd,chd->hc", q[0, :, 0], K[cells]) * 4**-0.5
+    kv_slots = kv_slots_of(plan.spans[0], 2)
+    scores = torch.einsum("hd,chd->hc", q[0, :, 0], K[kv_slots]) * 4**-0.5
     weights = (torch.tanh(scores / 0.5) * 0.5).softmax(-1)
-    torch.testing.assert_close(got[0, 0], torch.einsum("hc,chd->hd", weights, V[cells]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[0, 0], torch.einsum("hc,chd->hd", weights, V[kv_slots]), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,8 +99,8 @@ def test_rows_kept_side_by_side_are_what_a_gather_gives(seed: int, window: int |
         while len(live) < 5 and rnd.random() < 0.6:
             length = rnd.choice([1, 7, LEAST - 2, 2 * LEAST - 1])
             blocks[serials] = tuple(free.pop() for _ in range(-(-(length + 14) // page)))
-            cells = cells_of(Span("", (0,) * length, 0, blocks[serials]), page)
-            K[cells], V[cells] = (torch.randn(length, kv, d, generator=g) for _ in range(2))
+            kv_slots = kv_slots_of(Span("", (0,) * length, 0, blocks[serials]), page)
+            K[kv_slots], V[kv_slots] = (torch.randn(length, kv, d, generator=g) for _ in range(2))
             live[serials] = length
             serials += 1
         for gone in [s for s in live if rnd.random() < 0.15]:

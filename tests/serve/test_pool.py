@@ -143,12 +143,12 @@ def test_a_unified_pool_holds_what_a_split_one_cannot() -> None:
     assert unified.room(ADAPTER) == 20
 
 
-def test_adapters_read_back_bit_for_bit_wherever_their_cells_lie() -> None:
+def test_adapters_read_back_bit_for_bit_wherever_their_pages_lie() -> None:
     group = Group("qkv", ("q", "k"), 6, (5, 3))
     for seed in range(5):
         rng = random.Random(seed)
-        cells = LoraPages([group], 12)
-        pool = BlockPool({ADAPTER: PoolUnit(cells.cell_bytes, 12)}, shuffle=rng)
+        pages = LoraPages([group], 12)
+        pool = BlockPool({ADAPTER: PoolUnit(pages.page_bytes, 12)}, shuffle=rng)
         written: dict[str, tuple[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         for n in range(60):
             if written and rng.random() < 0.4:
@@ -159,11 +159,11 @@ def test_adapters_read_back_bit_for_bit_wherever_their_cells_lie() -> None:
             ids = pool.allocate(r // 8, ADAPTER, f"a{n}")
             if ids is not None:
                 pairs = [(torch.randn(r, 6), torch.randn(out, r)) for out in group.outs]
-                cells.write(ids, {"qkv": pairs})
+                pages.write(ids, {"qkv": pairs})
                 written[f"a{n}"] = (ids, pairs)
             for ids, pairs in written.values():
                 for j, (A, B) in enumerate(pairs):
-                    a, b = cells.read(ids, "qkv", j)
+                    a, b = pages.read(ids, "qkv", j)
                     assert torch.equal(a, A) and torch.equal(b, B)
 
 

@@ -16,9 +16,9 @@ TRUE = Coefficients(8e-3, 2e-4, 3e-4, 2e-7, 2e-5, 8e-4, knee=16)
 OPTIONS = SimOptions(page=8, max_running=8, step_tokens=64, slo=2.0)
 
 
-def make_pool(blocks: int = 200, cells: int = 200, budget: int | None = None) -> BlockPool:
-    """A block and a cell of one byte each."""
-    return BlockPool({KV: PoolUnit(1, blocks), ADAPTER: PoolUnit(1, cells)}, budget)
+def make_pool(blocks: int = 200, pages: int = 200, budget: int | None = None) -> BlockPool:
+    """A block and a page of one byte each."""
+    return BlockPool({KV: PoolUnit(1, blocks), ADAPTER: PoolUnit(1, pages)}, budget)
 
 
 class Spy(ChainPolicy):
@@ -71,7 +71,7 @@ def job(
 
 
 def state(waiting: list[RequestInfo], running: list[RequestInfo] | None = None, now: float = 0.0, **more: object) -> State:
-    return State(now, running or [], waiting, 100, 100, 8, more.pop("free_cells", 100), **more)  # type: ignore[arg-type]
+    return State(now, running or [], waiting, 100, 100, 8, more.pop("free_lora_pages", 100), **more)  # type: ignore[arg-type]
 
 
 def ids(jobs: list[RequestInfo]) -> str:

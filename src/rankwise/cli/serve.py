@@ -111,7 +111,7 @@ def serve(
             train_roots=tuple(map(Path, train_data or ())),
         )  # fmt: skip
         behind = build_server(
-            net, source, sizes=Sizes(kv_tokens=kv_tokens, cells=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
+            net, source, sizes=Sizes(kv_tokens=kv_tokens, lora_pages=cells, host_bytes=int(host_memory * 1e9), row_tokens=row_tokens), policy=_policy(policy, set or ()),
             options=EngineOptions(
                 max_running=max_batch, max_waiting=max_waiting, step_tokens=step_tokens, max_context=context, eos=tuple(sorted(ends)), speculate=speculate,
                 step_seconds=step_seconds,
@@ -179,25 +179,25 @@ def _home(train: str | None, data: Sequence[str]) -> list[str]:
 
 
 def _source(given: Sequence[str]) -> Callable[[Any], Any]:
-    """What makes the adapters' source from the model's intake.  Raises OptionError."""
+    """What makes the adapters' source from the model's adapter loader.  Raises OptionError."""
     remote = ["://" in a for a in given]
     if any(remote) and not all(remote):
         raise OptionError("--adapters names folders and URIs; give one sort of them.")
     if not given:
         from rankwise.serve.adapters.memory import MemorySource
 
-        return lambda intake: MemorySource(intake.layout)
+        return lambda loader: MemorySource(loader.layout)
     if any(remote):
         from rankwise.serve.adapters.uri import UriSource
 
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rankwise" / "adapters"
-        return lambda intake: UriSource(given, intake, cache)
+        return lambda loader: UriSource(given, loader, cache)
     from rankwise.serve.adapters.source import FolderSource
 
     missing = next((a for a in given if not Path(a).is_dir()), None)
     if missing is not None:
         raise OptionError(f"--adapters {missing!r} is no folder; give the folder that holds the adapters' folders.")
-    return lambda intake: FolderSource(given, intake)
+    return lambda loader: FolderSource(given, loader)
 
 
 def _bound(host: str, port: int) -> socket.socket:

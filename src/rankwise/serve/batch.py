@@ -70,7 +70,7 @@ class TokenPlan:
     Attributes:
         spans: in packed order (by slot).
         tokens, positions: (T,).
-        cell: (T,), block·page + offset: where each token's key and value are written.
+        kv_slots: (T,), block·page + offset: where each token's key and value are written.
         cu_q: (b+1,), where each span starts in the packed row.
         segments: runs of equal slot, base tokens left out.
         sample_rows: (S,) rows whose logits are wanted, in the order of the spans.
@@ -81,7 +81,7 @@ class TokenPlan:
     page: int
     tokens: Tensor
     positions: Tensor
-    cell: Tensor
+    kv_slots: Tensor
     cu_q: tuple[int, ...]
     segments: tuple[Segment, ...]
     sample_rows: Tensor
@@ -98,17 +98,17 @@ def make_plan(spans: Sequence[Span], page: int) -> TokenPlan:
     cu = [0]
     ids: list[int] = []
     positions: list[int] = []
-    cells: list[int] = []
+    kv_slots: list[int] = []
     rows: list[int] = []
     for s in ordered:
         ids += s.tokens
         positions += range(s.start, s.end)
-        cells += [s.blocks[p // page] * page + p % page for p in range(s.start, s.end)]
+        kv_slots += [s.blocks[p // page] * page + p % page for p in range(s.start, s.end)]
         cu.append(cu[-1] + len(s.tokens))
         rows += range(cu[-1] - s.samples, cu[-1])
     segments = _segments(ordered, cu)
     return TokenPlan(
-        ordered, page, torch.tensor(ids), torch.tensor(positions), torch.tensor(cells), tuple(cu), segments,
+        ordered, page, torch.tensor(ids), torch.tensor(positions), torch.tensor(kv_slots), tuple(cu), segments,
         torch.tensor(rows, dtype=torch.int64), segments,
     )  # fmt: skip
 

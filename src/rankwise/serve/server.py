@@ -1,4 +1,4 @@
-"""A server's parts put together for one model: layout, cells, pool, runner, adapters, policy, engine."""
+"""A server's parts put together for one model: layout, LoRA pages, pool, runner, adapters, policy, engine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rankwise.errors import OptionError
 from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.cache import AdapterCache
 from rankwise.serve.adapters.kinds import Limits
-from rankwise.serve.adapters.residency import PoolCells, Residency
-from rankwise.serve.adapters.slots import CellStore, SlotTable
+from rankwise.serve.adapters.residency import PoolPages, Residency
+from rankwise.serve.adapters.slots import PageStore, SlotTable
 from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
 from rankwise.serve.cache.prefix import PrefixIndex
 from rankwise.serve.engine.engine import Engine
@@ -26,7 +26,7 @@ from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.model.runner import NativeRunner
 from rankwise.serve.ops.base import WIDTH, LoraPages
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.parallel.leader import SharedCells, Team, lead
+from rankwise.serve.parallel.leader import SharedPages, Team, lead
 from rankwise.serve.parallel.messages import Build
 from rankwise.serve.parallel.non_lora_changes import check
 
@@ -41,7 +41,7 @@ class Sizes:
 
     Attributes:
         kv_tokens: tokens of keys and values; ``page``: tokens of a block.
-        cells: of eight adapter components each, over all modules.
+        lora_pages: of eight adapter components each, over all modules.
         memory: bytes that both hold together, where they share one budget (each then grows into what the other leaves);
             None gives each its own.
         host_bytes: of adapters in host memory.
@@ -51,13 +51,13 @@ class Sizes:
 
     kv_tokens: int = 16_384
     page: int = 16
-    cells: int = 64
+    lora_pages: int = 64
     memory: int | None = None
     host_bytes: int = 4 << 30
     row_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_tokens", "page", "cells", "host_bytes"):
+        for name in ("kv_tokens", "page", "lora_pages", "host_bytes"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
         if self.row_tokens is not None and self.row_tokens < 0:
@@ -100,7 +100,7 @@ def build_server(
     """Everything that serves ``model`` (which is taken over); the engine is not started.
 
     Args:
-        source: makes the adapters' source from the model's intake.
+        source: makes the adapters' source from the model's adapter loader.
         loop: whether steps run through :mod:`~rankwise.serve.model.llama_loop`; None where it stands for the model.
         policy: a policy's name, or ``{"name": …, options…}``; ``op``: a delta operator's name.
         base: the base's fingerprint, part of every prefix salt.
@@ -112,33 +112,34 @@ def build_server(
     """
     sizes = sizes or Sizes()
     if limits is None and sizes.memory is None:
-        limits = Limits(rank=min(Limits().rank, WIDTH * sizes.cells))  # told when it is resolved, not when it is to run
-    intake = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
-    layout = intake.layout
+        limits = Limits(rank=min(Limits().rank, WIDTH * sizes.lora_pages))  # told when it is resolved, not when it is to run
+    adapter_loader = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
+    layout = adapter_loader.layout
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     counts = _counts(model, layout, sizes, dtype)
     row_tokens = 2 * sizes.kv_tokens if sizes.row_tokens is None else sizes.row_tokens
     max_rows = (options or EngineOptions()).max_running
-    cells: CellStore
+    lora_pages: PageStore
     runner: NativeRunner
     if team is not None:
         build = Build(counts[KV], sizes.page, max_rows, counts[ADAPTER], adapter_split, op, native, pack, loop, row_tokens)
-        cells, runner = lead(team, model, layout, build)
+        lora_pages, runner = lead(team, model, layout, build)
     else:
-        cells = own = LoraPages(layout.groups, counts[ADAPTER], dtype)
+        lora_pages = own = LoraPages(layout.groups, counts[ADAPTER], dtype)
         runner = NativeRunner(
             model, layout.groups, own, make_op(op, own, native), make_op(op, own, native),
             blocks=counts[KV], page=sizes.page, pack=pack, max_rows=max_rows, loop=loop,
         )  # fmt: skip
         runner.rows.limit = row_tokens
     pool = BlockPool(
-        {KV: PoolUnit(runner.store.block_bytes, counts[KV]), ADAPTER: PoolUnit(cells.cell_bytes, counts[ADAPTER])}, sizes.memory
+        {KV: PoolUnit(runner.store.block_bytes, counts[KV]), ADAPTER: PoolUnit(lora_pages.page_bytes, counts[ADAPTER])},
+        sizes.memory,
     )
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
-    table = SlotTable(cells, PoolCells(pool), clock=clock)
-    cache = AdapterCache(source(intake), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
-    if isinstance(cells, SharedCells):
-        cache.accept = functools.partial(check, share=cells.shares[0], head=runner.head_path or "")
+    table = SlotTable(lora_pages, PoolPages(pool), clock=clock)
+    cache = AdapterCache(source(adapter_loader), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
+    if isinstance(lora_pages, SharedPages):
+        cache.accept = functools.partial(check, share=lora_pages.shares[0], head=runner.head_path or "")
     residency = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
     named = {"name": policy} if isinstance(policy, str) else dict(policy)
     engine = Engine(
@@ -150,8 +151,8 @@ def build_server(
 
 def _counts(model: nn.Module, layout: Layout, sizes: Sizes, dtype: torch.dtype) -> dict[str, int]:
     """Ids of each tag: what is asked for, or on one budget as many as it could hold of either."""
-    blocks, cells = sizes.kv_tokens // sizes.page, sizes.cells
+    blocks, lora_pages = sizes.kv_tokens // sizes.page, sizes.lora_pages
     if sizes.memory is None:
-        return {KV: blocks, ADAPTER: cells}
-    cell = sum(g.cell_numel for g in layout.groups) * dtype.itemsize
-    return {KV: blocks, ADAPTER: max(1, min(sizes.memory // cell, 1 << 20))}
+        return {KV: blocks, ADAPTER: lora_pages}
+    page_bytes = sum(g.page_numel for g in layout.groups) * dtype.itemsize
+    return {KV: blocks, ADAPTER: max(1, min(sizes.memory // page_bytes, 1 << 20))}

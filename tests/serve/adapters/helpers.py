@@ -1,4 +1,4 @@
-"""What a served adapter computes, the naive way: every module's own output plus pairs, loose changes, whole parameters."""
+"""What a served adapter computes, the naive way: every module's own output plus pairs, non-LoRA changes, whole parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def acting(layout: Layout, served: LoadedAdapter) -> Iterator[None]:
             if pair is not None:
                 pairs[module] = pair
     hooks = []
-    for path in {*pairs, *served.loose}:
+    for path in {*pairs, *served.non_lora_changes}:
         module = layout.called[path].module
 
         def add(module: Any, args: Any, y: Tensor, path: str = path) -> Tensor:
@@ -41,7 +41,7 @@ def acting(layout: Layout, served: LoadedAdapter) -> Iterator[None]:
             if path in pairs:
                 A, B = pairs[path]
                 total = total + (rows @ A.T) @ B.T
-            for change in served.loose.get(path, ()):
+            for change in served.non_lora_changes.get(path, ()):
                 total = total + change(rows, plain)
             return total.reshape(y.shape)
 
@@ -56,7 +56,7 @@ def acting(layout: Layout, served: LoadedAdapter) -> Iterator[None]:
 def served_logits(model: Any, layout: Layout, served: LoadedAdapter, batch: dict[str, Tensor]) -> Tensor:
     model.eval()
     with torch.no_grad(), acting(layout, served):
-        return torch.func.functional_call(model, dict(served.whole), kwargs=batch, tie_weights=False).logits
+        return torch.func.functional_call(model, dict(served.full_params), kwargs=batch, tie_weights=False).logits
 
 
 def family(name: str) -> Any:
@@ -79,9 +79,9 @@ def folder_of(tmp_path: Path, *names: str, seed: int = 0, **recipe: Any) -> tupl
     return llama(), root
 
 
-def cache_of(model: Any, root: Path, *, intake: dict[str, Any] | None = None, **more: Any) -> AdapterCache:
-    source = FolderSource(root, AdapterLoader(model, **(intake or {})))
-    return AdapterCache(source, source.intake.layout, **more)
+def cache_of(model: Any, root: Path, *, adapter_loader: dict[str, Any] | None = None, **more: Any) -> AdapterCache:
+    source = FolderSource(root, AdapterLoader(model, **(adapter_loader or {})))
+    return AdapterCache(source, source.adapter_loader.layout, **more)
 
 
 def fetched(cache: AdapterCache, name: str) -> LoadedAdapter:

@@ -188,7 +188,7 @@ def test_fetch_does_not_wait_and_loads_a_digest_once(tmp_path: Path, monkeypatch
 def test_an_adapter_that_fails_to_load_harms_nobody(tmp_path: Path) -> None:
     """Cut, emptied, gone, swapped for another: refused each time, the others go on, and what was put back is served again."""
     model, root = folder_of(tmp_path, "good", "bad", "other", r=1, targets=["q_proj"])
-    cache = cache_of(model, root, intake={"keep": 0})
+    cache = cache_of(model, root, adapter_loader={"keep": 0})
     file = root / "bad" / "rankwise.safetensors"
     sound, digest = file.read_bytes(), cache.resolve("bad").digest
     kept, size = fetched(cache, "good"), cache.nbytes
@@ -258,7 +258,7 @@ def test_the_digest_of_a_mix_is_of_digests_and_weights(tmp_path: Path) -> None:
         == 4
     )
     assert cache.mix([("a", 1.0)]).digest == cache.resolve("a").digest, "an adapter at weight 1 is itself"
-    assert one.parts == tuple(sorted(one.parts)) and one.rank == 8 and one.cells == 1
+    assert one.parts == tuple(sorted(one.parts)) and one.rank == 8 and one.pages == 1
 
 
 def test_mixes_that_cannot_be(tmp_path: Path) -> None:
@@ -443,10 +443,10 @@ def test_a_registry_that_cannot_be_written_changes_nothing(tmp_path: Path, monke
 def test_published_adapters_are_copies_and_versions(recipe: dict[str, Any], tmp_path: Path) -> None:
     training, fresh = llama(), llama()
     adapter = attached(training, recipe)
-    intake = AdapterLoader(fresh)
+    adapter_loader = AdapterLoader(fresh)
     (tmp_path / "root").mkdir()
-    memory = MemorySource(intake.layout)
-    cache = AdapterCache(Sources(memory, FolderSource(tmp_path / "root", intake)), intake.layout)
+    memory = MemorySource(adapter_loader.layout)
+    cache = AdapterCache(Sources(memory, FolderSource(tmp_path / "root", adapter_loader)), adapter_loader.layout)
     first = memory.publish("job", adapter)
     want = logits(training, batch(training))
     cache.acquire(cache.resolve("job").digest)
@@ -456,10 +456,12 @@ def test_published_adapters_are_copies_and_versions(recipe: dict[str, Any], tmp_
     second = memory.publish("job", adapter)
     assert first.digest != second.digest == cache.resolve("job").digest
     new = fetched(cache, "job")
-    assert torch.allclose(served_logits(fresh, intake.layout, old, batch(fresh)), want, atol=1e-5), (
+    assert torch.allclose(served_logits(fresh, adapter_loader.layout, old, batch(fresh)), want, atol=1e-5), (
         "training moved what was published"
     )
-    assert torch.allclose(served_logits(fresh, intake.layout, new, batch(fresh)), logits(training, batch(training)), atol=1e-5)
+    assert torch.allclose(
+        served_logits(fresh, adapter_loader.layout, new, batch(fresh)), logits(training, batch(training)), atol=1e-5
+    )
     assert cache.get(first.digest) is old
     with pytest.raises(AdapterRefused, match="cannot be called"):
         memory.publish("../x", adapter)

@@ -64,7 +64,7 @@ def test_served_equals_attached(info: Any, model_name: str, tmp_path: Path) -> N
                 fetch(root, fresh)
             continue
         source, served = fetch(root, fresh)
-        got = served_logits(fresh, source.intake.layout, served, batch(fresh))
+        got = served_logits(fresh, source.adapter_loader.layout, served, batch(fresh))
         assert (want - base).abs().max() > 1e-3, "the adapter does nothing, so this test could not fail"
         assert torch.allclose(got, want, atol=1e-5), (root.name, (got - want).abs().max())
         assert served.manifest.exact and served.manifest.nbytes > 0
@@ -105,8 +105,8 @@ def test_residual_starts_and_rank_stabilised_scales(tmp_path: Path) -> None:
     want = logits(model, batch(model))
     fresh = family("llama")
     source, served = fetch(tmp_path, fresh)
-    assert served.manifest.rank == 8 and served.manifest.cells == 1
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+    assert served.manifest.rank == 8 and served.manifest.pages == 1
+    assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -124,11 +124,11 @@ def test_heads_and_embeddings(tie: bool, tmp_path: Path) -> None:
             for root in ("n", "p"):
                 fresh = llama(tie=tie)
                 source, served = fetch(tmp_path / root, fresh, name)
-                assert set(served.whole) == ({"lm_head.weight"} if form else set())
-                assert set(served.loose) == (
+                assert set(served.full_params) == ({"lm_head.weight"} if form else set())
+                assert set(served.non_lora_changes) == (
                     {"model.embed_tokens", "lm_head"} if tie else {"lm_head"} if name == "pair" else {"model.embed_tokens"}
                 )
-                assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+                assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
 
 
 def test_biases_are_served_and_norms_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_biases_are_served_and_norms_refused(tmp_path: Path) -> None:
     attached(model, {"r": 2, "targets": ["wpe"]}).save(tmp_path / "positions")
     fresh = family("gpt2")
     source, served = fetch(tmp_path, fresh, "bias")
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+    assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
     with pytest.raises(AdapterRefused, match=r"ln_f.*used for all rows"):
         source.resolve("norm")
     with pytest.raises(AdapterRefused, match=r"wpe.*only the one of the input ids"):
@@ -170,13 +170,13 @@ def test_any_constant_value(kind: str, tmp_path: Path) -> None:
     want = logits(model, batch(model))
     fresh = family("llama")
     source, served = fetch(tmp_path, fresh)
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+    assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
     assert served.manifest.exact and served.manifest.error == 0
 
     lowered = fetch(tmp_path, fresh, options=Options(lower=2, pair_rank=0))[1]
-    W = source.intake.layout.sites[site].read()
+    W = source.adapter_loader.layout.sites[site].read()
     error = value.to_lowrank(rank=2, weight=W)[1]
-    assert not lowered.loose and lowered.manifest.rank == 2 and lowered.manifest.cells == 1
+    assert not lowered.non_lora_changes and lowered.manifest.rank == 2 and lowered.manifest.pages == 1
     assert not lowered.manifest.exact and lowered.manifest.error == pytest.approx(error, rel=1e-6) and error > 0.01
     assert lowered.manifest.digest != served.manifest.digest, "what is lowered computes something else"
 
@@ -211,7 +211,7 @@ def test_a_gate_that_does_not_look_at_x_becomes_a_pair() -> None:
     value = Gated(LowRank(torch.randn(3, 32), torch.randn(32, 3)), ConstantGate(torch.tensor([0.5, 0.0, 2.0])))
     served = prepare(layout, {"model.layers.1.self_attn.q_proj": value}, AdapterMetadata("d", "n", "", "", 0, 0, 0))
     (A, B), *rest = served.pairs["model.layers.1.self_attn#0:32"]
-    assert rest == [None, None] and not served.loose
+    assert rest == [None, None] and not served.non_lora_changes
     assert torch.allclose(B @ A, value.dense(), atol=1e-6)
 
 
@@ -227,8 +227,8 @@ def test_arrow_is_served_by_its_own_forward(tmp_path: Path) -> None:
     want = logits(model, batch(model))
     fresh = family("llama")
     source, served = fetch(tmp_path / "root", fresh)
-    assert served.manifest.kind == "lora/arrow" and not served.pairs and len(served.loose) == 4
-    got = served_logits(fresh, source.intake.layout, served, batch(fresh))
+    assert served.manifest.kind == "lora/arrow" and not served.pairs and len(served.non_lora_changes) == 4
+    got = served_logits(fresh, source.adapter_loader.layout, served, batch(fresh))
     assert torch.allclose(got, want, atol=1e-5) and (want - logits(fresh, batch(fresh))).abs().max() > 1e-3
 
 
@@ -291,6 +291,6 @@ def test_what_peft_saved_gives_peft_s_logits(name: str, tmp_path: Path) -> None:
     fresh = family(model_name)
     want = logits(net, batch(fresh))
     source, served = fetch(tmp_path, fresh)
-    got = served_logits(fresh, source.intake.layout, served, batch(fresh))
+    got = served_logits(fresh, source.adapter_loader.layout, served, batch(fresh))
     assert torch.allclose(got, want, atol=1e-5), (got - want).abs().max()
     assert (want - logits(fresh, batch(fresh))).abs().max() > 1e-3

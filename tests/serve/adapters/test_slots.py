@@ -1,4 +1,4 @@
-"""Slots: no cell with two owners, only what is pinned survives, everything is free after a drain, and cells hold the adapter."""
+"""Slots: no page with two owners, only what is pinned survives, everything is free after a drain, and pages hold the adapter."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def adapter(rank: int, seed: int) -> LoadedAdapter:
 
 
 def table(count: int = 6) -> tuple[SlotTable, Pool, LoraPages]:
-    cells, pool = LoraPages(GROUPS, count), Pool(count)
-    return SlotTable(cells, pool, clock=Clock()), pool, cells
+    pages, pool = LoraPages(GROUPS, count), Pool(count)
+    return SlotTable(pages, pool, clock=Clock()), pool, pages
 
 
-def holds(cells: LoraPages, ids: Sequence[int], served: LoadedAdapter) -> None:
+def holds(pages: LoraPages, ids: Sequence[int], served: LoadedAdapter) -> None:
     for name, pairs in served.pairs.items():
         for j, pair in enumerate(pairs):
             if ids:
-                A, B = cells.read(ids, name, j)
+                A, B = pages.read(ids, name, j)
                 want = 0 if pair is None else pair[1] @ pair[0]
                 assert torch.allclose(B @ A, torch.as_tensor(want).float().expand_as(B @ A), atol=1e-5)
 
@@ -74,7 +74,7 @@ OPS = st.lists(st.tuples(st.sampled_from(["ensure", "pin", "unpin", "drop", "out
 @given(OPS)
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_invariants(ops: list[tuple[str, int]]) -> None:
-    slots, pool, cells = table()
+    slots, pool, pages = table()
     adapters = [adapter(r, i) for i, r in enumerate([0, 1, 8, 9, 16, 20, 24, 48])]
     pins: dict[str, int] = {}
     outside: list[int] = []
@@ -86,10 +86,10 @@ def test_invariants(ops: list[tuple[str, int]]) -> None:
             resident = slots.find(digest)
             number = slots.ensure(digest, served)
             if number is not None:
-                assert slots[number].digest == digest and slots[number].loose == served.loose
+                assert slots[number].digest == digest and slots[number].non_lora_changes == served.non_lora_changes
                 assert number == resident if resident is not None else number not in ever, "a number came back"
                 ever.add(number)
-                holds(cells, slots.cells[number], served)
+                holds(pages, slots.pages[number], served)
         elif op == "pin" and slots.find(digest) is not None:
             slots.pin(slots.find(digest))  # type: ignore[arg-type]
             pins[digest] = pins.get(digest, 0) + 1
@@ -98,14 +98,14 @@ def test_invariants(ops: list[tuple[str, int]]) -> None:
             pins[digest] -= 1
         elif op == "drop":
             assert slots.drop(digest) == (not pins.get(digest))
-        elif op == "outside":  # the pool's other tenant takes a cell, or gives its cells back
+        elif op == "outside":  # the pool's other tenant takes a page, or gives its pages back
             outside = (pool.give(outside), [])[1] if outside else (pool.take(1) or [])
         assert all(slots.find(d) is not None for d in before if pins[d]), "a pinned slot went"
-        owned = [c for n in range(1000) if n in slots.cells for c in slots.cells[n]]
-        assert sorted([*owned, *outside, *pool.free]) == list(range(pool.count)), "a cell is lost or has two owners"
+        owned = [c for n in range(1000) if n in slots.pages for c in slots.pages[n]]
+        assert sorted([*owned, *outside, *pool.free]) == list(range(pool.count)), "a page is lost or has two owners"
         for d in before:
             if pins[d]:
-                holds(cells, slots.cells[slots.find(d)], adapters[int(d[1:])])  # type: ignore[index]
+                holds(pages, slots.pages[slots.find(d)], adapters[int(d[1:])])  # type: ignore[index]
     for served in adapters:
         d = served.manifest.digest
         while pins.get(d):
@@ -115,7 +115,7 @@ def test_invariants(ops: list[tuple[str, int]]) -> None:
     assert len(slots) == 0 and sorted([*pool.free, *outside]) == list(range(pool.count)) and slots.nbytes == 0
 
 
-def test_the_longest_out_of_use_for_its_cells_goes_first() -> None:
+def test_the_longest_out_of_use_for_its_pages_goes_first() -> None:
     slots, pool, _ = table(4)
     for i, rank in enumerate((16, 8, 8)):
         slots.ensure(f"d{i}", adapter(rank, i))
@@ -127,20 +127,20 @@ def test_the_longest_out_of_use_for_its_cells_goes_first() -> None:
 
 def test_what_cannot_fit_and_what_cannot_fit_now() -> None:
     slots, pool, _ = table(2)
-    with pytest.raises(AdapterRefused, match="needs 3 cells"):
+    with pytest.raises(AdapterRefused, match="needs 3 pages"):
         slots.ensure("big", adapter(20, 1))
     first = slots.ensure("a", adapter(16, 2))
     assert first is not None
     slots.pin(first)
     assert slots.ensure("b", adapter(1, 3)) is None and slots.find("a") == first
-    assert slots.ensure("loose", adapter(0, 4)) is not None, "an adapter without pairs needs no cell"
+    assert slots.ensure("loose", adapter(0, 4)) is not None, "an adapter without pairs needs no page"
     with pytest.raises(OptionError, match="more often than it was pinned"):
         slots.unpin(first), slots.unpin(first)
     with pytest.raises(OptionError, match="There is no slot 99"):
         slots.pin(99)
 
 
-def test_cells_come_back_when_writing_fails() -> None:
+def test_pages_come_back_when_writing_fails() -> None:
     slots, pool, _ = table(2)
     bad = LoadedAdapter(adapter(8, 1).manifest, {"qkv": ((torch.randn(8, 5), torch.randn(6, 8)), None)})
     with pytest.raises(OptionError, match="q takes A"):
@@ -148,7 +148,7 @@ def test_cells_come_back_when_writing_fails() -> None:
     assert sorted(pool.free) == [0, 1] and len(slots) == 0
 
 
-def test_what_takes_no_cell_goes_with_its_last_user() -> None:
+def test_what_takes_no_page_goes_with_its_last_user() -> None:
     """Nothing would ask for its place, so its numbers would stay for ever."""
     slots, pool, _ = table()
     for n in range(5):
@@ -160,7 +160,7 @@ def test_what_takes_no_cell_goes_with_its_last_user() -> None:
         slots.unpin(number)
     assert len(slots) == 0 and slots.evictions["idle"] == 5
     assert slots.ensure("d0", adapter(0, 0)) is not None
-    with_cells = slots.ensure("d9", adapter(3, 9))
-    assert with_cells is not None
-    slots.pin(with_cells), slots.unpin(with_cells)
-    assert slots.find("d9") == with_cells and len(pool.free) == 5
+    with_pages = slots.ensure("d9", adapter(3, 9))
+    assert with_pages is not None
+    slots.pin(with_pages), slots.unpin(with_pages)
+    assert slots.find("d9") == with_pages and len(pool.free) == 5

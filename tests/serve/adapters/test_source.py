@@ -65,11 +65,11 @@ def test_a_missing_root_is_said(tmp_path: Path) -> None:
 def test_two_roots_and_two_sources(tmp_path: Path) -> None:
     model, first = folder_of(tmp_path / "1", "a", "b")
     _, second = folder_of(tmp_path / "2", "b", "c", seed=7)
-    intake = AdapterLoader(model)
-    both = FolderSource([first, second], intake)
+    adapter_loader = AdapterLoader(model)
+    both = FolderSource([first, second], adapter_loader)
     assert both.names() == ["a", "b", "c"]
-    assert both.resolve("b").digest == FolderSource(first, intake).resolve("b").digest
-    chained = Sources(FolderSource(first, intake), FolderSource(second, intake))
+    assert both.resolve("b").digest == FolderSource(first, adapter_loader).resolve("b").digest
+    chained = Sources(FolderSource(first, adapter_loader), FolderSource(second, adapter_loader))
     assert chained.names() == both.names() and chained.resolve("c").digest == both.resolve("c").digest
     assert chained.fetch(chained.resolve("c")).manifest.name == "c"
     with pytest.raises(UnknownAdapter):
@@ -325,7 +325,7 @@ def test_limits_on_both_sides(tmp_path: Path) -> None:
     model = llama()
     attached(model, {"r": 8}).save(tmp_path / "a")
     exact = source_of(tmp_path).resolve("a")
-    assert (exact.rank, exact.cells) == (8, 1)
+    assert (exact.rank, exact.pages) == (8, 1)
     assert source_of(tmp_path, limits=Limits(rank=8, nbytes=exact.nbytes)).resolve("a") == exact
     with pytest.raises(AdapterRefused, match="rank 8 at its widest module; this server takes at most 7"):
         source_of(tmp_path, limits=Limits(rank=7)).resolve("a")
@@ -373,7 +373,8 @@ def test_a_change_on_disk_is_noticed(tmp_path: Path) -> None:
     new = source.fetch(second)
     assert second.digest != first.digest and new.manifest.digest == second.digest
     assert not torch.equal(
-        served_logits(model, source.intake.layout, old, batch(model)), served_logits(model, source.intake.layout, new, batch(model))
+        served_logits(model, source.adapter_loader.layout, old, batch(model)),
+        served_logits(model, source.adapter_loader.layout, new, batch(model)),
     )
 
 
@@ -396,10 +397,12 @@ def test_coded_files_are_decoded_on_load(tmp_path: Path) -> None:
     fresh = llama()
     source = source_of(tmp_path, fresh)
     served = source.fetch(source.resolve("lossless"))
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+    assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
     rw.load(model, tmp_path / "small", name="coded")
     served = source.fetch(source.resolve("small"))
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), logits(model, batch(model)), atol=1e-5)
+    assert torch.allclose(
+        served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), logits(model, batch(model)), atol=1e-5
+    )
     with pytest.raises(AdapterRefused, match="difference from another adapter"):
         source.resolve("difference")
 
@@ -413,7 +416,7 @@ def test_gguf_files_are_served(tmp_path: Path) -> None:
     source = source_of(tmp_path, fresh)
     served = source.fetch(source.resolve("g"))
     assert served.manifest.meta["format"] == "foreign"
-    assert torch.allclose(served_logits(fresh, source.intake.layout, served, batch(fresh)), want, atol=1e-5)
+    assert torch.allclose(served_logits(fresh, source.adapter_loader.layout, served, batch(fresh)), want, atol=1e-5)
 
 
 def test_one_read_for_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +437,7 @@ def test_one_read_for_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     threads = [threading.Thread(target=lambda n=n: found.append(source.resolve(n))) for n in ["a", "b"] * 8]
     [t.start() for t in threads], [t.join() for t in threads]
     assert sorted(reads) == ["a", "b"] and len({m.digest for m in found}) == 2 and len(found) == 16
-    assert not source.intake._locks._all, "a lock was left behind"
+    assert not source.adapter_loader._locks._all, "a lock was left behind"
 
 
 # --- layout -----------------------------------------------------------------------------------------------------

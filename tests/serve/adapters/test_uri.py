@@ -41,14 +41,14 @@ def put(folder: Path, url: str) -> None:
 def test_memory_and_file_urls(tmp_path: Path, bucket: str) -> None:
     model, root = folder_of(tmp_path, "a", "b")
     attached(llama(), {"r": 2}).export(root / "p")
-    intake = AdapterLoader(model)
-    local = FolderSource(root, intake)
+    adapter_loader = AdapterLoader(model)
+    local = FolderSource(root, adapter_loader)
     for base in (bucket, f"file://{tmp_path}/remote"):
         fsspec.core.url_to_fs(base)[0].makedirs(base.removeprefix("file://"), exist_ok=True)
         for name in ("a", "b", "p"):
             fsspec.core.url_to_fs(base)[0].makedirs(f"{base}/{name}".removeprefix("file://"), exist_ok=True)
             put(root / name, f"{base}/{name}")
-        source = UriSource(base, intake, tmp_path / "copies", refresh=0)
+        source = UriSource(base, adapter_loader, tmp_path / "copies", refresh=0)
         assert source.names() == ["a", "b", "p"]
         for name in source.names():
             manifest = source.resolve(name)
@@ -106,7 +106,7 @@ def test_files_replaced_while_they_are_copied(tmp_path: Path, bucket: str, monke
         return out
 
     monkeypatch.setattr(source, "_copy", disturbed)
-    assert source.resolve("live").digest == FolderSource(root, source._intake).resolve("b").digest
+    assert source.resolve("live").digest == FolderSource(root, source._adapter_loader).resolve("b").digest
     swaps += ["a", "b", "a", "b"]
     put(root / "a", f"{bucket}/live")
     with pytest.raises(AdapterRefused, match="being written to"):
@@ -158,14 +158,14 @@ def test_a_store_that_fails_is_a_refusal(tmp_path: Path, bucket: str, monkeypatc
 def test_loading_by_url_at_run_time(tmp_path: Path, bucket: str) -> None:
     model, root = folder_of(tmp_path, "a", "b")
     put(root / "b", f"{bucket}/b")
-    intake = AdapterLoader(model)
+    adapter_loader = AdapterLoader(model)
     cache = AdapterCache(
-        Sources(FolderSource(root, intake), UriSource(bucket, intake, tmp_path / "copies", refresh=0)),
-        intake.layout,
+        Sources(FolderSource(root, adapter_loader), UriSource(bucket, adapter_loader, tmp_path / "copies", refresh=0)),
+        adapter_loader.layout,
         registry=tmp_path / "names.json",
     )
     assert cache.load("far", f"{bucket}/b").digest == cache.resolve("b").digest
-    again = AdapterCache(cache.source, intake.layout, registry=tmp_path / "names.json")
+    again = AdapterCache(cache.source, adapter_loader.layout, registry=tmp_path / "names.json")
     assert again.resolve("far").digest == cache.resolve("b").digest
 
 

@@ -1,6 +1,6 @@
 """The k-th allocation fails, for every k: no request is lost, every answer is right, all memory is given back.
 
-What allocates: blocks and cells of the pool, an adapter's tensors into its cells, an adapter read to the host, and every tensor of a
+What allocates: blocks and pages of the pool, an adapter's tensors into its pages, an adapter read to the host, and every tensor of a
 step.  What fails once is done again, so all requests end as if nothing had been; what fails for good ends them with a 429.
 """
 
@@ -24,7 +24,7 @@ from tests.serve.faults.tools import FailingAt
 from tests.serve.rig import check_greedy, configure, digest_of, nothing_is_held, server
 
 PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
-#: (adapters, prompt, tokens): shared beginnings, cells that evict one another, blocks that do not suffice for all at once
+#: (adapters, prompt, tokens): shared beginnings, pages that evict one another, blocks that do not suffice for all at once
 WORK = (
     (("one",), PROMPT, 4), (("nine",), PROMPT[::-1], 5), ((), PROMPT, 6), (("one",), (*PROMPT, 1, 2), 4), (("eight", "three"), PROMPT, 3),
     (("dora",), PROMPT[2:], 4), ((), PROMPT[3:], 5),
@@ -135,7 +135,7 @@ def served(made: Server, fails: FailingAt, what: str, how: str = "error") -> lis
             made.engine.step()
     nothing_is_held(made)
     assert not made.cache._loading
-    assert made.pool.used("adapter") == sum(len(s.cells) for s in made.table.slots.values())
+    assert made.pool.used("adapter") == sum(len(s.pages) for s in made.table.slots.values())
     return events
 
 

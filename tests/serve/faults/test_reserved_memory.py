@@ -1,4 +1,4 @@
-"""Requests whose blocks and adapter's cells share one budget: what can never fit is refused at once, with the figure that would."""
+"""Requests whose blocks and adapter's pages share one budget: what can never fit is refused at once, with the figure that would."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
 BLOCK = 4 * 2 * 2 * 2 * 8 * 4  #: bytes of four tokens: keys and values of two layers, two heads of eight, fp32
 
 
-def shared(blocks: int, cells: int, **sizes: Any) -> Server:
-    """A server whose blocks and cells live on one budget, which would hold so many of either."""
+def shared(blocks: int, pages: int, **sizes: Any) -> Server:
+    """A server whose blocks and pages live on one budget, which would hold so many of either."""
     cell = server(4, 14, 3, "bags", True, "fcfs").table._cells.cell_bytes
     return build_server(
         base_model(), lambda intake: FolderSource(folder(), intake), op="bags", pack=True, policy="fcfs",
-        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + cells * cell, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
+        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * cell, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
     )  # fmt: skip
 
 
 def test_what_can_never_fit_beside_its_adapter_is_refused_at_once() -> None:
     made = shared(20, 2)
     assert made.pool.units["kv"].bytes == BLOCK
-    digest, left = made.cache.resolve("nine").digest, 80  # "nine" has two cells
+    digest, left = made.cache.resolve("nine").digest, 80  # "nine" has two pages
     with pytest.raises(
         OptionError, match=rf"9 tokens and max_tokens is {left - 8}: {left + 1} together, but a request may have {left} beside"
     ):
@@ -54,7 +54,7 @@ def test_what_can_never_fit_beside_its_adapter_is_refused_at_once() -> None:
 def test_an_adapter_larger_than_its_header_said_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     made = shared(20, 2)
     digest = made.cache.resolve("nine").digest
-    said = dataclasses.replace(made.cache.known(digest), cells=0)
+    said = dataclasses.replace(made.cache.known(digest), pages=0)
     monkeypatch.setitem(made.cache._known, digest, said)
     events: list[Event] = []
     made.engine.submit(Request("long", PROMPT, Sampling(max_tokens=150), digest), events.append)

@@ -84,14 +84,14 @@ def test_any_one_allocation_may_fail() -> None:
 
 
 def test_unloading_waits_for_those_who_use_it() -> None:
-    """Cells that requests hold stay theirs after the registry has let them go."""
+    """Pages that requests hold stay theirs after the registry has let them go."""
     pool = make_pool()
-    cells = pool.allocate(4, ADAPTER, "registry") or ()
+    pages = pool.allocate(4, ADAPTER, "registry") or ()
     for r in ("r1", "r2"):
-        pool.share(cells, ADAPTER, r)
+        pool.share(pages, ADAPTER, r)
     assert pool.release("registry") == {ADAPTER: ()} and pool.used(ADAPTER) == 4
     assert pool.release("r1") == {ADAPTER: ()}
-    assert sorted(pool.release("r2")[ADAPTER]) == sorted(cells) and pool.used(ADAPTER) == 0
+    assert sorted(pool.release("r2")[ADAPTER]) == sorted(pages) and pool.used(ADAPTER) == 0
     assert pool.release("r2") == {}
 
 

@@ -34,7 +34,7 @@ def running(home: Path, training: bool = True) -> Iterator[tuple[str, Any]]:
     (home / "adapters").mkdir(parents=True, exist_ok=True)
     (home / "data").mkdir(exist_ok=True)
     made = build_server(
-        copy.deepcopy(model), lambda intake: FolderSource(home / "adapters", intake), sizes=Sizes(2048, 16, 8),
+        copy.deepcopy(model), lambda adapter_loader: FolderSource(home / "adapters", adapter_loader), sizes=Sizes(2048, 16, 8),
         options=EngineOptions(eos=(1,), train_tokens=48), pack=False,
     )  # fmt: skip
     stream = beside(made, home, context=128) if training else None

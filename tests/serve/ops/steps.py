@@ -30,9 +30,9 @@ Adapter = Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
 
 @dataclasses.dataclass
 class Case:
-    """Adapters in cells, a plan that uses them, and inputs: what one step needs."""
+    """Adapters in pages, a plan that uses them, and inputs: what one step needs."""
 
-    cells: LoraPages
+    pages: LoraPages
     slots: dict[int, list[int]]
     adapters: dict[int, Adapter]
     rows: list[int]
@@ -61,25 +61,25 @@ def adapter(rank: int, seed: int = 0, leave: Sequence[str] = (), groups: Sequenc
 def make_case(
     ranks: Mapping[int, int], rows: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, **left: Sequence[str]
 ) -> Case:
-    """One adapter a slot, in cells that are neither in order nor side by side; every other cell is NaN.
+    """One adapter a slot, in pages that are neither in order nor side by side; every other page is NaN.
 
     ``left["s3"]`` names what the adapter of slot 3 leaves alone.
     """
     total = sum(-(-r // WIDTH) for r in ranks.values())
-    cells = LoraPages(GROUPS, 2 * total + 3, dtype, DEVICE)
-    for t in (*cells.shrink.values(), *cells.packed.values()):
+    pages = LoraPages(GROUPS, 2 * total + 3, dtype, DEVICE)
+    for t in (*pages.shrink.values(), *pages.packed.values()):
         t.fill_(float("nan"))
-    free = torch.randperm(cells.count, generator=torch.Generator().manual_seed(seed)).tolist()
+    free = torch.randperm(pages.count, generator=torch.Generator().manual_seed(seed)).tolist()
     slots, adapters = {}, {}
     for slot, rank in ranks.items():
         slots[slot] = [free.pop() for _ in range(-(-rank // WIDTH))]
         adapters[slot] = rounded(adapter(rank, seed + slot, left.get(f"s{slot}", ())), dtype)
-        cells.write(slots[slot], adapters[slot])
-    return Case(cells, slots, adapters, list(rows))
+        pages.write(slots[slot], adapters[slot])
+    return Case(pages, slots, adapters, list(rows))
 
 
 def rounded(one: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter as the cells can hold it."""
+    """The adapter as the pages can hold it."""
     return {
         name: [None if p is None else (p[0].to(dtype).double(), p[1].to(dtype).double()) for p in pairs]
         for name, pairs in one.items()
@@ -107,7 +107,7 @@ def inputs(case: Case, group: Group, dtype: torch.dtype, seed: int = 1) -> tuple
 
 
 def evaluator(case: Case, group: Group, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-    """fp64, token by token, never through the cells."""
+    """fp64, token by token, never through the pages."""
     out = [y.cpu().double().clone() for y in ys]
     for t, slot in enumerate(case.rows):
         pairs = case.adapters.get(slot, {}).get(group.name, [None] * len(ys))
@@ -119,7 +119,7 @@ def evaluator(case: Case, group: Group, x: Tensor, ys: Sequence[Tensor]) -> list
 
 def run(name: str, case: Case, group: Group, x: Tensor, ys: Sequence[Tensor], *, whole: bool = True) -> list[Tensor]:
     """What operator ``name`` makes of copies of ``ys``, by apply or by shrink and expand."""
-    op = make_op(name, case.cells)
+    op = make_op(name, case.pages)
     op.begin(case.plan, case.slots)
     out = [y.clone() for y in ys]
     if whole:

@@ -22,7 +22,7 @@ def test_each_segment_goes_to_the_choice_of_its_class(monkeypatch: pytest.Monkey
     """A step of single tokens beside a prompt runs two operators, and adds up to the whole change."""
     monkeypatch.setattr(auto, "table", lambda *_: SHORT_BAGS)
     case = make_case({0: 8, 1: 9, 2: 3}, [BASE, 0, *[1] * 40, 2])
-    op = make_op("auto", case.cells)
+    op = make_op("auto", case.pages)
     op.begin(case.plan, case.slots)
     parts = {o.name: [(s.slot, s.start) for s in plan.segments] for o, plan in op._parts}  # type: ignore[attr-defined]
     assert parts == {"bags": [(0, 1), (2, 42)], "grouped": [(1, 2)]}
@@ -35,7 +35,7 @@ def test_each_segment_goes_to_the_choice_of_its_class(monkeypatch: pytest.Monkey
 
 def test_a_step_without_adapters_runs_nothing() -> None:
     case = make_case({0: 8}, [BASE] * 3)
-    op = make_op("auto", case.cells)
+    op = make_op("auto", case.pages)
     op.begin(case.plan, case.slots)
     assert op.shrink(GROUPS[0], torch.full((3, GROUPS[0].inp), float("nan"))) == []
 
@@ -71,16 +71,16 @@ def test_the_first_stands_unless_beaten_in_the_median_and_the_best() -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C compiler builds the native operator")
 def test_native_is_used_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = LoraPages(GROUPS, 1)
-    assert auto.candidates(cells, False) == ("bags", "grouped", "cat")
+    pages = LoraPages(GROUPS, 1)
+    assert auto.candidates(pages, False) == ("bags", "grouped", "cat")
     monkeypatch.delenv("RANKWISE_NATIVE", raising=False)
-    assert "native" not in make_op("auto", cells).ops  # type: ignore[attr-defined]
-    assert "native" in make_op("auto", cells, native=True).ops  # type: ignore[attr-defined]
+    assert "native" not in make_op("auto", pages).ops  # type: ignore[attr-defined]
+    assert "native" in make_op("auto", pages, native=True).ops  # type: ignore[attr-defined]
     monkeypatch.setenv("RANKWISE_NATIVE", "1")
-    assert "native" in make_op("auto", cells).ops  # type: ignore[attr-defined]
-    assert "native" not in make_op("auto", cells, native=False).ops  # type: ignore[attr-defined]
+    assert "native" in make_op("auto", pages).ops  # type: ignore[attr-defined]
+    assert "native" not in make_op("auto", pages, native=False).ops  # type: ignore[attr-defined]
     monkeypatch.setenv("RANKWISE_NATIVE", "yes")
     with pytest.raises(OptionError, match="RANKWISE_NATIVE is 'yes'"):
-        make_op("auto", cells)
+        make_op("auto", pages)
     with pytest.raises(OptionError, match="a choice of the operator 'auto'"):
-        make_op("bags", cells, native=True)
+        make_op("bags", pages, native=True)

@@ -33,7 +33,7 @@ def holds(name: str, case: Case, dtype: torch.dtype = torch.float32, bound: floa
 
 @every_op
 def test_nothing_to_do(name: str) -> None:
-    """An empty step, and one of base tokens only: no output changes by a bit, no cell is read."""
+    """An empty step, and one of base tokens only: no output changes by a bit, no page is read."""
     for rows in ([], [BASE] * 5):
         case = make_case({0: 8}, rows)
         for group in GROUPS:
@@ -81,7 +81,7 @@ def test_inputs_and_outputs_that_are_slices(name: str) -> None:
         assert not given_x.is_contiguous()
         joint = torch.cat(ys, 1)
         slices = list(joint.split(QKV.outs, 1))
-        op = make_op(name, case.cells)
+        op = make_op(name, case.pages)
         op.begin(case.plan, case.slots)
         op.apply(QKV, given_x, slices)
         assert gap(slices, want, ys) < 1e-5
@@ -106,7 +106,7 @@ def test_permutation(name: str) -> None:
     """Tokens and their slots reordered together: outputs reordered alike."""
     case = make_case({0: 8, 1: 3, 2: 9}, [0, 0, 1, 2, 2, 2, BASE, BASE])
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    other = Case(case.cells, case.slots, case.adapters, [case.rows[i] for i in order])
+    other = Case(case.pages, case.slots, case.adapters, [case.rows[i] for i in order])
     x, ys = inputs(case, MLP, torch.float32)
     straight = run(name, case, MLP, x, ys)
     turned = run(name, other, MLP, x[order], [y[order] for y in ys])
@@ -120,28 +120,28 @@ def test_linear_in_the_scale(name: str) -> None:
     x, ys = inputs(case, QKV, torch.float32)
     zeros = [torch.zeros_like(y) for y in ys]
     once = run(name, case, QKV, x, zeros)
-    case.cells.write(case.slots[0], {g: [p and (2 * p[0], p[1]) for p in pairs] for g, pairs in case.adapters[0].items()})
+    case.pages.write(case.slots[0], {g: [p and (2 * p[0], p[1]) for p in pairs] for g, pairs in case.adapters[0].items()})
     twice = run(name, case, QKV, x, zeros)
     assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
 
 
 @every_op
-def test_moved_and_rewritten_cells(name: str) -> None:
-    """An operator keeps indices by composition: other cells or other contents under one composition must show."""
+def test_moved_and_rewritten_pages(name: str) -> None:
+    """An operator keeps indices by composition: other pages or other contents under one composition must show."""
     case = make_case({0: 9, 1: 8}, [0, 0, 1])
     x, ys = inputs(case, QKV, torch.float32)
-    op = make_op(name, case.cells)
-    free = [c for c in range(case.cells.count) if all(c not in held for held in case.slots.values())]
+    op = make_op(name, case.pages)
+    free = [c for c in range(case.pages.count) if all(c not in held for held in case.slots.values())]
     for change in ("none", "moved", "rewritten", "emptied"):
         if change == "moved":
             case.slots[0] = free[:2]
-            case.cells.write(case.slots[0], case.adapters[0])
+            case.pages.write(case.slots[0], case.adapters[0])
         if change == "rewritten":
             case.adapters[0] = rounded(adapter(16, 77), torch.float32)
-            case.cells.write(case.slots[0], case.adapters[0])
+            case.pages.write(case.slots[0], case.adapters[0])
         if change == "emptied":
             case.adapters[0] = {}
-            case.cells.write(case.slots[0], {})
+            case.pages.write(case.slots[0], {})
         op.begin(case.plan, case.slots)
         out = [y.clone() for y in ys]
         op.apply(QKV, x, out)
@@ -149,14 +149,14 @@ def test_moved_and_rewritten_cells(name: str) -> None:
 
 
 @every_op
-def test_cells_that_were_empty_and_are_filled(name: str) -> None:
-    """What is skipped as zero is looked at again after a write, under the same composition and cells."""
+def test_pages_that_were_empty_and_are_filled(name: str) -> None:
+    """What is skipped as zero is looked at again after a write, under the same composition and pages."""
     case = make_case({0: 8}, [0, BASE, 0])
     x, ys = inputs(case, O, torch.float32)
-    op, full = make_op(name, case.cells), case.adapters[0]
+    op, full = make_op(name, case.pages), case.adapters[0]
     for content in ({}, full):
         case.adapters[0] = content
-        case.cells.write(case.slots[0], content)
+        case.pages.write(case.slots[0], content)
         op.begin(case.plan, case.slots)
         out = [y.clone() for y in ys]
         op.apply(O, x, out)
@@ -165,8 +165,8 @@ def test_cells_that_were_empty_and_are_filled(name: str) -> None:
 
 def test_relocation_gives_the_same_bits() -> None:
     here, there = make_case({0: 20}, [0, 0, BASE, 0]), make_case({0: 20}, [0, 0, BASE, 0])
-    there.slots[0] = [c for c in range(there.cells.count) if c not in there.slots[0]][:3]
-    there.cells.write(there.slots[0], there.adapters[0])
+    there.slots[0] = [c for c in range(there.pages.count) if c not in there.slots[0]][:3]
+    there.pages.write(there.slots[0], there.adapters[0])
     for group in GROUPS:
         x, ys = inputs(here, group, torch.float32)
         a, b = run("reference", here, group, x, ys), run("reference", there, group, x, ys)
@@ -185,7 +185,7 @@ def test_fp64(name: str) -> None:
 
 @every_op
 def test_bf16(name: str) -> None:
-    """bf16 rows over fp32 cells, and, where the operator takes them, bf16 cells."""
+    """bf16 rows over fp32 pages, and, where the operator takes them, bf16 pages."""
     rows = [0, 1, 1, *[2] * 17, BASE, 0]
     holds(name, make_case({0: 3, 1: 16, 2: 8}, rows), torch.bfloat16, 2e-2)
     if name != "native":
@@ -207,6 +207,6 @@ def test_random_plans(name: str, data: st.DataObject) -> None:
 
 @every_op
 def test_a_slot_without_an_adapter_is_refused(name: str) -> None:
-    op = make_op(name, make_case({0: 8}, [0]).cells)
+    op = make_op(name, make_case({0: 8}, [0]).pages)
     with pytest.raises(OptionError, match="slot 3"):
         op.begin(plan_of([3]), {0: [0]})

@@ -43,7 +43,7 @@ def test_a_cpu_is_refused_in_one_sentence() -> None:
 
 @needs_triton
 def test_tables_keep_their_addresses_until_they_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured graph relies on: a step of other rows and cells under the capacity rewrites, and moves nothing."""
+    """What a captured graph relies on: a step of other rows and pages under the capacity rewrites, and moves nothing."""
     from tests.serve.ops.steps import plan_of
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")

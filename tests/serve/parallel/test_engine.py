@@ -20,7 +20,7 @@ from rankwise.serve.batch import BASE, Role, Span, make_plan
 from rankwise.serve.engine.engine import run_until_idle
 from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
-from rankwise.serve.parallel.device import DeviceCells
+from rankwise.serve.parallel.device import DevicePages
 from rankwise.serve.parallel.non_lora_changes import local
 from rankwise.serve.parallel.shares import shares
 from rankwise.serve.server import Sizes, build_server
@@ -34,7 +34,7 @@ SERVED = ("one", "three", "eight", "nine", "rs", "dora")
 
 def made(team: Any, split: str, **more: Any) -> Any:
     return build_server(
-        rig.base_model(), lambda intake: FolderSource(rig.folder(), intake), sizes=Sizes(kv_tokens=160, page=4, cells=8), policy="fcfs",
+        rig.base_model(), lambda adapter_loader: FolderSource(rig.folder(), adapter_loader), sizes=Sizes(kv_tokens=160, page=4, lora_pages=8), policy="fcfs",
         base="rig", team=team, adapter_split=split, options=EngineOptions(max_running=6, step_tokens=8, speculate=2), pack=False, **more,
     )  # fmt: skip
 
@@ -90,22 +90,22 @@ def plan_of(ids: tuple[int, ...], slot: int) -> Any:
     return make_plan([Span("r", ids, 0, tuple(range(-(-len(ids) // 4))), slot, Role.PREFILL, 1)], 4)
 
 
-def test_a_device_holds_its_part_of_cells_and_cache() -> None:
-    """Of cells, an N-th where the sides divide; of keys and values its heads'; all of both with one device."""
+def test_a_device_holds_its_part_of_pages_and_cache() -> None:
+    """Of pages, an N-th where the sides divide; of keys and values its heads'; all of both with one device."""
     alone = build_server(
-        rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, cells=8), pack=False
+        rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, lora_pages=8), pack=False
     )
     team = Threads(rig.base_model, 2)
     server = made(team, "split")
     assert 2 * server.runner.store.block_bytes == alone.runner.store.block_bytes
-    held, whole = server.table._cells.cells.stores[True], alone.runner.cells
+    held, whole = server.table._pages.pages.stores[True], alone.runner.pages
     for name, g in whole.groups.items():
         own = held.groups[name]
-        if server.table._cells.shares[0].row_parallel(name):
+        if server.table._pages.shares[0].row_parallel(name):
             assert (own.inp, own.outs, held.across[name]) == (g.inp // 2, (g.outs[0] // 2,), 8)
         else:
             assert (own.inp, own.outs, held.across[name]) == (g.inp, tuple(o // 2 for o in g.outs), 4)
-    assert held.cell_bytes < whole.cell_bytes
+    assert held.page_bytes < whole.page_bytes
     team.close()
 
 
@@ -117,11 +117,11 @@ def test_the_head_may_be_anything_but_what_needs_a_whole_weight_is_refused() -> 
     module = "model.layers.0.self_attn.q_proj"
     site = server.layout.sites[module]
     for change in (Constant(site, Dense(torch.zeros(32, 32))), Constant(site, Scale(torch.ones(32), axis="in"))):
-        odd = dataclasses.replace(dense, loose={module: (Weighted(change, 0.5),)})
+        odd = dataclasses.replace(dense, non_lora_changes={module: (Weighted(change, 0.5),)})
         with pytest.raises(AdapterRefused, match=rf"'dora' changes '{module}' .* serve it without --tensor-parallel"):
             server.cache.accept(odd)
     with pytest.raises(AdapterRefused, match="changes 'model.embed_tokens.weight'"):
-        server.cache.accept(dataclasses.replace(dense, whole={"model.embed_tokens.weight": torch.zeros(64, 32)}))
+        server.cache.accept(dataclasses.replace(dense, full_params={"model.embed_tokens.weight": torch.zeros(64, 32)}))
     team.close()
 
 
@@ -157,14 +157,14 @@ def test_biases_that_an_adapter_changes(size: int) -> None:
     model = rig.base_model()
     layout = Layout(model)
     g = torch.Generator().manual_seed(0)
-    loose = {}
+    non_lora_changes = {}
     for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
         site = layout.sites[path]
         gain = Constant(site, Scale(1 + 0.3 * torch.randn(site.spec.out, generator=g)))
-        loose[path] = (Weighted(Offset(torch.randn(site.spec.out, generator=g)), 0.5), gain)
-    served = LoadedAdapter(AdapterMetadata("x", "x", "", "", 0, 0, 0), {}, loose)
+        non_lora_changes[path] = (Weighted(Offset(torch.randn(site.spec.out, generator=g)), 0.5), gain)
+    served = LoadedAdapter(AdapterMetadata("x", "x", "", "", 0, 0, 0), {}, non_lora_changes)
     x = torch.randn(5, 32, generator=g)
-    for path, changes in loose.items():
+    for path, changes in non_lora_changes.items():
         W = model.get_submodule(path).weight.detach()
         x = torch.randn(5, W.shape[1], generator=g)
         want = sum(c(x, x @ W.t()) for c in changes)
@@ -209,9 +209,9 @@ def test_a_fault_on_the_first_device_leaves_nobody_waiting(monkeypatch: pytest.M
 def test_wrong_ways_are_refused() -> None:
     share = shares(rig.base_model(), Layout(rig.base_model()), 1)[0]
     with pytest.raises(OptionError, match="'auto', 'split' or 'replicate'; 'both' came"):
-        DeviceCells(share, Alone(), 1, torch.float32, "both")
+        DevicePages(share, Alone(), 1, torch.float32, "both")
     with pytest.raises(OptionError, match="give --op auto"):
-        DeviceCells(share, Alone(), 1, torch.float32, "split", op="triton")
-    cells = DeviceCells(share, Alone(), 1, torch.float32, "auto")
+        DevicePages(share, Alone(), 1, torch.float32, "split", op="triton")
+    pages = DevicePages(share, Alone(), 1, torch.float32, "auto")
     few, many = ({share.groups[0].name: ((torch.zeros(r, 32), torch.zeros(32, r)), None, None)} for r in (63, 64))
-    assert not cells.splits(few) and cells.splits(many)
+    assert not pages.splits(few) and pages.splits(many)

@@ -22,7 +22,7 @@ class AdapterMetadata:
     Attributes:
         digest: SHA-256 of what decides its outputs (content, weights of a mix); the identity everywhere else.
         name: how it was asked for; several names may have one digest.
-        rank: of the widest module; ``cells``: ⌈rank/8⌉.
+        rank: of the widest module; ``pages``: ⌈rank/8⌉.
         nbytes: host bytes once prepared.
         exact: False where it was lowered; ``error`` is then the largest relative error of a module.
         parts: of a mix, (digest, weight) in order.
@@ -33,7 +33,7 @@ class AdapterMetadata:
     source: str
     kind: str
     rank: int
-    cells: int
+    pages: int
     nbytes: int
     exact: bool = True
     error: float = 0.0
@@ -47,14 +47,14 @@ class LoadedAdapter:
 
     Attributes:
         pairs: group → per module (A with the scale in it, B), for :class:`~rankwise.serve.ops.base.LoraPages`.
-        loose: module → changes that are no pair (columns, scales, gated mixtures …), in the order in which they add up.
-        whole: parameter → tensor that stands in for the base's on this adapter's rows (a head, an embedding).
+        non_lora_changes: module → changes that are no pair (columns, scales, gated mixtures …), in the order in which they add up.
+        full_params: parameter → tensor that stands in for the base's on this adapter's rows (a head, an embedding).
     """
 
     manifest: AdapterMetadata
     pairs: Mapping[str, Pairs]
-    loose: Mapping[str, tuple[NonLoraChange, ...]] = dataclasses.field(default_factory=dict)
-    whole: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    non_lora_changes: Mapping[str, tuple[NonLoraChange, ...]] = dataclasses.field(default_factory=dict)
+    full_params: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class AdapterSource(Protocol):

@@ -1,7 +1,7 @@
-"""From an adapter's values by site to what the engine holds of it: pairs, loose changes, whole parameters.
+"""From an adapter's values by site to what the engine holds of it: pairs, non-LoRA changes, whole parameters.
 
 A low-rank part becomes a pair (exactly: the scale goes into A, a part of a fused projection into its rows of the whole).
-A sum is split, so DoRA is a gain of the output beside a pair.  What else is constant becomes a loose change, or, by an
+A sum is split, so DoRA is a gain of the output beside a pair.  What else is constant becomes a non-LoRA change, or, by an
 option, a pair of rank k with its error reported.  What x decides stays the form's own forward.
 """
 
@@ -87,7 +87,7 @@ class Limits:
 def prepare(
     layout: Layout, changes: Mapping[str, Delta | AdapterLayer], manifest: AdapterMetadata, options: Options | None = None
 ) -> LoadedAdapter:
-    """The adapter ready for a slot; rank, cells, bytes, exactness and error of ``manifest`` are filled in.
+    """The adapter ready for a slot; rank, pages, bytes, exactness and error of ``manifest`` are filled in.
 
     Args:
         changes: site → its value against the untouched base, or the module itself where x decides.
@@ -98,7 +98,7 @@ def prepare(
     work = _Work(layout, options or Options())
     for name, change in changes.items():
         work.add(name, change)
-    served = LoadedAdapter(manifest, work.grouped(), {m: tuple(c) for m, c in work.loose.items()}, work.whole)
+    served = LoadedAdapter(manifest, work.grouped(), {m: tuple(c) for m, c in work.non_lora_changes.items()}, work.full_params)
     refuse_nonfinite(tensors_in(served), manifest.name)
     return measured(served, exact=work.error is None, error=work.error or 0.0)
 
@@ -107,8 +107,8 @@ def measured(served: LoadedAdapter, exact: bool = True, error: float = 0.0) -> L
     """``served`` with a manifest that says what was made."""
     r = rank_of(served.pairs)
     manifest = dataclasses.replace(
-        served.manifest, rank=r, cells=cells_for(r), nbytes=size_of(served), exact=exact, error=error,
-        meta={**served.manifest.meta, "whole": tuple(served.whole), "loose": len(served.loose)},
+        served.manifest, rank=r, pages=pages_for(r), nbytes=size_of(served), exact=exact, error=error,
+        meta={**served.manifest.meta, "full_params": tuple(served.full_params), "non_lora_changes": len(served.non_lora_changes)},
     )  # fmt: skip
     return dataclasses.replace(served, manifest=manifest)
 
@@ -117,8 +117,8 @@ def rank_of(pairs: Mapping[str, Pairs]) -> int:
     return max((p[0].shape[0] for g in pairs.values() for p in g if p is not None), default=0)
 
 
-def cells_for(rank: int) -> int:
-    """Cells that a rank fills."""
+def pages_for(rank: int) -> int:
+    """Pages that a rank fills."""
     return -(-rank // WIDTH)
 
 
@@ -137,19 +137,19 @@ def refuse_nonfinite(tensors: Iterable[Tensor], name: str) -> None:
 def tensors_in(served: LoadedAdapter) -> Iterator[Tensor]:
     for group in served.pairs.values():
         yield from (t for pair in group if pair is not None for t in pair)
-    for changes in served.loose.values():
+    for changes in served.non_lora_changes.values():
         yield from tensors_of(changes)
-    yield from served.whole.values()
+    yield from served.full_params.values()
 
 
 class _Work:
-    """One preparation: values in, pairs by module, loose changes and whole parameters out."""
+    """One preparation: values in, pairs by module, non-LoRA changes and whole parameters out."""
 
     def __init__(self, layout: Layout, options: Options):
         self.layout, self.options = layout, options
         self.pairs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.loose: dict[str, list[NonLoraChange]] = defaultdict(list)
-        self.whole: dict[str, Tensor] = {}
+        self.non_lora_changes: dict[str, list[NonLoraChange]] = defaultdict(list)
+        self.full_params: dict[str, Tensor] = {}
         self.error: float | None = None
 
     def add(self, name: str, change: Delta | AdapterLayer) -> None:
@@ -159,11 +159,11 @@ class _Work:
         if why:
             raise AdapterRefused(f"The adapter changes {name!r}, where it cannot be served: {why}.")
         if isinstance(change, AdapterLayer):
-            self.loose[module].append(Forward(change, site.spec.row_index()))
+            self.non_lora_changes[module].append(Forward(change, site.spec.row_index()))
         elif site.spec.mode == "plain":
-            self.loose[module].append(Offset(change.dense(site.read() if change.needs_weight else None).reshape(-1)))
+            self.non_lora_changes[module].append(Offset(change.dense(site.read() if change.needs_weight else None).reshape(-1)))
         elif change.kind == "dense" and site.spec.rows is None and site.spec.role in ("head", "embed"):
-            self.whole[f"{module}.{site.spec.param}"] = whole(site, change)
+            self.full_params[f"{module}.{site.spec.param}"] = whole(site, change)
         else:
             self._weight(site, spot, change)
 
@@ -180,7 +180,7 @@ class _Work:
             assert spot is not None
             self._pair(spot, p.to_lowrank()[0])
         for p in rest:
-            self.loose[site.spec.module].append(Constant(site, p, site.spec.row_index()))
+            self.non_lora_changes[site.spec.module].append(Constant(site, p, site.spec.row_index()))
 
     def _is_pair(self, part: Delta) -> bool:
         rank = part.exact_rank

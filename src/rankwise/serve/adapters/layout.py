@@ -35,12 +35,12 @@ class Layout:
         sites: every site of the base by name.
         groups: modules that are called with one tensor, in model order; a fused projection is one module.
         spots: site → where its low-rank pair goes; parts of a fused projection lead to the whole module.
-        called: module → its whole site, for every module at which a loose change may stand: those of the groups, the head,
+        called: module → its whole site, for every module at which a non-LoRA change may stand: those of the groups, the head,
             and the input embedding (whose x are token ids).
     """
 
     def __init__(self, model: nn.Module, *, head: bool = False):
-        """``head``: give the output head a group of its own, so that low-rank changes of it are pairs; each cell grows by it."""
+        """``head``: give the output head a group of its own, so that low-rank changes of it are pairs; each page grows by it."""
         if "rankwise" in model._modules:
             raise OptionError("Adapters are attached to this model; serving needs the plain base: detach() them first.")
         self.sites: dict[str, Site] = find_sites(model)

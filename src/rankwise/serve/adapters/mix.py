@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter, NonLoraChange
-from rankwise.serve.adapters.kinds import cells_for, grouped, measured, refuse_nonfinite, tensors_in
+from rankwise.serve.adapters.kinds import grouped, measured, pages_for, refuse_nonfinite, tensors_in
 from rankwise.serve.adapters.non_lora_changes import Weighted
 from rankwise.serve.types import AdapterRefused
 
@@ -51,7 +51,7 @@ def mix_manifest(parts: Sequence[tuple[AdapterMetadata, float]]) -> AdapterMetad
     return AdapterMetadata(
         digest=hashlib.sha256(json.dumps(["rankwise-mix", [[d, w.hex()] for d, w in ordered]]).encode()).hexdigest(),
         name=" + ".join(f"{w:g}·{m.name}" for (_, w), m in zip(ordered, members, strict=True)), source="mix", kind="mix", rank=rank,
-        cells=cells_for(rank), nbytes=sum(m.nbytes for m in members), exact=all(m.exact for m in members),
+        pages=pages_for(rank), nbytes=sum(m.nbytes for m in members), exact=all(m.exact for m in members),
         error=max(m.error for m in members), parts=ordered, meta={"format": "mix"},
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def mix_manifest(parts: Sequence[tuple[AdapterMetadata, float]]) -> AdapterMetad
 def _refuse_shared_wholes(members: Sequence[AdapterMetadata]) -> None:
     owners: dict[str, str] = {}
     for m in members:
-        for param in m.meta.get("whole", ()):
+        for param in m.meta.get("full_params", ()):
             if param in owners:
                 raise AdapterRefused(
                     f"{owners[param]!r} and {m.name!r} both have a {param!r} of their own, so they cannot be mixed; merge them into one adapter."
@@ -68,22 +68,22 @@ def _refuse_shared_wholes(members: Sequence[AdapterMetadata]) -> None:
 
 
 def mix_served(manifest: AdapterMetadata, parts: Sequence[tuple[LoadedAdapter, float]], layout: Layout) -> LoadedAdapter:
-    """The numbers of a mix from those of its adapters: A = [w₁A₁; w₂A₂ …], B = [B₁, B₂ …]; loose changes times w.
+    """The numbers of a mix from those of its adapters: A = [w₁A₁; w₂A₂ …], B = [B₁, B₂ …]; non-LoRA changes times w.
 
     A whole parameter T counts as a change of the base's W: W + w·(T − W).
     """
     found: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    loose: dict[str, list[NonLoraChange]] = defaultdict(list)
-    whole: dict[str, Tensor] = {}
+    non_lora_changes: dict[str, list[NonLoraChange]] = defaultdict(list)
+    full_params: dict[str, Tensor] = {}
     for served, w in parts:
         for name, pairs in served.pairs.items():
             for j, pair in enumerate(pairs):
                 if pair is not None:
                     found[name, j].append((pair[0] * w, pair[1]))
-        for module, changes in served.loose.items():
-            loose[module] += [c if w == 1.0 else Weighted(c, w) for c in changes]
-        whole |= {param: t if w == 1.0 else _between(layout, param, t, w) for param, t in served.whole.items()}
-    made = LoadedAdapter(manifest, grouped(layout, found), {m: tuple(c) for m, c in loose.items()}, whole)
+        for module, changes in served.non_lora_changes.items():
+            non_lora_changes[module] += [c if w == 1.0 else Weighted(c, w) for c in changes]
+        full_params |= {param: t if w == 1.0 else _between(layout, param, t, w) for param, t in served.full_params.items()}
+    made = LoadedAdapter(manifest, grouped(layout, found), {m: tuple(c) for m, c in non_lora_changes.items()}, full_params)
     refuse_nonfinite(tensors_in(made), manifest.name)
     return measured(made, exact=manifest.exact, error=manifest.error)
 

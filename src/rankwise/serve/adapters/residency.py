@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rankwise.serve.adapters.slots import Slot, SlotTable
 
 
-class PoolCells:
-    """Cells handed out by the pool that the cache blocks come from too."""
+class PoolPages:
+    """Pages handed out by the pool that the cache blocks come from too."""
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
@@ -61,8 +61,8 @@ class Residency:
     def enter(self, digest: str, served: LoadedAdapter) -> int | None:
         """The slot, pinned; None where no room can be made now."""
         slot = self.table.ensure(digest, served)
-        # cells that are short as such come from no cache block; memory does, where both live on one budget
-        while slot is None and self.pool.ids(ADAPTER) >= served.manifest.cells and self.make_room():
+        # pages that are short as such come from no cache block; memory does, where both live on one budget
+        while slot is None and self.pool.ids(ADAPTER) >= served.manifest.pages and self.make_room():
             slot = self.table.ensure(digest, served)
         if slot is not None:
             self.table.pin(slot)
@@ -74,23 +74,23 @@ class Residency:
     def resident(self, digest: str) -> bool:
         return self.table.find(digest) is not None
 
-    def cells(self, digest: str) -> int:
-        return self.cache.known(digest).cells
+    def lora_pages(self, digest: str) -> int:
+        return self.cache.known(digest).pages
 
     def most_blocks(self, digest: str | None) -> int:
-        """Cache blocks that a request of this adapter could have if it were alone (an unknown digest takes no cells)."""
+        """Cache blocks that a request of this adapter could have if it were alone (an unknown digest takes no pages)."""
         try:
-            cells = 0 if digest is None else self.cells(digest)
+            pages = 0 if digest is None else self.lora_pages(digest)
         except UnknownAdapter:
-            cells = 0
-        # more cells than there are is another refusal's to say (SlotTable.ensure)
-        return self.pool.most(KV, {ADAPTER: min(cells, self.pool.units[ADAPTER].count)})
+            pages = 0
+        # more pages than there are is another refusal's to say (SlotTable.ensure)
+        return self.pool.most(KV, {ADAPTER: min(pages, self.pool.units[ADAPTER].count)})
 
-    def free_cells(self) -> int:
+    def free_lora_pages(self) -> int:
         return self.pool.room(ADAPTER)
 
-    def cells_held(self) -> tuple[int, int]:
-        """(cells that adapters hold, cells there are)."""
+    def lora_pages_held(self) -> tuple[int, int]:
+        """(pages that adapters hold, pages there are)."""
         return self.pool.used(ADAPTER), self.pool.units[ADAPTER].count
 
     def shrink(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which adapters are on the device: slot → cells of the pool, what stands beside its pairs, and who uses it.
+"""Which adapters are on the device: slot → pages of the pool, what stands beside its pairs, and who uses it.
 
 Only the engine's thread uses a table, between steps.  A slot's number is never used again, so whatever is kept by
 slot (a step's composition, a packed index) can never be another adapter's.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from rankwise.errors import OptionError
-from rankwise.serve.adapters.kinds import cells_for, rank_of
+from rankwise.serve.adapters.kinds import pages_for, rank_of
 from rankwise.serve.adapters.usage import Use, stalest
 from rankwise.serve.types import AdapterRefused
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rankwise.serve.ops.base import Pairs
 
 
-class CellAllocator(Protocol):
-    """Hands out cells; the pool behind it may hold other things too."""
+class PageAllocator(Protocol):
+    """Hands out pages; the pool behind it may hold other things too."""
 
     def take(self, n: int) -> list[int] | None:
-        """``n`` free cells, or None where there are not so many."""
+        """``n`` free pages, or None where there are not so many."""
         ...
 
     def give(self, ids: Sequence[int]) -> None:
@@ -38,54 +38,54 @@ class CellAllocator(Protocol):
         ...
 
 
-class CellStore(Protocol):
-    """Where adapters' numbers are written: this device's cells, or those of several."""
+class PageStore(Protocol):
+    """Where adapters' numbers are written: this device's pages, or those of several."""
 
     @property
     def count(self) -> int: ...
 
     @property
-    def cell_bytes(self) -> int: ...
+    def page_bytes(self) -> int: ...
 
-    def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
-        """Fill ``cells`` with one adapter (:meth:`rankwise.serve.ops.base.LoraPages.write`)."""
+    def write(self, pages: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
+        """Fill ``pages`` with one adapter (:meth:`rankwise.serve.ops.base.LoraPages.write`)."""
         ...
 
 
 @dataclasses.dataclass(slots=True)
 class Slot:
-    """One resident adapter: its number, digest, cells, and what is no pair of it."""
+    """One resident adapter: its number, digest, pages, and what is no pair of it."""
 
     number: int
     digest: str
-    cells: tuple[int, ...]
+    pages: tuple[int, ...]
     served: LoadedAdapter
     use: Use
 
     @property
-    def loose(self) -> Mapping[str, tuple[NonLoraChange, ...]]:
-        return self.served.loose
+    def non_lora_changes(self) -> Mapping[str, tuple[NonLoraChange, ...]]:
+        return self.served.non_lora_changes
 
     @property
-    def whole(self) -> Mapping[str, Tensor]:
-        return self.served.whole
+    def full_params(self) -> Mapping[str, Tensor]:
+        return self.served.full_params
 
 
 class SlotTable:
     """The slots of one device.
 
     Attributes:
-        cells: slot → its cells, as the delta operators take it; ``slots``: number → slot.
+        pages: slot → its pages, as the delta operators take it; ``slots``: number → slot.
         evictions: how many slots were emptied, by why (``room``, ``asked``, ``idle``).
     """
 
-    def __init__(self, cells: CellStore, pool: CellAllocator, *, clock: Callable[[], float] = time.monotonic):
-        self._cells, self._pool, self._clock = cells, pool, clock
+    def __init__(self, pages: PageStore, pool: PageAllocator, *, clock: Callable[[], float] = time.monotonic):
+        self._pages, self._pool, self._clock = pages, pool, clock
         self._numbers = itertools.count()
         self._by_digest: dict[str, Slot] = {}
         self._by_number: dict[int, Slot] = {}
         self._owned: dict[int, tuple[int, ...]] = {}
-        self.cells: Mapping[int, tuple[int, ...]] = MappingProxyType(self._owned)
+        self.pages: Mapping[int, tuple[int, ...]] = MappingProxyType(self._owned)
         self.slots: Mapping[int, Slot] = MappingProxyType(self._by_number)
         self.evictions: Counter[str] = Counter()
 
@@ -104,37 +104,37 @@ class SlotTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cells in use."""
-        return sum(map(len, self._owned.values())) * self._cells.cell_bytes
+        """Bytes of the pages in use."""
+        return sum(map(len, self._owned.values())) * self._pages.page_bytes
 
     def ensure(self, digest: str, served: LoadedAdapter) -> int | None:
-        """The slot of ``digest``, its cells written; None where what is in use leaves no room now.
+        """The slot of ``digest``, its pages written; None where what is in use leaves no room now.
 
-        Unpinned slots go, the longest out of use for what they cost first, until the pool has cells enough.
+        Unpinned slots go, the longest out of use for what they cost first, until the pool has pages enough.
 
         Raises:
-            AdapterRefused: it needs more cells than there are.
+            AdapterRefused: it needs more pages than there are.
         """
         slot = self._by_digest.get(digest)
         if slot is not None:
             slot.use.last = self._clock()
             return slot.number
-        need = cells_for(rank_of(served.pairs))
-        if need > self._cells.count:
+        need = pages_for(rank_of(served.pairs))
+        if need > self._pages.count:
             raise AdapterRefused(
-                f"The adapter {served.manifest.name!r} needs {need} cells (rank {served.manifest.rank}); the device has {self._cells.count}."
+                f"The adapter {served.manifest.name!r} needs {need} pages (rank {served.manifest.rank}); the device has {self._pages.count}."
             )
         ids = self._take(need)
         if ids is None:
             return None
         try:
-            self._cells.write(ids, served.pairs)
+            self._pages.write(ids, served.pairs)
         except BaseException:
             self._give(ids)
             raise
         slot = Slot(next(self._numbers), digest, tuple(ids), served, Use(self._clock(), float(need or 1)))
         self._by_digest[digest] = self._by_number[slot.number] = slot
-        self._owned[slot.number] = slot.cells
+        self._owned[slot.number] = slot.pages
         return slot.number
 
     def pin(self, number: int) -> None:
@@ -151,8 +151,8 @@ class SlotTable:
             raise OptionError(f"Slot {number} is unpinned more often than it was pinned.")
         slot.use.pins -= 1
         slot.use.last = self._clock()
-        if not slot.cells and not slot.use.pins:
-            self._evict(slot, "idle")  # it takes no cell, so nothing would ever ask for its place; entering again writes nothing
+        if not slot.pages and not slot.use.pins:
+            self._evict(slot, "idle")  # it takes no page, so nothing would ever ask for its place; entering again writes nothing
 
     def drop(self, digest: str) -> bool:
         """Empty the slot of a digest if nobody uses it; whether it is gone."""
@@ -164,14 +164,14 @@ class SlotTable:
         return True
 
     def shrink(self) -> bool:
-        """Empty the unpinned slot with cells that is longest out of use for its cost; False where there is none."""
-        gone = stalest(self._by_digest, self._clock(), lambda _, s: bool(s.cells))
+        """Empty the unpinned slot with pages that is longest out of use for its cost; False where there is none."""
+        gone = stalest(self._by_digest, self._clock(), lambda _, s: bool(s.pages))
         if gone is not None:
             self._evict(self._by_digest[gone], "room")
         return gone is not None
 
     def _take(self, need: int) -> list[int] | None:
-        """Cells of the pool, made free where they must be."""
+        """Pages of the pool, made free where they must be."""
         if not need:
             return []
         while (ids := self._pool.take(need)) is None:
@@ -185,5 +185,5 @@ class SlotTable:
 
     def _evict(self, slot: Slot, why: str) -> None:
         del self._by_digest[slot.digest], self._by_number[slot.number], self._owned[slot.number]
-        self._give(slot.cells)
+        self._give(slot.pages)
         self.evictions[why] += 1

@@ -26,9 +26,9 @@ class FolderSource:
     somewhere inside the roots.
     """
 
-    def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], intake: AdapterLoader):
+    def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], adapter_loader: AdapterLoader):
         given = [roots] if isinstance(roots, (str, os.PathLike)) else list(roots)
-        self.intake = intake
+        self.adapter_loader = adapter_loader
         self.roots = tuple(Path(os.path.realpath(r)) for r in given)
         self._lately = Lately(self.names)
         missing = next((r for r in given if not os.path.isdir(r)), None)
@@ -51,7 +51,7 @@ class FolderSource:
 
         Raises:
             UnknownAdapter: no such sub-folder; the message lists the nearest names.
-            AdapterRefused: what the intake refuses; a link out of the roots.
+            AdapterRefused: what the adapter loader refuses; a link out of the roots.
         """
         if not valid(name):
             raise UnknownAdapter(f"There is no adapter {shown(name)}: it is no valid adapter name.")
@@ -64,7 +64,7 @@ class FolderSource:
         """The adapter in a folder, given by its path (absolute, or below a root), under a name of the caller's choice.
 
         Raises:
-            AdapterRefused: outside the roots, no folder, or what the intake refuses.
+            AdapterRefused: outside the roots, no folder, or what the adapter loader refuses.
         """
         for root in self.roots:
             candidate = root / path
@@ -75,7 +75,7 @@ class FolderSource:
         )
 
     def fetch(self, manifest: AdapterMetadata) -> LoadedAdapter:
-        return self.intake.fetch(manifest)
+        return self.adapter_loader.fetch(manifest)
 
     def _open(self, folder: Path, name: str) -> AdapterMetadata:
         real = self._inside(folder)
@@ -83,7 +83,7 @@ class FolderSource:
             raise AdapterRefused(f"The adapter {name!r} lies outside the folders of adapters of this server.")
         root = next(r for r in self.roots if real.is_relative_to(r))
         with refusing(name, real), beneath(root, real) as at:
-            return self.intake.resolve(real, at, name, os.fspath(real.relative_to(root)))
+            return self.adapter_loader.resolve(real, at, name, os.fspath(real.relative_to(root)))
 
     def _inside(self, folder: Path) -> Path | None:
         """Where a folder really is, if that is below a root."""

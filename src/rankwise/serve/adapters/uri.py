@@ -32,7 +32,7 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", 
 class UriSource:
     """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
 
-    Only plain files of one folder are copied, all of them together within the intake's byte limit, whatever the store says of them.  A store is asked at most every ``refresh``
+    Only plain files of one folder are copied, all of them together within the adapter loader's byte limit, whatever the store says of them.  A store is asked at most every ``refresh``
     seconds whether an adapter is still what it was.  All copies together take at most ``keep_bytes`` of the disk (one alone may be
     larger): those longest out of use go first, and are copied again when they are asked for.  Credentials are the file system's own affair
     (its environment variables, or ``storage_options``).
@@ -41,7 +41,7 @@ class UriSource:
     def __init__(
         self,
         roots: str | Sequence[str],
-        intake: AdapterLoader,
+        adapter_loader: AdapterLoader,
         cache: str | os.PathLike[str],
         *,
         refresh: float = 2.0,
@@ -51,8 +51,8 @@ class UriSource:
         self.roots = tuple(r.rstrip("/") for r in ([roots] if isinstance(roots, str) else roots))
         self.cache = Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
-        self._local = FolderSource(self.cache, intake)
-        self._intake, self._options, self.refresh, self.keep_bytes = intake, storage_options, refresh, keep_bytes
+        self._local = FolderSource(self.cache, adapter_loader)
+        self._adapter_loader, self._options, self.refresh, self.keep_bytes = adapter_loader, storage_options, refresh, keep_bytes
         self._locks, self._guard = Locks(), threading.Lock()
         self._asked: dict[str, tuple[float, str | None]] = {}  # url of a folder → when it was last asked for, its version here
         self._copied: dict[str, list[str]] = {}  # url of a folder → its last two versions here
@@ -133,7 +133,7 @@ class UriSource:
 
     def _copy(self, fs: Any, files: list[dict[str, Any]], name: str) -> dict[str, bytes]:
         wanted = [e for e in files if (leaf := _leaf(e["name"])) == CONFIG or leaf.endswith((".safetensors", ".gguf"))]
-        limits = self._intake.limits
+        limits = self._adapter_loader.limits
         limits.check_file(name, sum(e.get("size") or 0 for e in wanted))
         out: dict[str, bytes] = {}
         for entry in wanted:

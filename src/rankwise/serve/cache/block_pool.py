@@ -1,6 +1,6 @@
-"""Who holds what of a fixed memory: cache blocks, adapter cells, training buffers.  Bookkeeping only, no tensors.
+"""Who holds what of a fixed memory: cache blocks, LoRA pages, training buffers.  Bookkeeping only, no tensors.
 
-Each tag has units of its own size and its own ids (a kv id is a block of the key and value tensors, an adapter id a cell of
+Each tag has units of its own size and its own ids (a kv id is a block of the key and value tensors, an adapter id a LoRA page of
 :class:`~rankwise.serve.ops.base.LoraPages`), and all count against one budget of bytes.  A floor keeps bytes for a tag that
 others cannot take.  *Unified* paging (S-LoRA) is no floors; a *split* pool is floors that add up to the budget; a
 *budgeted* one has small floors:

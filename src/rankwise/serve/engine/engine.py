@@ -171,7 +171,7 @@ class Engine(Inbox):
         digest = seq.request.adapter
         if digest is not None:
             seq.fetched = self.adapters.fetch(digest)
-            seq.job.cells = self.adapters.cells(digest)
+            seq.job.lora_pages = self.adapters.lora_pages(digest)
 
     def _untaken(self, seq: Sequence, error: Exception) -> None:
         """End a request that could not be queued, by why it could not."""

@@ -89,7 +89,7 @@ class Inbox:
         running = len(self.queue.running)
         return EngineStats(
             running, max(len(self._ids) - running, 0), used, self.queue.total_blocks, self.steps, self.queue.step_seconds,
-            not self.error, self.error, dict(self.counters), *self.adapters.cells_held(),
+            not self.error, self.error, dict(self.counters), *self.adapters.lora_pages_held(),
             0 if self.queue.copies is None else self.queue.copies.nbytes,
         )  # fmt: skip
 

@@ -55,6 +55,6 @@ class EngineStats:
     healthy: bool
     error: str
     counters: Mapping[str, float]
-    cells_used: int = 0
-    cells_total: int = 0
+    lora_pages_used: int = 0
+    lora_pages_total: int = 0
     copies_bytes: int = 0

@@ -84,7 +84,7 @@ class Scheduler:
         chunk = max(self.options.step_tokens - self.options.max_running, 1)
         return State(
             self.clock(), [s.job for s in self.running.values()], [s.job for s in shown],
-            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds, self.token_seconds(), chunk,
+            self.index.available(), self.total_blocks, self.page, self.adapters.free_lora_pages(), self.step_seconds, self.token_seconds(), chunk,
         )  # fmt: skip
 
     def admit(self) -> None:

@@ -178,9 +178,9 @@ class Metrics:
             ("kv_copies_bytes", "Keys and values kept a second time for rows that decode.", stats.copies_bytes),
             ("healthy", "1 while the engine steps.", float(stats.healthy)),
         )
-        if stats.cells_total:
-            text = "Share of the adapter cells in use."
-            yield self._one(GaugeMetricFamily, "adapter_cells_used_ratio", text, stats.cells_used / stats.cells_total)
+        if stats.lora_pages_total:
+            text = "Share of the LoRA pages in use."
+            yield self._one(GaugeMetricFamily, "adapter_cells_used_ratio", text, stats.lora_pages_used / stats.lora_pages_total)
         for name, text, value in rows:
             yield self._one(GaugeMetricFamily, name, text, value)
         yield self._one(CounterMetricFamily, "steps", "Steps of the engine.", stats.steps)

@@ -26,7 +26,7 @@ class Turn:
     """What one step does at one table, the same for every layer.
 
     Attributes:
-        moves: (from, to) of rows that close a gap; ``fills``: (row, cells) of rows read from the pages.
+        moves: (from, to) of rows that close a gap; ``fills``: (row, kv_slots) of rows read from the pages.
         rows: (n,) rows of the packed step, in the order of the table's rows; ``at``: (n,) where each one's token goes.
         C: longest context; ``lengths``: (n, 1).
         in_order: the table's rows are the step's own, one after the other.
@@ -49,9 +49,9 @@ class Turn:
         for own, pages, new in ((held[0], K, k), (held[1], V, v)):
             for src, dst in self.moves:
                 own[dst] = own[src]
-            for row, cells in self.fills:
+            for row, kv_slots in self.fills:
                 own[row].zero_()  # what an earlier owner left behind may be NaN, and 0·NaN is NaN
-                own[row, :, : cells.shape[0]] = pages.index_select(0, cells).transpose(0, 1)
+                own[row, :, : kv_slots.shape[0]] = pages.index_select(0, kv_slots).transpose(0, 1)
             heads, d = own.shape[1], own.shape[3]
             own.view(-1, d).index_copy_(0, self.places(heads), self.mine(new).to(own.dtype).reshape(-1, d))
         return held[0][:n, :, : self.C], held[1][:n, :, : self.C]
@@ -105,7 +105,7 @@ class Table:
                 self.owners.append(s.serial)
                 self.filled.append(-1)
             if self.filled[row] != s.start:
-                fills.append((row, cells_of(s, page)[: s.start]))
+                fills.append((row, kv_slots_of(s, page)[: s.start]))
             self.filled[row] = s.end
             order.append((row, at, s))
         order.sort(key=lambda x: x[0])
@@ -182,7 +182,7 @@ def seen_keys(lengths: Tensor, C: int, window: int | None) -> Tensor:
     return seen
 
 
-def cells_of(s: Span, page: int) -> Tensor:
-    """The cells of a span's whole context, in order: (end,)."""
+def kv_slots_of(s: Span, page: int) -> Tensor:
+    """The KV slots of a span's whole context, in order: (end,)."""
     blocks = torch.tensor(s.blocks)
     return (blocks[:, None] * page + torch.arange(page)).view(-1)[: s.end]

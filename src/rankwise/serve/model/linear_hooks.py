@@ -30,14 +30,14 @@ class Changes:
 
     Attributes:
         op: the delta operator, begun for this step; ``groups``: names of the groups that an acting adapter touches.
-        loose: module → (segment, changes) to run one by one.
-        whole: parameter → (segment, tensor) that stands in for the base's.
+        non_lora_changes: module → (segment, changes) to run one by one.
+        full_params: parameter → (segment, tensor) that stands in for the base's.
     """
 
     op: DeltaOp | None = None
     groups: frozenset[str] = frozenset()
-    loose: Mapping[str, Sequence[tuple[Segment, tuple[NonLoraChange, ...]]]] = dataclasses.field(default_factory=dict)
-    whole: Mapping[str, Sequence[tuple[Segment, Tensor]]] = dataclasses.field(default_factory=dict)
+    non_lora_changes: Mapping[str, Sequence[tuple[Segment, tuple[NonLoraChange, ...]]]] = dataclasses.field(default_factory=dict)
+    full_params: Mapping[str, Sequence[tuple[Segment, Tensor]]] = dataclasses.field(default_factory=dict)
 
 
 NOTHING = Changes()
@@ -163,7 +163,7 @@ class Hook:
         For who calls all of them anyway: no slices wait for anybody.  A change that is no pair of factors is made apart.
         """
         bundle, changes = self.bundle, self.acting.body
-        if not bundle.together or bundle.finish is not None or changes.loose or changes.whole:
+        if not bundle.together or bundle.finish is not None or changes.non_lora_changes or changes.full_params:
             return None
         y = bundle._run(x)
         if changes.op is not None and bundle.group.name in changes.groups:
@@ -174,18 +174,18 @@ class Hook:
         bundle, path = self.bundle, self.path
         x, bias = bundle.flat, bundle.bias[self.j]
         added = []
-        for seg, loose in changes.loose.get(path, ()):  # every change sees the base's own output
+        for seg, non_lora_changes in changes.non_lora_changes.get(path, ()):  # every change sees the base's own output
             rows = slice(seg.start, seg.end)
             base = y[rows] if bias is None else y[rows] - bias
-            added.append((rows, sum(fn(x[rows], base) for fn in loose)))
-        for seg, weight in changes.whole.get(f"{path}.weight", ()):
+            added.append((rows, sum(fn(x[rows], base) for fn in non_lora_changes)))
+        for seg, weight in changes.full_params.get(f"{path}.weight", ()):
             rows = slice(seg.start, seg.end)
             y[rows] = nn.functional.linear(x[rows], weight.to(x.dtype), bias)
-        for seg, offset in changes.whole.get(f"{path}.bias", ()):
+        for seg, offset in changes.full_params.get(f"{path}.bias", ()):
             y[seg.start : seg.end] += offset.to(y.dtype) - (0 if bias is None else bias)
         if changes.op is not None and bundle.group.name in changes.groups:
-            # a loose change reads the base's own output, which must not hold a sibling's call's changes yet
-            bundle.change(changes.op, self.j, y, at_once=not (changes.loose or changes.whole))
+            # a non-LoRA change reads the base's own output, which must not hold a sibling's call's changes yet
+            bundle.change(changes.op, self.j, y, at_once=not (changes.non_lora_changes or changes.full_params))
         for rows, change in added:
             y[rows] += change
 
@@ -204,11 +204,11 @@ class EmbeddingHook:
             return y
         flat, out = ids.reshape(-1), y.reshape(-1, y.shape[-1])
         added = []
-        for seg, loose in changes.loose.get(self.path, ()):  # every change sees the base's own output
+        for seg, non_lora_changes in changes.non_lora_changes.get(self.path, ()):  # every change sees the base's own output
             rows = slice(seg.start, seg.end)
             base = out[rows].clone()
-            added.append((rows, sum(fn(flat[rows], base) for fn in loose)))
-        for seg, table in changes.whole.get(f"{self.path}.weight", ()):
+            added.append((rows, sum(fn(flat[rows], base) for fn in non_lora_changes)))
+        for seg, table in changes.full_params.get(f"{self.path}.weight", ()):
             rows = slice(seg.start, seg.end)
             # a module may rescale what it looks up (Gemma): its own forward on the adapter's table
             out[rows] = _looked_up(self.plain, table, flat[rows])

@@ -1,8 +1,8 @@
 """Attention of a packed step over a paged cache, under transformers' own modelling code.
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; the
-plan and the cache are found in :data:`HERE`.  One cell holds one token's keys (or values) of one layer, heads × d;
-a block is ``page`` cells.  Decoding rows read their copies side by side (:mod:`rankwise.serve.model.decode_tables`), or are
+plan and the cache are found in :data:`HERE`.  One KV slot holds one token's keys (or values) of one layer, heads × d;
+a block is ``page`` KV slots.  Decoding rows read their copies side by side (:mod:`rankwise.serve.model.decode_tables`), or are
 gathered from their pages within buckets of like length, with the query heads of one key head folded into the query's
 length, so no head is repeated; each chunk of a prompt is one call of its own.  :func:`naive` is the reference: request by request, softmax written out.
 """
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-from rankwise.serve.model.decode_tables import RowTables, Turn, cells_of, seen_keys
+from rankwise.serve.model.decode_tables import RowTables, Turn, kv_slots_of, seen_keys
 
 if TYPE_CHECKING:
     from rankwise.serve.batch import Span, TokenPlan
 
 NAME = "rankwise_paged"
-WASTE = 1.5  #: a bucket of decoding rows may gather this many times the cells it needs
+WASTE = 1.5  #: a bucket of decoding rows may gather this many times the KV slots it needs
 
 
 class KvStore:
-    """Keys and values of every layer: per layer two tensors (cells, heads, d), made when a layer first runs."""
+    """Keys and values of every layer: per layer two tensors (KV slots, heads, d), made when a layer first runs."""
 
     def __init__(self, blocks: int, page: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.blocks, self.page, self.dtype, self.device = blocks, page, dtype, device
@@ -39,9 +39,9 @@ class KvStore:
         """The store of ``layer``; k, v: (T, heads, d) tell its widths."""
         held = self.layers.get(layer)
         if held is None:
-            cells = self.blocks * self.page
+            kv_slots = self.blocks * self.page
             # left unwritten: the system gives memory to the blocks that are used
-            held = tuple(torch.empty(cells, *t.shape[1:], dtype=self.dtype, device=self.device) for t in (k, v))  # type: ignore[assignment]
+            held = tuple(torch.empty(kv_slots, *t.shape[1:], dtype=self.dtype, device=self.device) for t in (k, v))  # type: ignore[assignment]
             self.layers[layer] = held  # type: ignore[assignment]
         return held  # type: ignore[return-value]
 
@@ -53,10 +53,10 @@ class KvStore:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Bucket:
-    """Decoding rows of like context: ``rows`` (n,) of the packed step, ``cells`` (n·C,), ``lengths`` (n, 1)."""
+    """Decoding rows of like context: ``rows`` (n,) of the packed step, ``kv_slots`` (n·C,), ``lengths`` (n, 1)."""
 
     rows: Tensor
-    cells: Tensor
+    kv_slots: Tensor
     lengths: Tensor
     C: int
 
@@ -73,7 +73,7 @@ class AttentionStep:
             single = [single[i] for i in rest]
         self.buckets = [_bucket(plan, rows) for rows in _like(plan.spans, single)]
         self.chunks = [(s, slice(plan.cu_q[i], plan.cu_q[i + 1])) for i, s in enumerate(plan.spans) if len(s.tokens) > 1]
-        self.cells = [cells_of(s, plan.page) if s.start else None for s, _ in self.chunks]
+        self.kv_slots = [kv_slots_of(s, plan.page) if s.start else None for s, _ in self.chunks]
         self._biases: dict[tuple[int, int | None, int, torch.dtype], Tensor] = {}
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
@@ -119,11 +119,11 @@ def _bucket(plan: TokenPlan, which: list[int]) -> Bucket:
     C = max(s.end for s in spans)
     n = -(-C // plan.page)
     table = torch.tensor([(*s.blocks[:n], *(s.blocks[0],) * (n - len(s.blocks))) for s in spans])
-    cells = (table[:, :, None] * plan.page + torch.arange(plan.page)).view(len(spans), -1)[:, :C]
+    kv_slots = (table[:, :, None] * plan.page + torch.arange(plan.page)).view(len(spans), -1)[:, :C]
     lengths = torch.tensor([[s.end] for s in spans])
-    # what lies behind a row's end may be another request's, even NaN, and 0·NaN is NaN: its own first cell stands there
-    cells = torch.where(torch.arange(C) < lengths, cells, cells[:, :1])
-    return Bucket(torch.tensor([plan.cu_q[i] for i in which]), cells.reshape(-1), lengths, C)
+    # what lies behind a row's end may be another request's, even NaN, and 0·NaN is NaN: its own first KV slot stands there
+    kv_slots = torch.where(torch.arange(C) < lengths, kv_slots, kv_slots[:, :1])
+    return Bucket(torch.tensor([plan.cu_q[i] for i in which]), kv_slots.reshape(-1), lengths, C)
 
 
 class _Here(threading.local):
@@ -171,8 +171,8 @@ def attend(
     if step is None or store is None:
         raise AttachError("Paged attention runs inside the serving engine only; load the model afresh to use it elsewhere.")
     K, V = store.of(layer, k, v)
-    K.index_copy_(0, step.plan.cell, k.to(K.dtype))
-    V.index_copy_(0, step.plan.cell, v.to(V.dtype))
+    K.index_copy_(0, step.plan.kv_slots, k.to(K.dtype))
+    V.index_copy_(0, step.plan.kv_slots, v.to(V.dtype))
     if len(step.turns) == 1 and not step.buckets and not step.chunks and step.turns[0].in_order:
         kk, vv = step.turns[0].update(layer, K, V, k, v)  # every row decodes, and the table's order is the step's
         return _decode(q, kk, vv, step.bias(step.turns[0], window, K.shape[1], q.dtype), scale, softcap)
@@ -182,12 +182,12 @@ def attend(
         bias = step.bias(turn, window, K.shape[1], q.dtype)
         out.index_copy_(0, turn.rows, _decode(q.index_select(0, turn.rows), kk, vv, bias, scale, softcap))
     for b in step.buckets:
-        kk, vv = (t.index_select(0, b.cells).view(b.rows.shape[0], b.C, *t.shape[1:]).transpose(1, 2) for t in (K, V))
+        kk, vv = (t.index_select(0, b.kv_slots).view(b.rows.shape[0], b.C, *t.shape[1:]).transpose(1, 2) for t in (K, V))
         bias = step.bias(b, window, K.shape[1], q.dtype)
         out.index_copy_(0, b.rows, _decode(q.index_select(0, b.rows), kk, vv, bias, scale, softcap))
     for i, (_, rows) in enumerate(step.chunks):
-        cells = step.cells[i]
-        kk, vv = (k[rows], v[rows]) if cells is None else (K[cells], V[cells])
+        kv_slots = step.kv_slots[i]
+        kk, vv = (k[rows], v[rows]) if kv_slots is None else (K[kv_slots], V[kv_slots])
         out[rows] = _chunk(q[rows].transpose(0, 1), kk, vv, step.chunk_mask(i, window), scale, softcap)
     return out
 
@@ -240,11 +240,11 @@ def naive(query: Tensor, K: Tensor, V: Tensor, plan: TokenPlan, scale: float, wi
     """(T, heads, d) by the definition, request by request and row by row; the caches already hold this step."""
     out = []
     for s, first in zip(plan.spans, plan.cu_q, strict=False):
-        cells = cells_of(s, plan.page)
+        kv_slots = kv_slots_of(s, plan.page)
         for t in range(len(s.tokens)):
             at = s.start + t
             low = 0 if window is None else max(0, at + 1 - window)
-            k, v = K[cells[low : at + 1]], V[cells[low : at + 1]]
+            k, v = K[kv_slots[low : at + 1]], V[kv_slots[low : at + 1]]
             k, v = (c.repeat_interleave(query.shape[1] // K.shape[1], 1) for c in (k, v))
             weight = torch.einsum("hd,chd->hc", query[0, :, first + t], k).mul(scale).softmax(-1)
             out.append(torch.einsum("hc,chd->hd", weight, v))

@@ -28,10 +28,10 @@ ROW_CAP = 4096  #: tokens of context up to which decoding rows are kept side by 
 
 
 class RunnerSlot(Protocol):
-    """What a slot holds: its cells, and the adapter whose numbers are in them."""
+    """What a slot holds: its pages, and the adapter whose numbers are in them."""
 
     @property
-    def cells(self) -> tuple[int, ...]: ...
+    def pages(self) -> tuple[int, ...]: ...
 
     @property
     def served(self) -> LoadedAdapter: ...
@@ -53,7 +53,7 @@ class NativeRunner:
     Args:
         model: in evaluation mode; its linears and attention are taken over for good (load it afresh to use it elsewhere).
         groups: the modules that adapters may change, by shared input.
-        cells: their numbers; ``op``, ``head_op``: two operators of one sort on these cells (packed tokens, sample rows).
+        pages: their numbers; ``op``, ``head_op``: two operators of one sort on these pages (packed tokens, sample rows).
         blocks, page: size of the key-value cache in blocks of ``page`` tokens.
         rows: rows of a usual step, for the choice of packing; ``pack``: True or False overrules the probe.
         max_rows: decoding rows whose keys and values are kept side by side as well.
@@ -70,7 +70,7 @@ class NativeRunner:
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        cells: LoraPages,
+        pages: LoraPages,
         op: DeltaOp,
         head_op: DeltaOp,
         *,
@@ -85,7 +85,7 @@ class NativeRunner:
     ):
         self.model = model.eval()
         self.page = page
-        self.cells, self.op, self.head_op = cells, op, head_op
+        self.pages, self.op, self.head_op = pages, op, head_op
         self.groups = {g.name: g for g in groups}
         self.acting = Acting()
         self.loop = None if loop is False else loop_of(model)  # asked before anything is hooked
@@ -157,16 +157,16 @@ class NativeRunner:
             return NOTHING
         groups = frozenset(name for s in used for name in slots[s].served.pairs)
         if groups:
-            op.begin(plan, {s: slots[s].cells for s in used})
-        loose: dict[str, list] = {}  # type: ignore[type-arg]
-        whole: dict[str, list] = {}  # type: ignore[type-arg]
+            op.begin(plan, {s: slots[s].pages for s in used})
+        non_lora_changes: dict[str, list] = {}  # type: ignore[type-arg]
+        full_params: dict[str, list] = {}  # type: ignore[type-arg]
         for seg in segments:
             served = slots[seg.slot].served
-            for path, fns in served.loose.items():
-                loose.setdefault(path, []).append((seg, fns))
-            for name, t in served.whole.items():
-                whole.setdefault(name, []).append((seg, t))
-        return Changes(op if groups else None, groups, loose, whole)
+            for path, fns in served.non_lora_changes.items():
+                non_lora_changes.setdefault(path, []).append((seg, fns))
+            for name, t in served.full_params.items():
+                full_params.setdefault(name, []).append((seg, t))
+        return Changes(op if groups else None, groups, non_lora_changes, full_params)
 
     def _head_changes(self, plan: TokenPlan, slots: Mapping[int, RunnerSlot], used: set[int]) -> Changes:
         """The same for the head, which sees only the sample rows (all rows where the model cannot narrow them)."""
@@ -182,8 +182,8 @@ class NativeRunner:
         path = self.head_path
         return (
             any(path in self.groups[n].modules for n in served.pairs)
-            or path in served.loose
-            or any(n.rpartition(".")[0] == path for n in served.whole)
+            or path in served.non_lora_changes
+            or any(n.rpartition(".")[0] == path for n in served.full_params)
         )
 
 

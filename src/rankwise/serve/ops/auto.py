@@ -43,13 +43,13 @@ class Auto(Op):
 
     name = "auto"
 
-    def __init__(self, cells: LoraPages, native: bool | None = None):
+    def __init__(self, pages: LoraPages, native: bool | None = None):
         from rankwise.serve.ops.registry import make_op
 
-        super().__init__(cells)
-        names = candidates(cells, _wanted() if native is None else native)
-        self.ops = {name: make_op(name, cells) for name in names}
-        self.table = table(list(cells.groups.values()), cells, names)
+        super().__init__(pages)
+        names = candidates(pages, _wanted() if native is None else native)
+        self.ops = {name: make_op(name, pages) for name in names}
+        self.table = table(list(pages.groups.values()), pages, names)
         self._parts: Sequence[tuple[Op, TokenPlan]] = ()
 
     def begin(self, plan: TokenPlan, slots: Mapping[int, Sequence[int]]) -> None:
@@ -90,10 +90,10 @@ def _wanted() -> bool:
     return value == "1"
 
 
-def candidates(cells: LoraPages, native: bool) -> tuple[str, ...]:
-    """Names of the operators that may run on ``cells``, the one to prefer first."""
-    if next(iter(cells.shrink.values())).device.type != "cpu":
-        return ("triton", "grouped") if cells.dtype != torch.float64 else ("grouped", "cat")
+def candidates(pages: LoraPages, native: bool) -> tuple[str, ...]:
+    """Names of the operators that may run on ``pages``, the one to prefer first."""
+    if next(iter(pages.shrink.values())).device.type != "cpu":
+        return ("triton", "grouped") if pages.dtype != torch.float64 else ("grouped", "cat")
     return ("native", "bags", "grouped", "cat") if native else ("bags", "grouped", "cat")
 
 
@@ -104,13 +104,13 @@ def _class(n: int, classes: tuple[int, ...]) -> int:
 _tables: dict[Any, Table] = {}
 
 
-def table(groups: Sequence[Group], cells: LoraPages, names: Sequence[str]) -> Table:
+def table(groups: Sequence[Group], pages: LoraPages, names: Sequence[str]) -> Table:
     """The fastest of ``names`` in each class; measured once per process, shapes, dtype, device and thread count."""
     shapes = {(min(g.inp, SIDE), tuple(min(out, SIDE) for out in g.outs)) for g in groups}
-    device = next(iter(cells.shrink.values())).device.type
-    key = (frozenset(shapes), cells.dtype, device, tuple(names), torch.get_num_threads())
+    device = next(iter(pages.shrink.values())).device.type
+    key = (frozenset(shapes), pages.dtype, device, tuple(names), torch.get_num_threads())
     if key not in _tables:
-        _tables[key] = _measure(sorted(shapes), cells.dtype, device, names)
+        _tables[key] = _measure(sorted(shapes), pages.dtype, device, names)
     return _tables[key]
 
 
@@ -119,12 +119,12 @@ def _measure(shapes: Sequence[Any], dtype: torch.dtype, device: str, names: Sequ
     from rankwise.serve.ops.registry import make_op
 
     groups = [Group(f"g{i}", tuple(map(str, range(len(outs)))), inp, outs) for i, (inp, outs) in enumerate(shapes)]
-    cells = LoraPages(groups, max(SEGMENTS), dtype, device)
+    pages = LoraPages(groups, max(SEGMENTS), dtype, device)
     gen = torch.Generator().manual_seed(0)
-    for t in (*cells.shrink.values(), *cells.packed.values()):
+    for t in (*pages.shrink.values(), *pages.packed.values()):
         t.copy_(torch.randn(t.shape, generator=gen).div_(8))
-    ops = [make_op(name, cells) for name in names]
-    ops = [op for op in ops if _right(op, make_op("reference", cells))]
+    ops = [make_op(name, pages) for name in names]
+    ops = [op for op in ops if _right(op, make_op("reference", pages))]
     if not ops:
         raise OptionError(f"None of the delta operators {', '.join(names)} computes rightly on this machine; use 'reference'.")
     found, begun = {}, time.perf_counter()
@@ -140,17 +140,17 @@ def _step(op: Op, segments: int, rows: int, seed: int = 0) -> list[tuple[Group, 
     runs = tuple(Segment(d, d * rows, (d + 1) * rows) for d in range(segments))
     none = torch.empty(0, dtype=torch.int64)
     op.begin(TokenPlan((), 1, none, none, none, (0, segments * rows), runs, none, runs), {d: (d,) for d in range(segments)})
-    gen, like = torch.Generator().manual_seed(seed), next(iter(op.cells.shrink.values()))
+    gen, like = torch.Generator().manual_seed(seed), next(iter(op.pages.shrink.values()))
 
     def random_(width: int) -> Tensor:
         return torch.randn(segments * rows, width, generator=gen).to(like)
 
-    return [(g, random_(g.inp), [random_(out) for out in g.outs]) for g in op.cells.groups.values()]
+    return [(g, random_(g.inp), [random_(out) for out in g.outs]) for g in op.pages.groups.values()]
 
 
 def _right(op: Op, evaluator: Op) -> bool:
     """True where ``op`` gives what the reference gives; else it is left out, and the log says so."""
-    bound = 1e-4 if op.cells.dtype in (torch.float32, torch.float64) else 5e-2
+    bound = 1e-4 if op.pages.dtype in (torch.float32, torch.float64) else 5e-2
     for (group, x, ys), (_, _, wants) in zip(_step(op, 3, 9), _step(evaluator, 3, 9), strict=True):
         op.apply(group, x, ys)
         evaluator.apply(group, x, wants)

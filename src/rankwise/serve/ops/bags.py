@@ -1,7 +1,7 @@
 """Both products as weighted sums of rows: `embedding_bag`, the fastest way in plain PyTorch on a CPU.
 
-Shrink: the bag of a token and a cell holds the ``in`` rows of the cell's A, weighted by x.  Expand: the bag of a token
-and a chunk of outputs holds the WIDTH rows of each of its cells, weighted by v.  So the weights stay where they are,
+Shrink: the bag of a token and a page holds the ``in`` rows of the page's A, weighted by x.  Expand: the bag of a token
+and a chunk of outputs holds the WIDTH rows of each of its pages, weighted by v.  So the weights stay where they are,
 mixed ranks need no padding, tokens without an adapter are empty bags, and one call expands all modules of a group.
 """
 
@@ -23,13 +23,13 @@ SUM = 0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Index:
-    """Rows [lo, hi) of the step, P pairs (token, cell) on them.
+    """Rows [lo, hi) of the step, P pairs (token, page) on them.
 
     Attributes:
-        token: (P,) the row of each pair from ``lo`` on; None where every row has one cell.
-        shrink, shrink_at: (P·in,) rows of ``Cells.shrink`` and (P+1,) where each pair's begin.
+        token: (P,) the row of each pair from ``lo`` on; None where every row has one page.
+        shrink, shrink_at: (P·in,) rows of ``Pages.shrink`` and (P+1,) where each pair's begin.
         pick: rows of v, seen as (P·m, WIDTH), in the order of the expanding bags.
-        expand, expand_at: rows of ``Cells.packed``, and where each (token, chunk) begins.
+        expand, expand_at: rows of ``Pages.packed``, and where each (token, chunk) begins.
         widths: of each module's part of the expanded rows.
     """
 
@@ -78,19 +78,19 @@ class Bags(Op):
         at = self.step.kept(group, self._index)
         if at.hi - at.lo != x.shape[0]:
             x = x[at.lo : at.hi]
-        if x.dtype != self.cells.dtype:
-            x = x.to(self.cells.dtype)
+        if x.dtype != self.pages.dtype:
+            x = x.to(self.pages.dtype)
         weights = x if at.token is None else x.index_select(0, at.token)
-        v = self._summed(group, _bags(self.cells.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1)))
+        v = self._summed(group, _bags(self.pages.shrink[group.name], at.shrink, at.shrink_at, weights.reshape(-1)))
         weights = v.view(-1, WIDTH).index_select(0, at.pick)
-        return at, _bags(self.cells.packed[group.name], at.expand, at.expand_at, weights.view(-1)).view(at.hi - at.lo, -1)
+        return at, _bags(self.pages.packed[group.name], at.expand, at.expand_at, weights.view(-1)).view(at.hi - at.lo, -1)
 
     def _summed(self, group: Group, v: Tensor) -> Tensor:
         """v (P, WIDTH·m) of all components and inputs; devices that share these override it."""
         return v
 
     def _index(self, group: Group, runs: tuple[RowRun, ...]) -> Index:
-        return make_index(group, runs, self.cells.count)
+        return make_index(group, runs, self.pages.count)
 
 
 def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -99,31 +99,31 @@ def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tens
 
 
 def make_index(group: Group, runs: Sequence[RowRun], count: int) -> Index:
-    """The bags of ``runs`` (one at least); int32 while ``count`` cells can be counted in it."""
+    """The bags of ``runs`` (one at least); int32 while ``count`` pages can be counted in it."""
     chunks, modules = sum(group.chunks), len(group.outs)
     kind: Any = np.int32 if count * max(group.inp, chunks * WIDTH) < 2**31 else np.int64
     lo, hi = runs[0].start, runs[-1].end
-    cell = np.array([c for run in runs for c in run.cells * run.rows], kind)
-    pairs = len(cell)
+    page = np.array([c for run in runs for c in run.pages * run.rows], kind)
+    pairs = len(page)
     pick = np.arange(pairs)[:, None] * modules + np.repeat(np.arange(modules), group.chunks)
-    expand = (cell * (chunks * WIDTH))[:, None] + np.arange(chunks * WIDTH, dtype=kind)
+    expand = (page * (chunks * WIDTH))[:, None] + np.arange(chunks * WIDTH, dtype=kind)
     expand_at = np.arange(pairs * chunks + 1, dtype=kind) * WIDTH
     token = None
-    if pairs != hi - lo or any(len(run.cells) != 1 for run in runs):
-        cells_of = np.zeros(hi - lo, np.int64)
+    if pairs != hi - lo or any(len(run.pages) != 1 for run in runs):
+        pages_of = np.zeros(hi - lo, np.int64)
         for run in runs:
-            cells_of[run.start - lo : run.end - lo] = len(run.cells)
-        token = np.repeat(np.arange(hi - lo), cells_of)
-        expand_at = np.concatenate([[0], np.cumsum(np.repeat(cells_of, chunks) * WIDTH)]).astype(kind)
-        # pair p of token t goes, for chunk q, to place first[t]·chunks + q·cells_of[t] + (p - first[t]) of the expanding bags
-        first = np.cumsum(cells_of) - cells_of
-        place = ((chunks - 1) * first[token] + np.arange(pairs))[:, None] + np.arange(chunks) * cells_of[token][:, None]
+            pages_of[run.start - lo : run.end - lo] = len(run.pages)
+        token = np.repeat(np.arange(hi - lo), pages_of)
+        expand_at = np.concatenate([[0], np.cumsum(np.repeat(pages_of, chunks) * WIDTH)]).astype(kind)
+        # pair p of token t goes, for chunk q, to place first[t]·chunks + q·pages_of[t] + (p - first[t]) of the expanding bags
+        first = np.cumsum(pages_of) - pages_of
+        place = ((chunks - 1) * first[token] + np.arange(pairs))[:, None] + np.arange(chunks) * pages_of[token][:, None]
         pick, expand = _placed(pick, place), _placed(expand.reshape(pairs, chunks, WIDTH), place)
     return Index(
         lo,
         hi,
         None if token is None else torch.from_numpy(token),
-        torch.from_numpy(((cell * group.inp)[:, None] + np.arange(group.inp, dtype=kind)).reshape(-1)),
+        torch.from_numpy(((page * group.inp)[:, None] + np.arange(group.inp, dtype=kind)).reshape(-1)),
         torch.from_numpy(np.arange(pairs + 1, dtype=kind) * group.inp),
         torch.from_numpy(pick.reshape(-1)),
         torch.from_numpy(expand.reshape(-1)),

@@ -1,8 +1,8 @@
 """The seam of the delta operators: many low-rank changes, each on its own tokens, added to one product's output.
 
 Modules that share an input (q, k, v; gate, up) form a :class:`Group` with one shrink and one expand a module.
-Adapters live in :class:`LoraPages`: a cell is eight components of one adapter at *every* module, so the pool that
-hands cells out sees one size, and an adapter of rank r owns ⌈r/8⌉ of them, the rest of the last one zero.
+Adapters live in :class:`LoraPages`: a page is eight components of one adapter at *every* module, so the pool that
+hands pages out sees one size, and an adapter of rank r owns ⌈r/8⌉ of them, the rest of the last one zero.
 
     v = A x  (shrink, once a group)          y_j += B_j v_j  (expand, once a module; the scale is in A)
 """
@@ -23,7 +23,7 @@ from rankwise.errors import OptionError, unknown
 if TYPE_CHECKING:
     from rankwise.serve.batch import TokenPlan
 
-WIDTH = 8  #: components in a cell
+WIDTH = 8  #: components in a page
 NARROW, WIDE = 64, 256  #: bounds of a chunk of outputs
 
 
@@ -52,8 +52,8 @@ class Group:
         return tuple(n * self.chunk for n in self.chunks)
 
     @property
-    def cell_numel(self) -> int:
-        """Numbers a cell holds at this group."""
+    def page_numel(self) -> int:
+        """Numbers a page holds at this group."""
         return WIDTH * (self.inp * len(self.modules) + sum(self.chunks) * self.chunk)
 
 
@@ -74,17 +74,17 @@ Pairs = Sequence[tuple[Tensor, Tensor] | None]
 
 
 class LoraPages:
-    """The numbers of all resident adapters, ``count`` cells of every group, in one dtype.
+    """The numbers of all resident adapters, ``count`` pages of every group, in one dtype.
 
-    A cell's numbers at a group lie together, in the order in which they are read, so that a step streams them:
+    A page's numbers at a group lie together, in the order in which they are read, so that a step streams them:
 
-    ``shrink[g]``: (count·in, WIDTH·m), row (c·in + i) holds column i of the A's of cell c, module after module.
-    ``packed[g]``: (count·chunks·WIDTH, chunk), row ((c·chunks + q)·WIDTH + k) holds component k of cell c at chunk q
+    ``shrink[g]``: (count·in, WIDTH·m), row (c·in + i) holds column i of the A's of page c, module after module.
+    ``packed[g]``: (count·chunks·WIDTH, chunk), row ((c·chunks + q)·WIDTH + k) holds component k of page c at chunk q
     of the outputs, the chunks of all modules one after the other.  ``expand[g][j]`` is the same memory seen as
     (count, chunks_j, WIDTH, chunk) for module j.
 
     Args:
-        across: group → components of each A that are held here, where devices share a cell's (default: all WIDTH).
+        across: group → components of each A that are held here, where devices share a page's (default: all WIDTH).
 
     Attributes:
         version: changes with every write, for whoever keeps what depends on the contents.
@@ -102,7 +102,7 @@ class LoraPages:
         self.count = count
         self.dtype = dtype
         self.version = 0
-        # left unwritten on purpose: the system gives memory to the cells that are used
+        # left unwritten on purpose: the system gives memory to the pages that are used
         empty = functools.partial(torch.empty, dtype=dtype, device=device)
         self.across = {g.name: (across or {}).get(g.name, WIDTH) for g in groups}
         self.shrink = {g.name: empty(count * g.inp, self.across[g.name] * len(g.modules)) for g in groups}
@@ -115,49 +115,49 @@ class LoraPages:
         return list(whole.split(list(g.chunks), 1))
 
     @property
-    def cell_bytes(self) -> int:
+    def page_bytes(self) -> int:
         spared = sum((WIDTH - self.across[n]) * g.inp * len(g.modules) for n, g in self.groups.items())
-        return (sum(g.cell_numel for g in self.groups.values()) - spared) * self.dtype.itemsize
+        return (sum(g.page_numel for g in self.groups.values()) - spared) * self.dtype.itemsize
 
-    def leave(self, cells: Sequence[int]) -> None:
+    def leave(self, pages: Sequence[int]) -> None:
         """From now on these act nowhere here (their adapter is held in another way); nothing is written."""
         self.version += 1
         for blank in self._blank.values():
-            blank.update(cells)
+            blank.update(pages)
 
-    def used(self, group: str, cells: Sequence[int]) -> tuple[int, ...]:
-        """Those of ``cells`` that are not all zero at ``group``: an adapter that leaves it alone costs nothing there."""
+    def used(self, group: str, pages: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``pages`` that are not all zero at ``group``: an adapter that leaves it alone costs nothing there."""
         blank = self._blank[group]
-        return tuple(c for c in cells if c not in blank)
+        return tuple(c for c in pages if c not in blank)
 
-    def filled(self, group: str, cells: Set[int]) -> bool:
-        """Whether none of ``cells`` is all zero at ``group``."""
-        return self._blank[group].isdisjoint(cells)
+    def filled(self, group: str, pages: Set[int]) -> bool:
+        """Whether none of ``pages`` is all zero at ``group``."""
+        return self._blank[group].isdisjoint(pages)
 
     @torch.no_grad()
-    def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
-        """Fill ``cells`` with one adapter; groups it does not name, and the tail of the last cell, become zero.
+    def write(self, pages: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
+        """Fill ``pages`` with one adapter; groups it does not name, and the tail of the last page, become zero.
 
         Raises:
             UnknownName: a group that is not there.
-            OptionError: a rank above WIDTH·len(cells), factors that do not fit the group, a cell that is not there.
+            OptionError: a rank above WIDTH·len(pages), factors that do not fit the group, a page that is not there.
         """
         for name in pairs:
             if name not in self.groups:
                 raise unknown("group of modules", name, self.groups)
         for name, g in self.groups.items():
-            check_pairs(g, pairs.get(name), len(cells), self.across[name])
-        if wrong := [c for c in cells if not 0 <= c < self.count]:
-            raise OptionError(f"Cell {wrong[0]} is not one of the {self.count} cells 0 to {self.count - 1}.")
+            check_pairs(g, pairs.get(name), len(pages), self.across[name])
+        if wrong := [c for c in pages if not 0 <= c < self.count]:
+            raise OptionError(f"Page {wrong[0]} is not one of the {self.count} pages 0 to {self.count - 1}.")
         self.version += 1
         for name, g in self.groups.items():
             mine = pairs.get(name) or [None] * len(g.modules)
-            for k, c in enumerate(cells):
+            for k, c in enumerate(pages):
                 filled = self._write_one(g, c, k, mine)
                 (self._blank[name].discard if filled else self._blank[name].add)(c)
 
     def _write_one(self, g: Group, c: int, k: int, pairs: Pairs) -> bool:
-        """Cell ``c``, the adapter's k-th; whether anything of the adapter falls into it, here or on another device."""
+        """Page ``c``, the adapter's k-th; whether anything of the adapter falls into it, here or on another device."""
         rows = self.shrink[g.name][c * g.inp : (c + 1) * g.inp]
         across, first = self.across[g.name], k * WIDTH
         counts = [0 if p is None else max(0, min(WIDTH, p[1].shape[1] - first)) for p in pairs]
@@ -175,16 +175,16 @@ class LoraPages:
                 out[:, :n] = B.unflatten(1, (-1, g.chunk)).transpose(0, 1)
         return any(counts)
 
-    def read(self, cells: Sequence[int], group: str, j: int) -> tuple[Tensor, Tensor]:
-        """(A: r×in, B: out×r) of module ``j`` of a group as the cells hold it, r = WIDTH·len(cells)."""
+    def read(self, pages: Sequence[int], group: str, j: int) -> tuple[Tensor, Tensor]:
+        """(A: r×in, B: out×r) of module ``j`` of a group as the pages hold it, r = WIDTH·len(pages)."""
         g = self.groups[group]
-        A = torch.cat([self.shrink[group][c * g.inp : (c + 1) * g.inp, j * WIDTH : (j + 1) * WIDTH].t() for c in cells])
-        B = torch.cat([self.expand[group][j][c].transpose(0, 1).flatten(1).t() for c in cells], 1)
+        A = torch.cat([self.shrink[group][c * g.inp : (c + 1) * g.inp, j * WIDTH : (j + 1) * WIDTH].t() for c in pages])
+        B = torch.cat([self.expand[group][j][c].transpose(0, 1).flatten(1).t() for c in pages], 1)
         return A, B[: g.outs[j]]
 
 
-def check_pairs(g: Group, pairs: Pairs | None, cells: int, across: int = WIDTH) -> None:
-    """Raises OptionError where one adapter's factors do not fit a group and so many cells; ``across``: see :class:`LoraPages`."""
+def check_pairs(g: Group, pairs: Pairs | None, pages: int, across: int = WIDTH) -> None:
+    """Raises OptionError where one adapter's factors do not fit a group and so many pages; ``across``: see :class:`LoraPages`."""
     if pairs is None:
         return
     if len(pairs) != len(g.modules):
@@ -193,8 +193,8 @@ def check_pairs(g: Group, pairs: Pairs | None, cells: int, across: int = WIDTH) 
         if pair is None:
             continue
         A, B = pair
-        if A.shape[0] > across * cells:
-            raise OptionError(f"A rank of {A.shape[0]} does not fit {cells} cells of {across} components.")
+        if A.shape[0] > across * pages:
+            raise OptionError(f"A rank of {A.shape[0]} does not fit {pages} pages of {across} components.")
         rank = A.shape[0] if across == WIDTH else B.shape[-1]
         rows = rank if across == WIDTH else -(-rank // WIDTH) * across
         if A.shape != (rows, g.inp) or B.shape != (out, rank):
@@ -207,7 +207,7 @@ def check_pairs(g: Group, pairs: Pairs | None, cells: int, across: int = WIDTH) 
 class DeltaOp(Protocol):
     """One way to compute the changes of a step; all ways agree (1e-5 of the size in fp32).
 
-    ``slots`` maps a slot to its cells.  A slot that a segment names is in it; a token outside every segment is the base's
+    ``slots`` maps a slot to its pages.  A slot that a segment names is in it; a token outside every segment is the base's
     and costs nothing.  ``begin`` is called once a step, before any product, and keeps what depends on
     ``plan.composition`` alone.
     """

@@ -18,27 +18,27 @@ class ConcatOp(Op):
     name = "cat"
 
     def shrink(self, group: Group, x: Tensor) -> tuple[Kept, Tensor] | None:
-        """Masked v: (rows, m, cells, WIDTH)."""
+        """Masked v: (rows, m, pages, WIDTH)."""
         if not self.step.runs(group):
             return None
         kept = self.step.kept(group, self._kept)
-        cells, mask, lo, hi = kept
-        v = torch.matmul(x[lo:hi].to(self.cells.dtype), stacked_A(self.cells, group, cells))
-        v = torch.where(mask, v.view(len(cells), hi - lo, -1, WIDTH), 0)
+        pages, mask, lo, hi = kept
+        v = torch.matmul(x[lo:hi].to(self.pages.dtype), stacked_A(self.pages, group, pages))
+        v = torch.where(mask, v.view(len(pages), hi - lo, -1, WIDTH), 0)
         return kept, v.permute(1, 2, 0, 3).contiguous()
 
     def expand(self, group: Group, j: int, v: tuple[Kept, Tensor] | None, y: Tensor) -> None:
         if v is None:
             return
-        (cells, _, lo, hi), masked = v
-        B = stacked_B(self.cells, group, j, cells).reshape(-1, group.outs[j])
+        (pages, _, lo, hi), masked = v
+        B = stacked_B(self.pages, group, j, pages).reshape(-1, group.outs[j])
         y[lo:hi] += (masked[:, j].flatten(1) @ B).to(y.dtype)
 
     def _kept(self, group: Group, runs: tuple[RowRun, ...]) -> Kept:
         lo, hi = runs[0].start, runs[-1].end
-        cells = list(dict.fromkeys(c for run in runs for c in run.cells))
-        mask = torch.zeros(len(cells), hi - lo, 1, 1, dtype=torch.bool)
+        pages = list(dict.fromkeys(c for run in runs for c in run.pages))
+        mask = torch.zeros(len(pages), hi - lo, 1, 1, dtype=torch.bool)
         for run in runs:
-            for c in run.cells:
-                mask[cells.index(c), run.start - lo : run.end - lo] = True
-        return cells, mask, lo, hi
+            for c in run.pages:
+                mask[pages.index(c), run.start - lo : run.end - lo] = True
+        return pages, mask, lo, hi

@@ -14,15 +14,15 @@ LONG = 16  #: rows from which a segment has products of its own
 FEW = 4  #: short segments from which equal ones are batched
 
 
-def stacked_A(cells: LoraPages, group: Group, held: Sequence[int]) -> Tensor:
-    """(len(held), in, WIDTH·m): the shrinking factors; a view of the cells where one is asked for."""
-    whole = cells.shrink[group.name].view(cells.count, group.inp, -1)
+def stacked_A(pages: LoraPages, group: Group, held: Sequence[int]) -> Tensor:
+    """(len(held), in, WIDTH·m): the shrinking factors; a view of the pages where one is asked for."""
+    whole = pages.shrink[group.name].view(pages.count, group.inp, -1)
     return whole[held[0] : held[0] + 1] if len(held) == 1 else whole[list(held)]
 
 
-def stacked_B(cells: LoraPages, group: Group, j: int, held: Sequence[int]) -> Tensor:
+def stacked_B(pages: LoraPages, group: Group, j: int, held: Sequence[int]) -> Tensor:
     """(len(held), WIDTH, out_j): the expanding factors of module ``j``, laid out as rows (a copy)."""
-    whole = cells.expand[group.name][j]
+    whole = pages.expand[group.name][j]
     some = whole[held[0] : held[0] + 1] if len(held) == 1 else whole[list(held)]
     return some.transpose(1, 2).flatten(2)[..., : group.outs[j]]
 
@@ -31,25 +31,25 @@ Blocks = tuple[tuple[RowRun, ...], ...]
 
 
 class Grouped(Op):
-    """`addmm_` a segment; short segments with as many rows and cells as one another go through `bmm` together."""
+    """`addmm_` a segment; short segments with as many rows and pages as one another go through `bmm` together."""
 
     name = "grouped"
 
     def shrink(self, group: Group, x: Tensor) -> list[tuple[tuple[RowRun, ...], Tensor]]:
-        """Per block of runs, v: (runs, rows, m, cells·WIDTH)."""
-        x = x.to(self.cells.dtype)
+        """Per block of runs, v: (runs, rows, m, pages·WIDTH)."""
+        x = x.to(self.pages.dtype)
         return [(runs, self._shrink(group, runs, x)) for runs in self.step.kept(group, _blocks)]
 
     def _shrink(self, group: Group, runs: tuple[RowRun, ...], x: Tensor) -> Tensor:
-        d, n, c = len(runs), runs[0].rows, len(runs[0].cells)
-        A = stacked_A(self.cells, group, [cell for run in runs for cell in run.cells])
+        d, n, c = len(runs), runs[0].rows, len(runs[0].pages)
+        A = stacked_A(self.pages, group, [page for run in runs for page in run.pages])
         v = torch.matmul(_rows(x, runs).view(d, 1, n, -1), A.view(d, c, group.inp, -1))
         return v.view(d, c, n, -1, WIDTH).permute(0, 2, 3, 1, 4).reshape(d, n, -1, c * WIDTH)
 
     def expand(self, group: Group, j: int, v: list[tuple[tuple[RowRun, ...], Tensor]], y: Tensor) -> None:
         for runs, vs in v:
             d, n = len(runs), runs[0].rows
-            B = stacked_B(self.cells, group, j, [cell for run in runs for cell in run.cells]).reshape(d, -1, group.outs[j])
+            B = stacked_B(self.pages, group, j, [page for run in runs for page in run.pages]).reshape(d, -1, group.outs[j])
             if d == 1 and y.dtype == B.dtype:
                 y[runs[0].start : runs[0].end].addmm_(vs[0, :, j], B[0])
                 continue
@@ -61,7 +61,7 @@ class Grouped(Op):
 def _blocks(group: Group, runs: tuple[RowRun, ...]) -> Blocks:
     alike: dict[tuple[int, int], list[RowRun]] = {}
     for run in runs:
-        alike.setdefault((run.rows, len(run.cells)), []).append(run)
+        alike.setdefault((run.rows, len(run.pages)), []).append(run)
     out: list[tuple[RowRun, ...]] = []
     for (rows, _), same in alike.items():
         out += [tuple(same)] if rows < LONG and len(same) >= FEW else [(run,) for run in same]

@@ -1,24 +1,24 @@
 /* Low-rank changes of many adapters on their own rows, for rankwise/serve/ops/native.py (which explains the layout).
 
    Vectors are the compiler's own (GCC and Clang): it picks AVX-512, AVX2, NEON or what there is.  Nothing is padded and
-   nothing beyond a run's cells is read.  float throughout, sums in registers. */
+   nothing beyond a run's pages is read.  float throughout, sums in registers. */
 #include <stdint.h>
 
-#define W 8      /* components in a cell */
-#define ROWS 8   /* rows that read a cell together */
+#define W 8      /* components in a page */
+#define ROWS 8   /* rows that read a page together */
 #define MODULES 8
 
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 typedef struct {
-  const float *shrink, *expand; /* the cells of one group */
+  const float *shrink, *expand; /* the pages of one group */
   int64_t in, modules, chunk, chunks;
   int64_t out[MODULES], first[MODULES]; /* outputs, and the first chunk, of each module */
 } group;
 
 typedef struct {
-  int32_t start, rows, first, cells; /* rows of the step, and a range of the list of cells */
+  int32_t start, rows, first, pages; /* rows of the step, and a range of the list of pages */
 } work;
 
 /* v[rows][modules·W] = x[rows][in] · A[in][modules·W] at B vectors of columns, U sums beside each other for the latency */
@@ -57,10 +57,10 @@ static const shrinker SHRINKERS[4][3] = {{shrink_1_1, shrink_1_2, shrink_1_3},
 
 static int log2_of(int64_t rows) { return rows >= 8 ? 3 : rows >= 4 ? 2 : rows >= 2 ? 1 : 0; }
 
-/* v[rows][modules·W] of one cell */
-static void shrink(const group *g, const float *x, int64_t ldx, int64_t rows, int64_t cell, float *v) {
+/* v[rows][modules·W] of one page */
+static void shrink(const group *g, const float *x, int64_t ldx, int64_t rows, int64_t page, float *v) {
   int64_t ld = g->modules * W;
-  const float *A = g->shrink + cell * g->in * ld;
+  const float *A = g->shrink + page * g->in * ld;
   for (int64_t t = 0; t < rows;) {
     int k = log2_of(rows - t);
     for (int64_t b = 0; b < g->modules; b += 3) {
@@ -97,10 +97,10 @@ EXPAND(1) EXPAND(2) EXPAND(4) EXPAND(8)
 typedef void (*expander)(float *, int64_t, const float *, int64_t, int64_t, const float *, int64_t);
 static const expander EXPANDERS[4] = {expand_1, expand_2, expand_4, expand_8};
 
-/* all outputs of module j, one cell */
-static void expand(const group *g, int64_t j, float *y, int64_t ldy, int64_t rows, int64_t cell, const float *v) {
+/* all outputs of module j, one page */
+static void expand(const group *g, int64_t j, float *y, int64_t ldy, int64_t rows, int64_t page, const float *v) {
   int64_t ldv = g->modules * W;
-  const float *B = g->expand + (cell * g->chunks + g->first[j]) * W * g->chunk;
+  const float *B = g->expand + (page * g->chunks + g->first[j]) * W * g->chunk;
   for (int64_t o = 0; o < g->out[j]; o += g->chunk, B += W * g->chunk) {
     int64_t n = g->out[j] - o < g->chunk ? g->out[j] - o : g->chunk;
     for (int64_t t = 0; t < rows;) {
@@ -111,34 +111,34 @@ static void expand(const group *g, int64_t j, float *y, int64_t ldy, int64_t row
   }
 }
 
-/* v[first + cell of the run][rows][modules·W] for every piece of work; v holds ROWS rows a cell */
-void rankwise_shrink(const group *g, const float *x, int64_t ldx, const work *todo, int64_t n, const int32_t *cells, float *v) {
+/* v[first + page of the run][rows][modules·W] for every piece of work; v holds ROWS rows a page */
+void rankwise_shrink(const group *g, const float *x, int64_t ldx, const work *todo, int64_t n, const int32_t *pages, float *v) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t w = 0; w < n; w++)
-    for (int32_t c = 0; c < todo[w].cells; c++)
-      shrink(g, x + todo[w].start * ldx, ldx, todo[w].rows, cells[todo[w].first + c],
+    for (int32_t c = 0; c < todo[w].pages; c++)
+      shrink(g, x + todo[w].start * ldx, ldx, todo[w].rows, pages[todo[w].first + c],
              v + (int64_t)(todo[w].first + c) * ROWS * g->modules * W);
 }
 
-void rankwise_expand(const group *g, int64_t j, float *y, int64_t ldy, const work *todo, int64_t n, const int32_t *cells,
+void rankwise_expand(const group *g, int64_t j, float *y, int64_t ldy, const work *todo, int64_t n, const int32_t *pages,
                      const float *v) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t w = 0; w < n; w++)
-    for (int32_t c = 0; c < todo[w].cells; c++)
-      expand(g, j, y + todo[w].start * ldy, ldy, todo[w].rows, cells[todo[w].first + c],
+    for (int32_t c = 0; c < todo[w].pages; c++)
+      expand(g, j, y + todo[w].start * ldy, ldy, todo[w].rows, pages[todo[w].first + c],
              v + (int64_t)(todo[w].first + c) * ROWS * g->modules * W);
 }
 
 /* both at once: a row's v never leaves the core that made it */
 void rankwise_apply(const group *g, const float *x, int64_t ldx, float *const *y, const int64_t *ldy, const work *todo, int64_t n,
-                    const int32_t *cells) {
+                    const int32_t *pages) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t w = 0; w < n; w++) {
     float v[ROWS * MODULES * W];
-    for (int32_t c = 0; c < todo[w].cells; c++) {
-      int64_t cell = cells[todo[w].first + c];
-      shrink(g, x + todo[w].start * ldx, ldx, todo[w].rows, cell, v);
-      for (int64_t j = 0; j < g->modules; j++) expand(g, j, y[j] + todo[w].start * ldy[j], ldy[j], todo[w].rows, cell, v);
+    for (int32_t c = 0; c < todo[w].pages; c++) {
+      int64_t page = pages[todo[w].first + c];
+      shrink(g, x + todo[w].start * ldx, ldx, todo[w].rows, page, v);
+      for (int64_t j = 0; j < g->modules; j++) expand(g, j, y[j] + todo[w].start * ldy[j], ldy[j], todo[w].rows, page, v);
     }
   }
 }

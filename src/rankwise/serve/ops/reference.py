@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceOp(Op):
-    """y[segment] += (x[segment] Aᵀ) Bᵀ with A and B read out of the cells."""
+    """y[segment] += (x[segment] Aᵀ) Bᵀ with A and B read out of the pages."""
 
     name = "reference"
 
@@ -23,6 +23,6 @@ class ReferenceOp(Op):
 
     def expand(self, group: Group, j: int, v: Tensor, y: Tensor) -> None:
         for run in self.step.runs(group):
-            A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.cells.read(run.cells, group.name, j))
+            A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.pages.read(run.pages, group.name, j))
             change = v[run.start : run.end].to(A.dtype) @ A.t() @ B.t()
             y[run.start : run.end] += change.to(y.dtype)

@@ -22,12 +22,12 @@ OPS = {
 }
 
 
-def make_op(name: str, cells: LoraPages, native: bool | None = None) -> Op:
-    """The operator ``name`` on ``cells``; ``native`` lets "auto" build and use the C operator (None: as $RANKWISE_NATIVE says).
+def make_op(name: str, pages: LoraPages, native: bool | None = None) -> Op:
+    """The operator ``name`` on ``pages``; ``native`` lets "auto" build and use the C operator (None: as $RANKWISE_NATIVE says).
 
     Raises:
         UnknownName: no operator of that name.
-        OptionError, MissingExtra: this machine, or the cells' dtype, cannot run it; the message says why.
+        OptionError, MissingExtra: this machine, or the pages' dtype, cannot run it; the message says why.
     """
     if native is not None and name != "auto":
         raise OptionError(f"`native` is a choice of the operator 'auto'; here {name!r} was named, which is used as it is.")
@@ -35,5 +35,5 @@ def make_op(name: str, cells: LoraPages, native: bool | None = None) -> Op:
         raise unknown("delta operator", name, OPS)
     module, _, cls = OPS[name].partition(":")
     make = getattr(importlib.import_module(f"{__package__}.{module}"), cls)
-    op: Op = make(cells, native) if name == "auto" else make(cells)
+    op: Op = make(pages, native) if name == "auto" else make(pages)
     return op

@@ -1,4 +1,4 @@
-"""What the operators know of the running step: which cells act on which rows, kept while the composition stays."""
+"""What the operators know of the running step: which pages act on which rows, kept while the composition stays."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows [start, end) and the cells that act on them, one at least."""
+    """Rows [start, end) and the pages that act on them, one at least."""
 
     start: int
     end: int
-    cells: tuple[int, ...]
+    pages: tuple[int, ...]
 
     @property
     def rows(self) -> int:
@@ -33,10 +33,10 @@ class RowRun:
 
 
 class OpStep:
-    """The segments of one composition with their cells, and what operators derived from them (``notes`` is theirs)."""
+    """The segments of one composition with their pages, and what operators derived from them (``notes`` is theirs)."""
 
-    def __init__(self, cells: LoraPages, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
-        self.cells, self.segments, self.held = cells, segments, held
+    def __init__(self, pages: LoraPages, segments: Sequence[Segment], held: Sequence[Sequence[int]]):
+        self.pages, self.segments, self.held = pages, segments, held
         self._touched = frozenset(c for some in held for c in some)
         self._whole: tuple[RowRun, ...] | None = None
         self._runs: dict[str, tuple[RowRun, ...]] = {}
@@ -50,11 +50,11 @@ class OpStep:
         One object for all groups that every adapter of the step touches, which is most of them.
         """
         if group.name not in self._runs:
-            whole = self.cells.filled(group.name, self._touched)
+            whole = self.pages.filled(group.name, self._touched)
             if whole and self._whole is not None:
                 self._runs[group.name] = self._whole
             else:
-                used = [(s, self.cells.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
+                used = [(s, self.pages.used(group.name, held)) for s, held in zip(self.segments, self.held, strict=True)]
                 self._runs[group.name] = tuple(RowRun(s.start, s.end, c) for s, c in used if c and s.end > s.start)
             if whole:
                 self._whole = self._runs[group.name]
@@ -76,9 +76,9 @@ class Op:
 
     name: ClassVar[str]
 
-    def __init__(self, cells: LoraPages):
-        self.cells = cells
-        self.step = OpStep(cells, (), ())
+    def __init__(self, pages: LoraPages):
+        self.pages = pages
+        self.step = OpStep(pages, (), ())
         self._key: Any = None
         self._steps: dict[Any, OpStep] = {}
 
@@ -92,11 +92,11 @@ class Op:
             held = tuple(tuple(slots[s.slot]) for s in plan.composition)
         except KeyError as e:
             raise OptionError(f"A segment of the step names slot {e.args[0]}, which holds no adapter.") from None
-        key = (self.cells.version, held, plan.composition)
+        key = (self.pages.version, held, plan.composition)
         if key == self._key:
             return
         known = self._steps.pop(key) if key in self._steps else None
-        self._key, self.step = key, known or OpStep(self.cells, plan.composition, held)
+        self._key, self.step = key, known or OpStep(self.pages, plan.composition, held)
         self._steps[key] = self.step
         if len(self._steps) > KEPT:
             del self._steps[next(iter(self._steps))]  # the one unused for longest

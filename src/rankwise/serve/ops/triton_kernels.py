@@ -1,11 +1,11 @@
 """Two Triton kernels, shrink and expand, each for pieces of one row (decode) or of sixteen (prefill).
 
-Weights are addressed as (buffer, offset of the cell), never as pointers of their own, so that relocated cells, the
+Weights are addressed as (buffer, offset of the page), never as pointers of their own, so that relocated pages, the
 interpreter and captured graphs all work.  The grid is fixed by maxima: a program beyond the pieces of this step,
-or beyond the cells of its piece, ends at once.  Products are summed in fp32; v stays in fp32.  WIDEN casts both sides of a
+or beyond the pages of its piece, ends at once.  Products are summed in fp32; v stays in fp32.  WIDEN casts both sides of a
 product first: for single rows, for sides of two dtypes, and in the interpreter, whose bf16 products are wrong.
 
-A piece is four int32: its first row, its rows, the first of its cells in the list, its cells.
+A piece is four int32: its first row, its rows, the first of its pages in the list, its pages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton.language as tl
 
 @triton.jit
 def shrink_kernel(
-    x: Any, ldx: Any, stepx: Any, weights: Any, v: Any, pieces: Any, cells: Any, count: Any, inp: Any,
+    x: Any, ldx: Any, stepx: Any, weights: Any, v: Any, pieces: Any, pages: Any, count: Any, inp: Any,
     COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """v[pair, row, columns] = x[row] · A[cell], one program a (piece, cell)."""
+    """v[pair, row, columns] = x[row] · A[page], one program a (piece, page)."""
     piece, c = tl.program_id(0), tl.program_id(1)
     if piece >= tl.load(count):
         return
@@ -29,7 +29,7 @@ def shrink_kernel(
         return
     start, n = tl.load(pieces + piece * 4), tl.load(pieces + piece * 4 + 1)
     pair = tl.load(pieces + piece * 4 + 2) + c
-    weights += tl.load(cells + pair).to(tl.int64) * inp * COLUMNS
+    weights += tl.load(pages + pair).to(tl.int64) * inp * COLUMNS
     rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
     total = tl.zeros((ROWS, PADDED), tl.float32)
     for first in range(0, inp, BLOCK):
@@ -51,11 +51,11 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    v: Any, weights: Any, y: Any, ldy: Any, stepy: Any, pieces: Any, cells: Any, count: Any, out: Any, module: Any, first: Any,
-    cell_numel: Any, chunk: Any, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    v: Any, weights: Any, y: Any, ldy: Any, stepy: Any, pieces: Any, pages: Any, count: Any, out: Any, module: Any, first: Any,
+    page_numel: Any, chunk: Any, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y[row, o] += Σ over the piece's cells of v[pair, row, module's components] · B[cell], one program a (piece, block of o)."""
+    """y[row, o] += Σ over the piece's pages of v[pair, row, module's components] · B[page], one program a (piece, block of o)."""
     piece = tl.program_id(0)
     if piece >= tl.load(count):
         return
@@ -71,7 +71,7 @@ def expand_kernel(
             v + ((pair + c).to(tl.int64) * ROWS + rows[:, None]) * COLUMNS + module * WIDTH + k[None, :],
             mask=(rows < n)[:, None] & (k < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
-        at = weights + tl.load(cells + pair + c).to(tl.int64) * cell_numel + inside
+        at = weights + tl.load(pages + pair + c).to(tl.int64) * page_numel + inside
         b = tl.load(at, mask=(k < WIDTH)[:, None] & (o < out)[None, :], other=0.0)
         if ROWS == 1:
             total += tl.sum(tl.trans(a) * b.to(tl.float32), 0)[None, :]

@@ -1,8 +1,8 @@
-"""One device's cells, and the operators that work on them: adapters held split, and adapters held replicated, in one step.
+"""One device's pages, and the operators that work on them: adapters held split, and adapters held replicated, in one step.
 
-A cell is a cell in both stores; an adapter's numbers are written to one and its cells are left out of the other, whose memory
+A page is a page in both stores; an adapter's numbers are written to one and its pages are left out of the other, whose memory
 the system then never gives.  Replicated adapters run by any operator on slices (:mod:`rankwise.serve.parallel.cutting`
-says why nothing is sent).  Split ones hold ⌈8/N⌉ of a cell's components at column-parallel groups:
+says why nothing is sent).  Split ones hold ⌈8/N⌉ of a page's components at column-parallel groups:
 
     v_n (pairs × m·⌈8/N⌉) → gathered (pairs × m·8)    row-parallel: v_n (pairs × 8) → summed;  then B's slice
 """
@@ -32,22 +32,22 @@ SPLIT_FROM = 64  #: rank from which "auto" splits: two collectives a block are p
 
 
 class SplitBags(Bags):
-    """:class:`~rankwise.serve.ops.bags.Bags` on cells whose components and inputs are shared out over the devices."""
+    """:class:`~rankwise.serve.ops.bags.Bags` on pages whose components and inputs are shared out over the devices."""
 
     name = "split"
 
-    def __init__(self, cells: LoraPages, share: Share, comm: Communicator):
-        super().__init__(cells)
+    def __init__(self, pages: LoraPages, share: Share, comm: Communicator):
+        super().__init__(pages)
         self.share, self.comm = share, comm
 
     def shrink(self, group: Group, x: Tensor) -> Any:
-        return super().shrink(self.cells.groups[group.name], x)
+        return super().shrink(self.pages.groups[group.name], x)
 
     def expand(self, group: Group, j: int, v: Any, y: Tensor) -> None:
-        super().expand(self.cells.groups[group.name], j, v, self._mine(group, y))
+        super().expand(self.pages.groups[group.name], j, v, self._mine(group, y))
 
     def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:
-        super().apply(self.cells.groups[group.name], x, [self._mine(group, y) for y in ys])
+        super().apply(self.pages.groups[group.name], x, [self._mine(group, y) for y in ys])
 
     def _mine(self, group: Group, y: Tensor) -> Tensor:
         """The outputs whose changes are this device's: all of a column-parallel slice, [lo, hi) of a partial sum."""
@@ -65,7 +65,7 @@ class SplitBags(Bags):
 
 
 class Both:
-    """Two operators on two stores, each of which leaves the other's cells alone."""
+    """Two operators on two stores, each of which leaves the other's pages alone."""
 
     name: ClassVar[str] = "parallel"
 
@@ -88,15 +88,15 @@ class Both:
             op.apply(group, x, ys)
 
 
-class DeviceCells:
-    """The adapters' cells of one device.
+class DevicePages:
+    """The adapters' pages of one device.
 
     Args:
         split: ``split``, ``replicate``, or ``auto``: by each adapter's rank.
         op: how replicated adapters are computed.  Split ones are always computed by bags.
 
     Raises:
-        OptionError: no such way; an operator that reads cells that were left out.
+        OptionError: no such way; an operator that reads pages that were left out.
     """
 
     def __init__(
@@ -126,9 +126,9 @@ class DeviceCells:
         return dataclasses.replace(g, outs=(hi - lo,)) if hi else g
 
     @property
-    def cell_bytes(self) -> int:
-        """Of a cell in the larger way of holding it."""
-        return max(s.cell_bytes for s in self.stores.values())
+    def page_bytes(self) -> int:
+        """Of a page in the larger way of holding it."""
+        return max(s.page_bytes for s in self.stores.values())
 
     def operator(self) -> DeltaOp:
         ops: list[DeltaOp] = [
@@ -142,14 +142,14 @@ class DeviceCells:
         rank = max((p[0].shape[0] for those in pairs.values() for p in those if p is not None), default=0)
         return self.way == "split" or (self.way == "auto" and rank >= SPLIT_FROM)
 
-    def write(self, cells: Sequence[int], split: bool, pairs: Mapping[str, Pairs]) -> None:
+    def write(self, pages: Sequence[int], split: bool, pairs: Mapping[str, Pairs]) -> None:
         """``pairs``: this device's, by :func:`slices`."""
-        self.stores[split].write(cells, pairs)
+        self.stores[split].write(pages, pairs)
         for way, store in self.stores.items():
             if way is not split:
-                store.leave(cells)
+                store.leave(pages)
 
 
 def slices(pairs: Mapping[str, Pairs], share: Share, split: bool) -> dict[str, Pairs]:
-    """A whole adapter's pairs as the device of ``share`` holds them in its cells."""
+    """A whole adapter's pairs as the device of ``share`` holds them in its pages."""
     return {name: cut_pairs(those, name, share, split, WIDTH) for name, those in pairs.items()}

@@ -16,7 +16,7 @@ from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.batch import make_plan
 from rankwise.serve.model.runner import NativeRunner
 from rankwise.serve.parallel.cutting import cut_model
-from rankwise.serve.parallel.device import DeviceCells
+from rankwise.serve.parallel.device import DevicePages
 from rankwise.serve.parallel.messages import Acts, Build, Said, StepMessage, Stop, Write, hear, tell
 from rankwise.serve.parallel.shares import Share, shares
 
@@ -32,25 +32,25 @@ _NOBODY = AdapterMetadata("", "", "", "", 0, 0, 0)
 class SlotCopy:
     """A slot as a follower knows it."""
 
-    cells: tuple[int, ...]
+    pages: tuple[int, ...]
     served: LoadedAdapter
 
 
 def device_of(
     model: nn.Module, share: Share, comm: Communicator, build: Build, runner: Callable[..., R], expected: Tensor
-) -> tuple[DeviceCells, R]:
-    """One device's cells and its runner, made by ``runner`` (a :class:`NativeRunner`).  Raises AttachError, OptionError."""
+) -> tuple[DevicePages, R]:
+    """One device's pages and its runner, made by ``runner`` (a :class:`NativeRunner`).  Raises AttachError, OptionError."""
     local = cut_model(model, share)
     dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
-    cells = DeviceCells(share, comm, build.cells, dtype, build.split, build.op, build.native)
+    pages = DevicePages(share, comm, build.lora_pages, dtype, build.split, build.op, build.native)
     finish = {g.name: comm.all_reduce for g in share.groups if share.row_parallel(g.name)}
-    first: LoraPages = next(iter(cells.stores.values()))
+    first: LoraPages = next(iter(pages.stores.values()))
     made = runner(
-        local, share.groups, first, cells.operator(), cells.operator(), blocks=build.blocks, page=build.page,
+        local, share.groups, first, pages.operator(), pages.operator(), blocks=build.blocks, page=build.page,
         max_rows=build.max_rows, pack=build.pack, loop=build.loop, expected=expected, finish=finish,
     )  # fmt: skip
     made.rows.limit = build.row_tokens
-    return cells, made
+    return pages, made
 
 
 class Follower(NativeRunner):
@@ -63,14 +63,14 @@ class Follower(NativeRunner):
         """``held``: the slots told so far, brought up to date."""
         for n in step.gone:
             del held[n]
-        held |= {n: SlotCopy(acts.cells, _touching(acts)) for n, acts in step.slots.items()}
+        held |= {n: SlotCopy(acts.pages, _touching(acts)) for n, acts in step.slots.items()}
         plan = make_plan(step.spans, self.page)
         self.run(dataclasses.replace(plan, sample_rows=torch.empty(0, dtype=torch.int64)), held)
 
 
 def _touching(acts: Acts) -> LoadedAdapter:
-    """What a runner needs to know of an adapter whose numbers are in cells."""
-    return LoadedAdapter(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())), acts.loose)
+    """What a runner needs to know of an adapter whose numbers are in pages."""
+    return LoadedAdapter(_NOBODY, MappingProxyType(dict.fromkeys(acts.groups, ())), acts.non_lora_changes)
 
 
 def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
@@ -83,12 +83,12 @@ def follow(model: nn.Module, comm: Communicator, pipe: Connection) -> None:
     if isinstance(build, Stop):
         return
     share = shares(model, Layout(model), comm.size)[comm.rank]
-    cells, runner = device_of(model, share, comm, build, Follower, torch.empty(0))
+    pages, runner = device_of(model, share, comm, build, Follower, torch.empty(0))
     del model  # the slices are copies: the whole weights go
     held: dict[int, SlotCopy] = {}
     tell(pipe, Said("ready"))
     while not isinstance(message := hear(pipe), Stop):
         if isinstance(message, Write):
-            cells.write(message.cells, message.split, message.pairs)
+            pages.write(message.pages, message.split, message.pairs)
         else:
             runner.step(message, held)

@@ -1,7 +1,7 @@
 """The first device: it has the engine, the adapters and the head, and tells the others what each step is.
 
-The engine sees one runner and one store of cells.  Every step is told before it is run, every adapter that enters
-cells is cut once for each device and sent to it.  A step that fails leaves the devices at different collectives,
+The engine sees one runner and one store of pages.  Every step is told before it is run, every adapter that enters
+pages is cut once for each device and sent to it.  A step that fails leaves the devices at different collectives,
 so it ends the team.  Errors: PeerLost from then on.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.serve.model.runner import NativeRunner, RunnerSlot, own_logits
 from rankwise.serve.ops.base import Pairs, check_pairs
-from rankwise.serve.parallel.device import DeviceCells, slices
+from rankwise.serve.parallel.device import DevicePages, slices
 from rankwise.serve.parallel.follower import SlotCopy, device_of
 from rankwise.serve.parallel.messages import Acts, Build, StepMessage, Write
 from rankwise.serve.parallel.non_lora_changes import local
@@ -56,29 +56,29 @@ class Team(Protocol):
         ...
 
 
-class SharedCells:
-    """The cells of all devices behind the slot table's questions."""
+class SharedPages:
+    """The pages of all devices behind the slot table's questions."""
 
-    def __init__(self, team: Team, made: Sequence[Share], cells: DeviceCells):
-        self.team, self.shares, self.cells = team, made, cells
+    def __init__(self, team: Team, made: Sequence[Share], pages: DevicePages):
+        self.team, self.shares, self.pages = team, made, pages
 
     @property
     def count(self) -> int:
-        return self.cells.count
+        return self.pages.count
 
     @property
-    def cell_bytes(self) -> int:
+    def page_bytes(self) -> int:
         """Of the first device's part."""
-        return self.cells.cell_bytes
+        return self.pages.page_bytes
 
-    def write(self, cells: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
+    def write(self, pages: Sequence[int], pairs: Mapping[str, Pairs]) -> None:
         """See :meth:`rankwise.serve.ops.base.LoraPages.write`."""
         for name, g in self.shares[0].whole.items():
-            check_pairs(g, pairs.get(name), len(cells))
-        split = self.cells.splits(pairs)
+            check_pairs(g, pairs.get(name), len(pages))
+        split = self.pages.splits(pairs)
         for share in self.shares[1:]:
-            self.team.tell(share.rank, Write(tuple(cells), split, _owned(slices(pairs, share, split))))
-        self.cells.write(cells, split, slices(pairs, self.shares[0], split))
+            self.team.tell(share.rank, Write(tuple(pages), split, _owned(slices(pairs, share, split))))
+        self.pages.write(pages, split, slices(pairs, self.shares[0], split))
 
 
 def _owned(pairs: Mapping[str, Pairs]) -> dict[str, Pairs]:
@@ -98,11 +98,11 @@ class Leader(NativeRunner):
         new = {s.slot: slots[s.slot] for s in plan.segments if s.slot not in self.told}
         gone = tuple(n for n in self.told if n not in slots)
         for share in self.shares[1:]:
-            acts = {n: Acts(tuple(s.cells), tuple(s.served.pairs), local(s.served, share)) for n, s in new.items()}
+            acts = {n: Acts(tuple(s.pages), tuple(s.served.pairs), local(s.served, share)) for n, s in new.items()}
             self.team.tell(share.rank, StepMessage(plan.spans, acts, gone))
         for n in gone:
             del self.told[n]
-        self.told |= {n: SlotCopy(s.cells, self._own(s.served)) for n, s in new.items()}
+        self.told |= {n: SlotCopy(s.pages, self._own(s.served)) for n, s in new.items()}
         try:
             return super().run(plan, self.told)
         except Exception as error:
@@ -110,11 +110,11 @@ class Leader(NativeRunner):
 
     def _own(self, served: LoadedAdapter) -> LoadedAdapter:
         """The adapter as this device computes it: the head's changes are its alone."""
-        head = {m: those for m, those in served.loose.items() if m not in self.shares[0].cuts}
-        return dataclasses.replace(served, loose=head | local(served, self.shares[0]))
+        head = {m: those for m, those in served.non_lora_changes.items() if m not in self.shares[0].cuts}
+        return dataclasses.replace(served, non_lora_changes=head | local(served, self.shares[0]))
 
 
-def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[SharedCells, Leader]:
+def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[SharedPages, Leader]:
     """Have every device build its part; the first one's runner has checked the team's logits against the model's own.
 
     ``model`` and ``layout`` are the plain whole base's, which stays as it is, in the host's memory: adapters are read against it.
@@ -129,5 +129,5 @@ def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[Sh
     for rank in range(1, team.size):
         team.tell(rank, build)
     team.ready()
-    cells, runner = device_of(model, made[0], team.comm, build, functools.partial(Leader, team=team, made=made), expected)
-    return SharedCells(team, made, cells), runner
+    pages, runner = device_of(model, made[0], team.comm, build, functools.partial(Leader, team=team, made=made), expected)
+    return SharedPages(team, made, pages), runner

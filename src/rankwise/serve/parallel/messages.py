@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Build:
-    """Sizes and choices of the cache and the cells; ``split``, ``op``, ``native``: see :class:`.device.DeviceCells`."""
+    """Sizes and choices of the cache and the LoRA pages; ``split``, ``op``, ``native``: see :class:`.device.DevicePages`."""
 
     blocks: int
     page: int
     max_rows: int
-    cells: int
+    lora_pages: int
     split: str
     op: str
     native: bool | None
@@ -32,20 +32,20 @@ class Build:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Write:
-    """An adapter enters ``cells``; ``pairs`` are the receiver's slices."""
+    """An adapter enters ``pages``; ``pairs`` are the receiver's slices."""
 
-    cells: tuple[int, ...]
+    pages: tuple[int, ...]
     split: bool
     pairs: Mapping[str, Pairs]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Acts:
-    """What acts on one slot's rows: its cells, the groups its adapter touches, and the receiver's part of what is no pair."""
+    """What acts on one slot's rows: its pages, the groups its adapter touches, and the receiver's part of what is no pair."""
 
-    cells: tuple[int, ...]
+    pages: tuple[int, ...]
     groups: tuple[str, ...]
-    loose: Mapping[str, tuple[NonLoraChange, ...]]
+    non_lora_changes: Mapping[str, tuple[NonLoraChange, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -51,8 +51,10 @@ def is_affine(change: NonLoraChange) -> bool:
 def check(served: LoadedAdapter, share: Share, head: str) -> None:
     """Raises AdapterRefused where an adapter has what is not cut: at the linears of the layers only gains and offsets are;
     the head, which the first device has whole, may be changed in any way."""
-    wrong = [m for m, those in served.loose.items() if m != head and not (m in share.cuts and all(map(is_affine, those)))]
-    wrong += [p for p in served.whole if p.rpartition(".")[0] != head]
+    wrong = [
+        m for m, those in served.non_lora_changes.items() if m != head and not (m in share.cuts and all(map(is_affine, those)))
+    ]
+    wrong += [p for p in served.full_params if p.rpartition(".")[0] != head]
     if wrong:
         raise AdapterRefused(
             f"The adapter {served.manifest.name!r} changes {wrong[0]!r} by more than a low-rank pair, a gain of outputs and a bias, which "
@@ -61,9 +63,9 @@ def check(served: LoadedAdapter, share: Share, head: str) -> None:
 
 
 def local(served: LoadedAdapter, share: Share) -> dict[str, tuple[NonLoraChange, ...]]:
-    """The loose changes of a checked adapter at the cut modules, as this device makes them: one a module."""
+    """The non-LoRA changes of a checked adapter at the cut modules, as this device makes them: one a module."""
     outs = {m: out for g in share.whole.values() for m, out in zip(g.modules, g.outs, strict=True)}
-    return {m: (_cut(those, outs[m], m, share),) for m, those in served.loose.items() if m in share.cuts}
+    return {m: (_cut(those, outs[m], m, share),) for m, those in served.non_lora_changes.items() if m in share.cuts}
 
 
 def _cut(changes: Iterable[NonLoraChange], out: int, module: str, share: Share) -> Affine:

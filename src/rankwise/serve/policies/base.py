@@ -1,7 +1,7 @@
 """The seam of admission: in which order waiting requests are tried, and what becomes of each.
 
 A policy sees plain data and a clock, never a tensor, so it runs on a virtual clock as well.  Whether a request *fits*
-(cache blocks, adapter cells) is the engine's to say; a policy decides order, deferral, refusal and abortion.
+(cache blocks, LoRA pages) is the engine's to say; a policy decides order, deferral, refusal and abortion.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RequestInfo:
 
     Attributes:
         arrival, deadline, started: seconds on the engine's clock (deadline: of the first token; None: none).
-        adapter: digest or None for the base; ``resident``: it is in a slot now; ``cells``: what it takes.
+        adapter: digest or None for the base; ``resident``: it is in a slot now; ``lora_pages``: what it takes.
         prompt: prompt tokens not yet in the cache index; ``bound``: most new tokens; ``generated`` so far.
         ready: its adapter's numbers are on this host (an adapter that is still being read keeps nobody waiting).
     """
@@ -41,7 +41,7 @@ class RequestInfo:
     tenant: str = ""
     adapter: str | None = None
     resident: bool = True
-    cells: int = 0
+    lora_pages: int = 0
     deadline: float | None = None
     generated: int = 0
     started: float | None = None
@@ -66,7 +66,7 @@ class State:
     free_blocks: int
     total_blocks: int
     page: int
-    free_cells: int
+    free_lora_pages: int
     step_seconds: float = 0.0
     seconds_per_prompt_token: float = 0.0
     chunk: int = 0

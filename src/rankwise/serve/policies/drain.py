@@ -12,12 +12,12 @@ from rankwise.serve.policies.base import RequestInfo, Rule, State, need
 @register("policy", "drain", title="Draining an adapter for one that starves", reference="001")
 @dataclasses.dataclass
 class Drain(Rule):
-    """Ends the starvation of adapters that find every cell in use by adapters that never pause.
+    """Ends the starvation of adapters that find every LoRA page in use by adapters that never pause.
 
-    A request starves once it has waited ``max_wait`` seconds.  If its adapter is not in the batch and its cells are not
+    A request starves once it has waited ``max_wait`` seconds.  If its adapter is not in the batch and its LoRA pages are not
     free (and fewer than ``slots`` adapters run, where given), the running adapters with fewest remaining tokens are
     *drained*: nothing of theirs is let in any more, until what they hold makes room.  Meanwhile no other adapter enters the
-    batch; running ones and the base go on.  Where cells are not what it lacks, what becomes free is kept for it.
+    batch; running ones and the base go on.  Where LoRA pages are not what it lacks, what becomes free is kept for it.
     Otherwise the order is the one given.
     """
 
@@ -30,7 +30,11 @@ class Drain(Rule):
         need(
             "drain",
             max_wait=(self.max_wait, self.max_wait >= 0, "0 seconds or more"),
-            slots=(self.slots or 0, self.slots is None or self.slots >= 1, "at least 1, or None for as many as the cells hold"),
+            slots=(
+                self.slots or 0,
+                self.slots is None or self.slots >= 1,
+                "at least 1, or None for as many as the LoRA pages hold",
+            ),
         )
 
     def order(self, state: State) -> list[RequestInfo]:
@@ -53,21 +57,21 @@ class Drain(Rule):
         if job.adapter is None or job.adapter in here:
             return False
         no_slot = self.slots is not None and len(here) >= self.slots
-        return no_slot or (not job.resident and job.cells > state.free_cells)
+        return no_slot or (not job.resident and job.lora_pages > state.free_lora_pages)
 
     def _drained(self, job: RequestInfo, state: State) -> set[str]:
-        """The adapters nearest their end whose cells together are enough."""
+        """The adapters nearest their end whose LoRA pages together are enough."""
         left: dict[str, int] = defaultdict(int)
-        cells: dict[str, int] = {}
+        lora_pages: dict[str, int] = {}
         for j in state.running:
             if j.adapter is not None:
                 left[j.adapter] = max(left[j.adapter], j.remaining)
-                cells[j.adapter] = j.cells
+                lora_pages[j.adapter] = j.lora_pages
         chosen: set[str] = set()
-        room = state.free_cells
+        room = state.free_lora_pages
         for adapter in sorted(left, key=lambda a: (left[a], a)):
-            if chosen and (job.resident or room >= job.cells):
+            if chosen and (job.resident or room >= job.lora_pages):
                 break
             chosen.add(adapter)
-            room += cells[adapter]
+            room += lora_pages[adapter]
         return chosen

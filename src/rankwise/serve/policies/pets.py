@@ -33,7 +33,7 @@ class Pets(Rule):
     """Batch after batch, each planned over all that wait, for engines or work where batches are padded.
 
     Within an adapter, requests sorted by prompt are cut into mini-batches of least Σ β, β(n, longest) = ``launch`` +
-    n·longest·(``token`` + ``cell``·cells of the adapter); then all mini-batches, sorted by their longest, are cut into
+    n·longest·(``token`` + ``cell``·LoRA pages of the adapter); then all mini-batches, sorted by their longest, are cut into
     macro-batches of least Σ α, α(requests, longest) = ``step`` + requests·longest·``token``.  The next macro-batch is let in when
     nothing runs.  With ``least`` or fewer waiting: order of arrival.
     The published code runs the last macro-batch; here it is the one with the oldest request, which costs the same and
@@ -77,7 +77,7 @@ class Pets(Rule):
             queues[j.adapter].append(j)
         out = []
         for queue in queues.values():
-            price = self.token + self.cell * queue[0].cells
+            price = self.token + self.cell * queue[0].lora_pages
             runs = partition([j.prompt for j in queue], lambda n, longest: self.launch + n * longest * price, self.max_batch)  # noqa: B023
             out += [queue[s:e] for s, e in runs]
         return out

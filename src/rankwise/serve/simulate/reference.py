@@ -60,7 +60,7 @@ class CutLinear:
 def install(local: nn.Module, share: Share, comm: Communicator, pairs: Mapping[str, Pairs], split: bool) -> None:
     """Give every cut linear of ``local`` (:func:`~rankwise.serve.parallel.cutting.cut_model`) its forward by the definition.
 
-    ``pairs``: one adapter, as the whole base has it; A is split over its own rank here, not over cells.
+    ``pairs``: one adapter, as the whole base has it; A is split over its own rank here, not over LoRA pages.
     """
     for name, g in share.whole.items():
         mine = pairs.get(name) or (None,) * len(g.modules)

@@ -62,7 +62,7 @@ class SimOptions:
         slo: seconds to the first token, for the figures (a request's own deadline comes first).
         step_slo: seconds of a step that prompts and training are cut to, None for no limit.
         admit_every: steps between admissions where nobody has come or gone since the last.
-        fetch_seconds: until an adapter asked for the first time is on the host; ``cell_seconds``: to put a cell of it in a slot.
+        fetch_seconds: until an adapter asked for the first time is on the host; ``page_seconds``: to put a LoRA page of it in a slot.
         train: whether training fills what is left of each step.
     """
 
@@ -73,7 +73,7 @@ class SimOptions:
     step_slo: float | None = None
     admit_every: int = 8
     fetch_seconds: float = 0.0
-    cell_seconds: float = 0.0
+    page_seconds: float = 0.0
     train: bool = False
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Simulator:
         self.idle: dict[str, None] = {}  # resident adapters that no one uses, the longest so first
         self.fetched: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
-        self._copied = 0  # cells put in slots since the last step
+        self._copied = 0  # LoRA pages put in slots since the last step
         self._rows = 0
         self._moved = False  # somebody has come or gone since the last admission
 
@@ -165,10 +165,10 @@ class Simulator:
     # --- arrivals and ends --------------------------------------------------------------------------------------------
     def _arrive(self, s: Sent) -> None:
         self._moved = True
-        cells = -(-s.rank // WIDTH) if s.adapter is not None else 0
+        lora_pages = -(-s.rank // WIDTH) if s.adapter is not None else 0
         bound = s.output if s.bound is None else s.bound
-        self._check(s, cells, bound)
-        job = RequestInfo(s.id, s.at, s.prompt, bound, s.tenant, s.adapter, s.adapter is None, cells, s.deadline)
+        self._check(s, lora_pages, bound)
+        job = RequestInfo(s.id, s.at, s.prompt, bound, s.tenant, s.adapter, s.adapter is None, lora_pages, s.deadline)
         live = _Live(
             s, job, RequestRecord(s.id, s.tenant, s.at, s.prompt, s.deadline - s.at if s.deadline is not None else self.options.slo)
         )
@@ -180,18 +180,18 @@ class Simulator:
         else:
             self.waiting[s.id] = live
 
-    def _check(self, s: Sent, cells: int, bound: int) -> None:
+    def _check(self, s: Sent, lora_pages: int, bound: int) -> None:
         kv, adapter = self.pool.units[KV], self.pool.units[ADAPTER]
         blocks = -(-(s.prompt + bound + 1) // self.options.page)
-        total = blocks * kv.bytes + cells * adapter.bytes
+        total = blocks * kv.bytes + lora_pages * adapter.bytes
         room = self.pool.budget - sum(f for t, f in self.pool.floors.items() if t not in (KV, ADAPTER))
         if not 1 <= s.output <= bound or s.prompt < 1:
             raise OptionError(
                 f"Request {s.id!r} has {s.prompt} prompt tokens and makes {s.output} of {bound}; it needs 1 or more of each."
             )
-        if blocks > kv.count or cells > adapter.count or total > room:
+        if blocks > kv.count or lora_pages > adapter.count or total > room:
             raise OptionError(
-                f"Request {s.id!r} needs {blocks} blocks and {cells} cells, {total} bytes; the pool can never give them."
+                f"Request {s.id!r} needs {blocks} blocks and {lora_pages} LoRA pages, {total} bytes; the pool can never give them."
             )
 
     def _cancel(self) -> None:
@@ -235,10 +235,10 @@ class Simulator:
                 self._end(self.waiting.pop(job.id), Outcome.ABORTED if verdict is Verdict.ABORT else Outcome.REJECTED)
 
     def _enter(self, job: RequestInfo) -> bool:
-        """Let it in if there is room: its adapter's cells, and blocks for its tokens."""
+        """Let it in if there is room: its adapter's LoRA pages, and blocks for its tokens."""
         if len(self.running) >= self.options.max_running or not job.ready:
             return False
-        new = 0 if job.adapter is None or self.pool.count(job.adapter, ADAPTER) else job.cells
+        new = 0 if job.adapter is None or self.pool.count(job.adapter, ADAPTER) else job.lora_pages
         if not self._fits(job, self._blocks_without_idle(job.adapter, new)):
             return False  # idle adapters are given up only for one that gets in
         if new and not self._take(new, ADAPTER, job.adapter or "", keep=None):
@@ -258,11 +258,11 @@ class Simulator:
         live.computed = 0
         return True
 
-    def _blocks_without_idle(self, keep: str | None, cells: int) -> int:
-        """Blocks there would be if all idle adapters but one were given up and ``cells`` taken: never too few."""
+    def _blocks_without_idle(self, keep: str | None, lora_pages: int) -> int:
+        """Blocks there would be if all idle adapters but one were given up and ``lora_pages`` taken: never too few."""
         kv, adapter = self.pool.units[KV], self.pool.units[ADAPTER]
         idle = sum(self.pool.count(a, ADAPTER) for a in self.idle if a != keep)
-        room = self.pool.room(KV) + -(-(idle - cells) * adapter.bytes // kv.bytes)
+        room = self.pool.room(KV) + -(-(idle - lora_pages) * adapter.bytes // kv.bytes)
         return min(room, kv.count - self.pool.used(KV))
 
     def _fits(self, job: RequestInfo, blocks: int) -> bool:
@@ -325,7 +325,7 @@ class Simulator:
         return StepLoad(len(rows) + sum(chunks.values()), sum(x.computed for x in active), sum(ranks.values()))
 
     def _spend(self, load: StepLoad) -> None:
-        seconds = self.true.seconds(load) + self._copied * self.options.cell_seconds
+        seconds = self.true.seconds(load) + self._copied * self.options.page_seconds
         self._copied = 0
         self.model.observe(load, seconds)
         self.now += seconds
