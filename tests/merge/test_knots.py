@@ -9,14 +9,14 @@ from rankwise.catalogue import make
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import OptionError
 from rankwise.merge import merge_states
-from rankwise.merge.engine.base import _factors
+from rankwise.merge.engine.base import factors_of
 from rankwise.merge.engine.stack import FactorStack
 from tests.merge.tools import dense, source
 
 
 def test_the_basis_spans_the_sources() -> None:
     a, b = source(0), source(1, r=2)
-    stack = FactorStack("x", (0.5, 0.5), pairs=(_factors(a.sites["x"], "x"), _factors(b.sites["x"], "x")))
+    stack = FactorStack("x", (0.5, 0.5), pairs=(factors_of(a.sites["x"], "x"), factors_of(b.sites["x"], "x")))
     U = make("merge", "knots")._basis(stack)
     assert U.shape == (10, 5) and torch.allclose(U.mT @ U, torch.eye(5, dtype=torch.float64), atol=1e-10)
     D = [s.sites["x"].to(dtype=torch.float64).dense() for s in (a, b)]  # an fp32 product leaves the span in its last bits

@@ -11,8 +11,9 @@ import rankwise as rw
 from rankwise.delta import AdapterState, LowRank
 from rankwise.errors import MergeError, OptionError, UnknownName, ViewError
 from rankwise.merge import attach_state, merge_states
-from rankwise.merge.judge.evaluator import Evaluator, digest, plain
+from rankwise.merge.judge.evaluator import Evaluator
 from rankwise.merge.judge.functional import call
+from rankwise.merge.judge.state_values import digest, plain
 from tests.merge.models import SITES, copy_with, value
 from tests.models import batch_for, llama, move
 

@@ -15,9 +15,8 @@ import torch
 
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge.engine.base import Merge, given_weights, one_of, rule_of
-from rankwise.merge.engine.jobs import CheckpointReport, Read, TensorJob, write
+from rankwise.merge.engine.jobs import CheckpointReport, Read, TensorJob, by_tensor, write
 from rankwise.merge.engine.model_folder import EMBEDDING, HEAD, Checkpoint
-from rankwise.merge.judge.model_soups import by_tensor
 
 if TYPE_CHECKING:
     from rankwise.merge.judge.model_soups import Models

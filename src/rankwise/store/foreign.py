@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ArtefactError
 from rankwise.store import tensorfile
+from rankwise.store.diffusers import is_diffusers, read_diffusers
+from rankwise.store.gguf import read_gguf
 from rankwise.store.interchange import find_file
+from rankwise.store.kohya import is_kohya, read_kohya
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft.read import PeftInfo, read_peft
 
@@ -32,8 +35,6 @@ def read_foreign(path: str | os.PathLike[str], specs: Mapping[str, Any], config:
         return read_peft(path, specs)
     file = find_file(p, ".gguf")
     if file is not None:
-        from rankwise.store.gguf import read_gguf
-
         return read_gguf(file, specs, config)
     file = find_file(p, ".safetensors")
     if file is None:
@@ -48,9 +49,6 @@ def read_foreign(path: str | os.PathLike[str], specs: Mapping[str, Any], config:
 
 
 def _read_tensorfile(file: Path, specs: Mapping[str, Any]) -> tuple[AdapterState, PeftInfo]:
-    from rankwise.store.diffusers import is_diffusers, read_diffusers
-    from rankwise.store.kohya import is_kohya, read_kohya
-
     tensors, metadata = tensorfile.read_tensors(file.parent, file.name)
     if metadata.get("format") == "rankwise":
         raise ArtefactError(f"{file} is a native file under another name; call it rankwise.safetensors, and give its folder.")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from rankwise.catalogue import MethodInfo, make
 from rankwise.delta.lowrank import LowRank
-from rankwise.delta.solve import randomized_svd
 from rankwise.delta.state import AdapterState
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.engine.stack import FAR, FactorStack, Pair, Stack, one_shape, share_of
+from rankwise.merge.engine.result import Merged, distance
+from rankwise.merge.engine.stack import FactorPair, FactorStack, Stack, one_shape
 from rankwise.seeds import generator
 
 if TYPE_CHECKING:
@@ -38,18 +38,6 @@ class Source(Protocol):
     def sites(self) -> Any:
         """name → Delta; a mapping that may read on demand."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """One tensor's result: low-rank or out×in, and the share of it that cutting to a rank lost.
-
-    ``error``: ‖value − Σ w·ΔW‖/‖Σ w·ΔW‖ where the method knows it, else it is measured.
-    """
-
-    value: LowRank | Tensor
-    truncation: float = 0.0
-    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +163,7 @@ def _site(
     """One site's value in fp32, its distance from the weighted sum, and what a rank lost."""
     if rule.any_kind:
         return rule.add(found, weights).to(torch.float32), 0.0, 0.0
-    stack = FactorStack(name, weights, pairs=tuple(_factors(d, name) for d in found))
+    stack = FactorStack(name, weights, pairs=tuple(factors_of(d, name) for d in found))
     one_shape(stack)
     if not rule.spreads:
         _sound(stack)
@@ -276,7 +264,12 @@ def _whole(states: Sequence[Source]) -> dict[str, Tensor]:
     return out
 
 
-def _factors(d: Delta | None, name: str) -> Pair | None:
+def state_of(source: Source) -> AdapterState:
+    """A source as a value: itself, or all of a folder's sites read."""
+    return source if isinstance(source, AdapterState) else AdapterState(dict(source.sites.items()), dict(source.full or {}))
+
+
+def factors_of(d: Delta | None, name: str) -> FactorPair | None:
     """fp64 factors with √|s| on each side."""
     if d is None:
         return None
@@ -292,39 +285,6 @@ def _factors(d: Delta | None, name: str) -> Pair | None:
         return d.A.double(), d.B.double()
     A, B = (t.to(torch.float64, copy=True) for t in (d.A, d.B))
     return A.mul_(abs(s) ** 0.5), B.mul_(math.copysign(abs(s) ** 0.5, s))
-
-
-def distance(a: LowRank, b: LowRank) -> float:
-    """‖a − b‖/‖b‖ from r-wide products, in fp64 where the two are near each other; 0 where both vanish."""
-    wide = a.dtype == torch.float64 or b.dtype == torch.float64
-    ratio = float("nan") if wide else _distance(a, b, torch.float32)
-    return ratio if ratio > FAR and math.isfinite(ratio) else _distance(a, b, torch.float64)
-
-
-def _distance(a: LowRank, b: LowRank, dtype: torch.dtype) -> float:
-    (A, B), (C, D) = a.factors(), b.factors()
-    left = torch.cat([B.to(dtype), -D.to(dtype)], 1)
-    right = torch.cat([A.to(dtype), C.to(dtype)], 0)
-    products, own = (left.mT @ left).mul_(right @ right.mT).double(), slice(B.shape[1], None)
-    return share_of(products, products[own, own], dtype)
-
-
-def truncated(total: LowRank, rank: int) -> Merged:
-    """The best rank-``rank`` part of a low-rank value (QR + small SVD), √S on each side, and what it lost."""
-    low, lost = total.to_lowrank(rank=min(rank, *total.shape[-2:]))
-    return Merged(low, lost)
-
-
-def lowered(W: Tensor, rank: int, g: torch.Generator) -> Merged:
-    """A merged out×in change cut to ``rank``, √S on each side; by a randomised SVD where the rank is far below full."""
-    if 8 * rank < min(W.shape):
-        low, _ = LowRank.from_svd(*(t.double() for t in randomized_svd(W, rank, oversample=rank, generator=g)), rank=rank)
-    else:
-        low, _ = LowRank.from_svd(*torch.linalg.svd(W.double(), full_matrices=False), rank=rank)
-    size = float(W.double().norm())
-    A, B = low.factors()
-    gap = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=-1).double().norm()
-    return Merged(low, float(gap) / size if size else 0.0)
 
 
 def draws(rule: Merge, stack: Stack, seed: int) -> torch.Generator:

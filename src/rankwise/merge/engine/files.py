@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from rankwise.adapter import load, rebuild
+from rankwise.budgets.lt_sft import sparse
 from rankwise.delta.affine import Replace
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
 from rankwise.errors import MergeError, OptionError, nearest
 from rankwise.forms.patch import key
 from rankwise.merge.engine.base import merge_states
+from rankwise.recipe import Part, Recipe
 from rankwise.sites.discover import find_sites
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None,
     ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.  ``as_is`` keeps each
     change's own kind instead (entries, dense …); of the form ``full`` it takes the entries that moved.
     """
-    from rankwise.adapter import load
-
     name = f"__reading {folder}".replace("/", " ").replace("\\", " ")[:120]
     adapter = load(model, folder, name=name, activate=False)
     try:
@@ -41,8 +42,6 @@ def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None,
 
 
 def _as_it_is(adapter: Adapter) -> AdapterState:
-    from rankwise.budgets.lt_sft import sparse
-
     if all(d.in_place for d in adapter.sites.values()):
         return sparse(adapter)
     found = {n: adapter.delta(n) for n in adapter.sites}
@@ -65,9 +64,6 @@ def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged",
         MergeError: the state changes nothing.
         ArtefactError, OptionError: a place this model lacks; a shape that is not the weight's; a change that x decides.
     """
-    from rankwise.adapter import rebuild
-    from rankwise.recipe import Part, Recipe
-
     known: Mapping[str, Site] = getattr(model._modules.get("rankwise"), "known", None) or find_sites(model)  # type: ignore[assignment]
     pairs = {n: _narrow(d) for n, d in state.sites.items() if isinstance(d, LowRank) and _called(known.get(n))}
     held = {n: d for n, d in state.sites.items() if n not in pairs} | _whole(known, state)

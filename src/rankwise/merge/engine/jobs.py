@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,21 @@ def write(
         contents["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
     write_folder(path, contents)
     return report
+
+
+def by_tensor(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> dict[str, tuple[float, ...]]:
+    """The weights of each tensor in the files; even ones for what no weight was learnt for (buffers).
+
+    Raises:
+        OptionError: files whose tensors have other names than the loaded model's, which transformers converted.
+    """
+    known = set(names)
+    if lost := sorted(set(weights) - known):
+        raise OptionError(
+            f"The model holds {lost[0]!r}, which its files store under another name, so weights by tensor cannot be applied to them; "
+            "use per=model."
+        )
+    return {n: tuple(weights[n].tolist()) if n in weights else (1 / count,) * count for n in known}
 
 
 def _nbytes(job: TensorJob) -> int:

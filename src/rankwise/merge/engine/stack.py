@@ -17,12 +17,10 @@ from torch import Tensor
 
 from rankwise.delta.lowrank import LowRank
 from rankwise.errors import MergeError
+from rankwise.merge.engine.result import FAR, Merged, lowered, share_of, truncated
 
-Pair = tuple[Tensor, Tensor]
-#: relative distance above which fp32 products tell it to five digits; what is nearer is told in fp64
-FAR = 0.3
-#: the least share of its summands that a sum of fp32 products must keep, and the least sum, to be told by them
-CANCELS, TINY = 1e-2, 1e-30
+#: A_t (r, in) and B_t (out, r) of one source
+FactorPair = tuple[Tensor, Tensor]
 #: bytes of one block of all sources, and the rows whose random draws are made together (blocks begin at multiples of it)
 BLOCK_BYTES, TILE = 16 * 2**20, 16
 
@@ -61,6 +59,34 @@ class Stack:
         """A name for source ``t``'s values at this tensor: its random draws follow it wherever it stands in the list."""
         raise NotImplementedError
 
+    def combination(self, c: Sequence[float]) -> LowRank | Tensor:
+        """Σ c_t·x_t, exactly."""
+        raise NotImplementedError
+
+    def total(self) -> LowRank | Tensor:
+        """The weighted sum Σ w_t·x_t."""
+        return self.combination(self.weights)
+
+    def combined(self, c: Sequence[float], rank: int | None = None) -> Merged:
+        """Σ c_t·x_t as a result; of factors cut to ``rank`` where one is given, of whole tensors never cut."""
+        return Merged(self.combination(c), error=0.0 if tuple(c) == self.weights else None)
+
+    def lowered(self, made: Tensor, rank: int | None, g: torch.Generator) -> Merged:
+        """An out×in value as a result; of factors cut to ``rank`` (None: the largest source rank), of whole tensors never cut."""
+        return Merged(made)
+
+    def factors(self) -> FactorStack:
+        """This stack, for a method that works on the factors A and B.
+
+        Raises:
+            MergeError: the sources are whole tensors, which have none.
+        """
+        raise MergeError(f"The sources at {self.name!r} are whole tensors without factors A and B; use a merge of whole models.")
+
+    def filled(self) -> Stack:
+        """With the first source's values for those that lack the tensor; of whole models that was done when they were matched."""
+        return self
+
     def rank(self) -> int:
         """The largest rank of a source."""
         return min(self.shape)
@@ -86,7 +112,7 @@ class Stack:
 class FactorStack(Stack):
     """Sources as factors A_t (r_t, in), B_t (out, r_t) with √|s_t| on each side; None where absent."""
 
-    pairs: tuple[Pair | None, ...] = ()
+    pairs: tuple[FactorPair | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,8 +160,25 @@ class FactorStack(Stack):
         return LowRank(torch.cat(A), torch.cat(B, dim=1))
 
     def total(self) -> LowRank:
-        """The weighted sum."""
         return self.combination(self.weights)
+
+    def combined(self, c: Sequence[float], rank: int | None = None) -> Merged:
+        return super().combined(c) if rank is None else truncated(self.combination(c), rank)
+
+    def lowered(self, made: Tensor, rank: int | None, g: torch.Generator) -> Merged:
+        return lowered(made, min(rank or self.rank(), *self.shape), g)
+
+    def factors(self) -> FactorStack:
+        return self
+
+    def in_basis(self, U: Tensor) -> FactorStack:
+        """The sources' coordinates UᵀΔW_t in an orthonormal basis U: out×R."""
+        pairs = tuple(None if p is None else (p[0], U.mT @ p[1]) for p in self.pairs)
+        return dataclasses.replace(self, pairs=pairs)
+
+    def filled(self) -> FactorStack:
+        """With the first source's factors for those that have none here."""
+        return dataclasses.replace(self, pairs=tuple(self.pairs[0] if p is None else p for p in self.pairs))
 
     def crossed(self, C: Tensor) -> float:
         """‖Σ C[s,t]·B_s·A_t − Σ w_t·ΔW_t‖/‖Σ w_t·ΔW_t‖ for C: T×T fp64, where all T have one rank; nothing out×in is made.
@@ -203,18 +246,6 @@ class TensorStack(Stack):
                 if (source := self.read[t]) is not None:
                     mine.add_(source().reshape(self.size)[rows] if self.base is None else self.block(t, rows), alpha=x)
         return made
-
-
-def share_of(gap: Tensor, whole: Tensor, dtype: torch.dtype) -> float:
-    """√(Σ gap / Σ whole) of squares told by their summands, which came from products in ``dtype``; 0 where both vanish.
-
-    NaN where fp32 products do not tell ``whole`` to five digits, because its summands cancel or are too small.
-    """
-    size = float(whole.sum())
-    if dtype == torch.float32 and not (size > TINY and size > CANCELS * float(whole.abs().sum())):
-        return float("nan")
-    off = max(float(gap.sum()), 0.0)
-    return math.sqrt(off / size) if size > 0 else float(off > 0)
 
 
 def _digest(t: Tensor) -> str:

@@ -7,7 +7,6 @@ they were.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.delta.lowrank import LowRank
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge.engine.files import attach_state
-from rankwise.merge.judge.functional import call
+from rankwise.merge.judge.functional import call, evaluating
+from rankwise.merge.judge.state_values import digest, factors, plain
 from rankwise.runtime.switch import view
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Evaluator:
         split = self._split(split)
         key = split, digest(state)
         if key not in self._cache:
-            with self.attached(state), _evaluating(self.model), torch.no_grad():
+            with self.attached(state), evaluating(self.model), torch.no_grad():
                 value = float(self.scores[split](self.model))
             if math.isnan(value):
                 raise MergeError(f"The score on {split!r} is not a number; a source may have diverged. Leave it out.")
@@ -160,45 +159,6 @@ class Evaluator:
         return view(self.model, strengths) if "rankwise" in self.model._modules else contextlib.nullcontext()
 
 
-def plain(state: AdapterState) -> AdapterState:
-    """Every site exactly low-rank, no whole tensors, or a refusal."""
-    if state.full:
-        raise MergeError(
-            f"An oracle judges changes of weights, and this value also holds {next(iter(state.full))!r} whole; leave it out."
-        )
-    return state.map(lambda d: _narrow(d if isinstance(d, LowRank) else d.to_lowrank()[0]))
-
-
-def _narrow(d: LowRank) -> LowRank:
-    """The same change in no more components than the matrix has rows or columns; differentiable, unlike an SVD of it."""
-    out, inp = d.shape[-2:]
-    if d.r <= min(out, inp):
-        return d
-    eye = torch.eye(min(out, inp), dtype=d.dtype, device=d.device)
-    return LowRank(eye, d.dense()) if inp <= out else LowRank(d.dense(), eye)
-
-
-def factors(state: AdapterState) -> dict[str, Tensor]:
-    """A (r, in) and B·scale (out, r) of every site, named as the attached adapter names them; keeps the graph."""
-    out: dict[str, Tensor] = {}
-    for n, d in state.sites.items():
-        out[f"{n}::A"], out[f"{n}::B"] = d.factors()  # type: ignore[attr-defined]
-    return out
-
-
-def digest(state: AdapterState) -> str:
-    """A hash of what a value holds: kinds, scales, and every tensor's bytes."""
-    h = hashlib.sha256()
-    held = [(n, t) for n, t in state.full.items()]
-    for n, d in state.sites.items():
-        h.update(repr((n, d.kind, sorted(d.meta().items()))).encode())
-        held += [(k, t) for k, t in sorted(d.tensors().items())]
-    for n, t in held:
-        h.update(repr((n, tuple(t.shape), t.dtype)).encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy with the labels: of classes (N, C), or of next tokens (N, T, V), −100 left out."""
     labels = batch["labels"]
@@ -210,15 +170,3 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 def _fits(adapter: Adapter, state: AdapterState) -> bool:
     mine = {n: d.component_count() for n, d in adapter.sites.items()}
     return mine == {n: d.exact_rank for n, d in state.sites.items()}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, each module back in its own after."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rankwise.adapter import Adapter
 from rankwise.errors import OptionError, ViewError, unknown
 from rankwise.runtime.registry import AdapterRegistry, registry_of
 from rankwise.runtime.view import current
@@ -66,7 +65,7 @@ def _paths(registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor]) 
         raise ViewError(f"Adapter {name!r} is merged into the weights, so its tensors do not act; unmerge() it first.")
     home = [*registry.named_parameters(remove_duplicate=False), *registry.named_buffers(remove_duplicate=False)]
     where = {id(t): path for path, t in home}
-    mine = Adapter(registry, name).tensors()
+    mine = registry.records[name].tensors()
     out = {}
     for key, t in tensors.items():
         if key not in mine:
@@ -101,3 +100,15 @@ def _holding(fn: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., A
 
     checkpointed.keeps_view = True  # type: ignore[attr-defined]
     return checkpointed
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, each module back in its own after."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

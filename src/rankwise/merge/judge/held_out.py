@@ -13,13 +13,18 @@ from torch import nn
 
 from rankwise.errors import OptionError, nearest
 from rankwise.merge.judge.evaluator import Batch, Evaluator
+from rankwise.train import stages
+from rankwise.train.data.collate import Collator
+from rankwise.train.data.readers import read
+from rankwise.train.data.tokens import tokenize
+from rankwise.train.evaluate import classify, evaluate
 
 #: score → whether more of it is better
 SCORES = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeldOut:
+class HeldOutData:
     """``score``: of a model as it stands; ``batches``: its rows with labels; ``rows``: how many."""
 
     name: str
@@ -36,7 +41,9 @@ class HeldOut:
         return Evaluator(model, self.score, batches=self.batches, higher_is_better=self.higher_is_better)
 
 
-def held_out(model: nn.Module, reader: Any, data: Any, score: str = "loss", *, max_length: int = 512, batch: int = 8) -> HeldOut:
+def held_out(
+    model: nn.Module, reader: Any, data: Any, score: str = "loss", *, max_length: int = 512, batch: int = 8
+) -> HeldOutData:
     """Scores of ``model``, and of what is of its shape, on data that nothing was trained on.
 
     Args:
@@ -50,8 +57,6 @@ def held_out(model: nn.Module, reader: Any, data: Any, score: str = "loss", *, m
         OptionError: a score that this data does not have; a text model without tokenizer.
         DataError: data that cannot be read.
     """
-    from rankwise.train import stages
-
     if score not in SCORES:
         raise OptionError(f"The score {score!r} is not known; {nearest(score, SCORES)}")
     if stages.sees(model):
@@ -59,21 +64,14 @@ def held_out(model: nn.Module, reader: Any, data: Any, score: str = "loss", *, m
     return _text(model, reader, data, score, max_length, batch)
 
 
-def _images(pixels: Any, labels: Any, score: str, batch: int) -> HeldOut:
-    from rankwise.train.evaluate import classify
-
+def _images(pixels: Any, labels: Any, score: str, batch: int) -> HeldOutData:
     _has(score, ("loss", "accuracy"), "images")
     cut = zip(pixels.split(batch), labels.split(batch), strict=True)
     batches: list[Batch] = [{"pixel_values": p, "labels": y} for p, y in cut]
-    return HeldOut(score, lambda m: classify(m, pixels, labels)[score], batches, len(labels))
+    return HeldOutData(score, lambda m: classify(m, pixels, labels)[score], batches, len(labels))
 
 
-def _text(model: nn.Module, reader: Any, data: Any, score: str, max_length: int, batch: int) -> HeldOut:
-    from rankwise.train.data.collate import Collator
-    from rankwise.train.data.readers import read
-    from rankwise.train.data.tokens import tokenize
-    from rankwise.train.evaluate import evaluate
-
+def _text(model: nn.Module, reader: Any, data: Any, score: str, max_length: int, batch: int) -> HeldOutData:
     if reader is None:
         raise OptionError("The model has no tokenizer, so held-out text cannot be read for it; give the tokenizer beside it.")
     records = read(data)
@@ -83,7 +81,7 @@ def _text(model: nn.Module, reader: Any, data: Any, score: str, max_length: int,
     pad = reader.pad_token_id or 0
     size = sum(len(r.fields["text"].encode()) for r in records) if plain else None
     batches: list[Mapping[str, Any]] = [Collator(pad)(examples[i : i + batch]) for i in range(0, len(examples), batch)]
-    return HeldOut(score, lambda m: evaluate(m, examples, pad_id=pad, bytes_=size)[score], batches, len(examples))
+    return HeldOutData(score, lambda m: evaluate(m, examples, pad_id=pad, bytes_=size)[score], batches, len(examples))
 
 
 def _has(score: str, among: Sequence[str], what: str) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rankwise.errors import MergeError, OptionError
-from rankwise.merge.judge.evaluator import Batch, Evaluator, _evaluating
+from rankwise.errors import MergeError
+from rankwise.merge.judge.functional import evaluating
+
+if TYPE_CHECKING:
+    from rankwise.merge.judge.evaluator import Batch, Evaluator
 
 Values = dict[str, Tensor]
 
@@ -102,7 +105,7 @@ class Models:
         return {split: self._score(split) for split in self.evaluator.scores}
 
     def _score(self, split: str | None = None) -> float:
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             value = float(self.evaluator.scores[self.evaluator._split(split)](self.model))
         if math.isnan(value):
             raise MergeError("The score of a candidate is not a number; a source may have diverged. Leave it out.")
@@ -125,7 +128,7 @@ class Models:
 
         def loss(alpha: Tensor, batch: Batch, beta: Tensor | None) -> Tensor:
             mixed = {n: torch.tensordot(alpha[row.get(n, 0)] if n in row or not row else even, x, 1) for n, x in stacked.items()}
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 return self.evaluator.of(functional_call(self.model, mixed, (), dict(batch)), batch, beta)
 
         return loss
@@ -138,21 +141,6 @@ class Models:
                 self.key(t)
         merged = next(iter(self.scores_of(written).values()))
         return {"merged": merged, "sources": {f: self.scores[t] for t, f in enumerate(self.folders)}}
-
-
-def by_tensor(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> dict[str, tuple[float, ...]]:
-    """The weights of each tensor in the files; even ones for what no weight was learnt for (buffers).
-
-    Raises:
-        OptionError: files whose tensors have other names than the loaded model's, which transformers converted.
-    """
-    known = set(names)
-    if lost := sorted(set(weights) - known):
-        raise OptionError(
-            f"The model holds {lost[0]!r}, which its files store under another name, so weights by tensor cannot be applied to them; "
-            "use per=model."
-        )
-    return {n: tuple(weights[n].tolist()) if n in weights else (1 / count,) * count for n in known}
 
 
 def _floats(model: nn.Module) -> Values:

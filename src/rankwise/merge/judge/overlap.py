@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankwise.delta.solve import thin_svd_of_product
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.engine.base import Source, _factors
+from rankwise.merge.engine.base import Source, factors_of
 from rankwise.merge.engine.stack import FactorStack, one_shape
 
 #: singular values below this share of the largest are the rounding of a factor, not a direction of the change
@@ -123,7 +123,7 @@ def compare_states(states: Sequence[Source], *, match: float = 0.5, progress: Ca
         raise OptionError(f"match is a similarity in (0, 1]; it got {match}.")
     sites = {}
     for name in sorted({n for s in states for n in s.sites}):
-        stack = FactorStack(name, (1.0,) * len(states), pairs=tuple(_factors(s.sites.get(name), name) for s in states))
+        stack = FactorStack(name, (1.0,) * len(states), pairs=tuple(factors_of(s.sites.get(name), name) for s in states))
         one_shape(stack)
         sites[name] = _site(stack, match)
         progress(name)

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, draws, lowered, one_of, share
-from rankwise.merge.engine.stack import FactorStack, Stack
+from rankwise.merge.engine.base import Merge, at_least_one, draws, one_of, share
 from rankwise.merge.methods.sparsify import RESCALES, Bernoulli, Middle, Ranked, Sparsifier, Top
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.result import Merged
+    from rankwise.merge.engine.stack import Stack
 
 ELECT = ("total", "frequency", "weighted")
 DIVIDE = ("count", "weights", "none")
@@ -58,9 +61,7 @@ class Entrywise(Merge):
 
     def combine(self, stack: Stack, seed: int) -> Merged:
         made = self.lam * self.entries(stack, seed)
-        if isinstance(stack, FactorStack):
-            return lowered(made, min(self.rank or stack.rank(), *stack.shape), draws(self, stack, seed))
-        return Merged(made)
+        return stack.lowered(made, self.rank, draws(self, stack, seed))
 
     def entries(self, stack: Stack, seed: int) -> Tensor:
         """The merged out×in tensor, made block by block."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 from rankwise.catalogue import register
 from rankwise.delta.state import AdapterState
 from rankwise.errors import MergeError, OptionError
-from rankwise.merge.engine.base import Merge, Merged, Source, merge_states
-from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
+from rankwise.merge.engine.base import Merge, Source, merge_states
+from rankwise.merge.engine.result import Merged
 
 if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import Stack
     from rankwise.merge.judge.evaluator import Evaluator
 
 #: λ of the published sweeps
@@ -59,11 +60,7 @@ class Interpolation(Merge):
             raise OptionError(
                 f"The merge 'interpolation' needs weights that sum to one; they sum to {sum(stack.weights):.6g}. For other sums use 'task_arithmetic'."
             )
-        if isinstance(stack, TensorStack):
-            return Merged(stack.combination(stack.weights))
-        assert isinstance(stack, FactorStack)
-        first = stack.pairs[0]
-        return Merged(dataclasses.replace(stack, pairs=tuple(first if p is None else p for p in stack.pairs)).total())
+        return Merged(stack.filled().total())
 
 
 @dataclasses.dataclass(frozen=True)

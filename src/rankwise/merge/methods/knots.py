@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from rankwise.catalogue import register
+from rankwise.catalogue import make, register
 from rankwise.delta.lowrank import LowRank
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, one_of, share, truncated
-from rankwise.merge.engine.stack import FactorStack, Stack
+from rankwise.merge.engine.base import Merge, at_least_one, one_of, share
+from rankwise.merge.engine.result import Merged, truncated
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import FactorStack, Stack
+    from rankwise.merge.methods.entries import Entrywise
+
+
+#: option ``rule`` → the registered merge that joins the coordinates
+_RULES = {"ties": "ties", "sum": "magnitude_prune"}
 
 
 @register("merge", "knots", title="KnOTS: merge in the sources' joint basis", paper="arXiv 2410.19735", exports_to_peft=True)
@@ -35,29 +43,17 @@ class KnOTS(Merge):
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("knots", "rule", self.rule, ("ties", "sum"))
+        one_of("knots", "rule", self.rule, tuple(_RULES))
         share("knots", "density", self.density)
         at_least_one("knots", self.rank)
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        from rankwise.merge.methods.entries import Entrywise
-
-        assert isinstance(stack, FactorStack)
+        stack = stack.factors()
         U = self._basis(stack)
-        turned = FactorStack(
-            stack.name, stack.weights, stack.dtype, tuple(None if p is None else (p[0], U.mT @ p[1]) for p in stack.pairs)
-        )
-        inner = self._inner()
-        assert isinstance(inner, Entrywise)
-        Z = inner.entries(turned, seed).double()
+        rule: Entrywise = make("merge", _RULES[self.rule], density=self.density)
+        Z = rule.entries(stack.in_basis(U), seed).double()
         made = LowRank(self.lam * Z, U)
         return Merged(made) if self.rank is None else truncated(made, self.rank)
-
-    def _inner(self) -> Merge:
-        from rankwise.catalogue import make
-
-        found: Merge = make("merge", "ties" if self.rule == "ties" else "magnitude_prune", density=self.density)
-        return found
 
     def _basis(self, stack: FactorStack) -> torch.Tensor:
         """U: out×R, orthonormal, of the singular values above the cutoff."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from rankwise.allocation import by_energy
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
 from rankwise.errors import OptionError
-from rankwise.merge.engine.base import Merge, Merged
-from rankwise.merge.engine.stack import FactorStack, Stack
+from rankwise.merge.engine.base import Merge
+from rankwise.merge.engine.result import Merged
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import FactorStack, Stack
 
 
 @register(
@@ -51,7 +54,7 @@ class LEGO(Merge):
             raise OptionError("The merge 'lego' takes rank ≥ 1 or energy in (0, 1], not both, and iterations ≥ 1.")
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        assert isinstance(stack, FactorStack)
+        stack = stack.factors()
         a, b = self._units(stack)
         k = min(self._k(stack), len(a))
         label = self._cluster(a, b, k)

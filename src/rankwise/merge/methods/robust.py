@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.catalogue import make, register
 from rankwise.errors import OptionError, nearest
-from rankwise.merge.engine.base import Merge, Merged, Source, at_least_one, share
-from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
+from rankwise.merge.engine.base import Merge, Source, at_least_one, share, state_of
+from rankwise.merge.engine.result import Merged
+from rankwise.merge.methods.straggler import layers, profile, stragglers
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import Stack
 
 
 @register(
@@ -56,10 +60,7 @@ class RobustInterpolation(Merge):
     def fit(self, sources: Sequence[Source], evaluator: Any) -> Merge:
         if not self.needs_evaluator:
             return self
-        from rankwise.merge.methods.soups import _value
-        from rankwise.merge.methods.straggler import layers, profile, stragglers
-
-        state = _value(sources[0])
+        state = state_of(sources[0])
         groups = layers(evaluator.model, state)
         found = stragglers({n: p.barrier for n, p in profile(evaluator, state, groups).items()})
         names = tuple(sorted(n for layer in found for n in groups[layer]))
@@ -70,7 +71,4 @@ class RobustInterpolation(Merge):
         if stack.name in self.stragglers:
             thin: Merge = make("merge", "magnitude_prune", density=self.density, rank=self.rank or min(stack.shape))
             return thin.combine(scaled, seed)
-        if isinstance(scaled, FactorStack):
-            return Merged(scaled.total())
-        assert isinstance(scaled, TensorStack)
-        return Merged(scaled.combination(scaled.weights))
+        return Merged(scaled.total())

@@ -18,12 +18,14 @@ from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
-from rankwise.merge.engine.base import Merge, Merged, Source, _factors, merge_states, one_of
-from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
-from rankwise.merge.judge.evaluator import Batch, Evaluator, digest
+from rankwise.merge.engine.base import Merge, Source, factors_of, merge_states, one_of, state_of
+from rankwise.merge.engine.result import Merged
+from rankwise.merge.judge.state_values import digest
 from rankwise.merge.methods.weighings import row
 
 if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import Stack
+    from rankwise.merge.judge.evaluator import Batch, Evaluator
     from rankwise.merge.judge.model_soups import Models
 
 row("uniform_soup", "Uniform soup: the mean of fine-tunes", lambda rule, gram, w: torch.full_like(w, 1 / len(w)), paper="arXiv 2203.05482",
@@ -45,10 +47,7 @@ class Soup(Merge):
     works_on: ClassVar[str] = "weights"
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        if isinstance(stack, FactorStack):
-            return Merged(stack.total())
-        assert isinstance(stack, TensorStack)
-        return Merged(stack.combination(stack.weights))
+        return Merged(stack.total())
 
     def weigh_models(self, models: Models) -> Tensor | dict[str, Tensor]:
         """As :meth:`weigh`, of whole models; by tensor where it returns a mapping."""
@@ -78,7 +77,7 @@ class GreedySoup(Soup):
 
     def weigh(self, sources: Sequence[Source], evaluator: Any) -> Tensor:
         """1/|S| for members of S, 0 for the others: (T,), fp64."""
-        values = [_value(s) for s in sources]
+        values = [state_of(s) for s in sources]
         keys = [(evaluator.cost(v), digest(v)) for v in values]
         return self.chosen(keys, lambda members: evaluator.cost(uniform([values[t] for t in members])))
 
@@ -190,7 +189,7 @@ class Mixture:
         self.names = sorted({n for s in sources for n in s.sites})
         self._parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for n in self.names:
-            pairs = [(t, p) for t, s in enumerate(sources) if (p := _factors(s.sites.get(n), n)) is not None]
+            pairs = [(t, p) for t, s in enumerate(sources) if (p := factors_of(s.sites.get(n), n)) is not None]
             owner = torch.tensor([t for t, p in pairs for _ in range(p[0].shape[0])])
             A, B = torch.cat([p[0] for _, p in pairs]), torch.cat([p[1] for _, p in pairs], dim=1)
             self._parts[n] = A.float(), B.float(), owner
@@ -203,7 +202,3 @@ class Mixture:
             A, B, owner = self._parts[n]
             sites[n] = LowRank(A.to(a.dtype), B.to(a.dtype) * a[owner])
         return AdapterState(sites)
-
-
-def _value(source: Source) -> AdapterState:
-    return source if isinstance(source, AdapterState) else AdapterState(dict(source.sites.items()), dict(source.full or {}))

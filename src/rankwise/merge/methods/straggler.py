@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from rankwise.adapter import attach
 from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
 from rankwise.merge.engine.base import merge_states, share
-from rankwise.merge.judge.evaluator import Evaluator, plain
 from rankwise.merge.judge.functional import call
+from rankwise.merge.judge.state_values import plain
 from rankwise.recipe import Recipe
 from rankwise.runtime.switch import view
 from rankwise.sites.discover import find_sites
+
+if TYPE_CHECKING:
+    from rankwise.merge.judge.evaluator import Evaluator
 
 Groups = Mapping[str, Sequence[str]]
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
 from rankwise.errors import MergeError
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, truncated
-from rankwise.merge.engine.stack import FactorStack, Stack
+from rankwise.merge.engine.base import Merge, at_least_one
+from rankwise.merge.engine.result import Merged
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.stack import Stack
 
 
 @register("merge", "cat", title="Concatenation: the exact weighted sum", exports_to_peft=True)
@@ -24,7 +27,6 @@ class ConcatMerge(Merge):
     spreads: ClassVar[bool] = True
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        assert isinstance(stack, FactorStack)
         return Merged(stack.total(), error=0.0)
 
 
@@ -44,8 +46,7 @@ class SvdMerge(Merge):
         at_least_one("svd", self.rank)
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        assert isinstance(stack, FactorStack)
-        made = truncated(stack.total(), self.rank or stack.rank())
+        made = stack.combined(stack.weights, self.rank or stack.rank())
         return dataclasses.replace(made, error=made.truncation)
 
 
@@ -65,7 +66,7 @@ class LinearMerge(Merge):
     breaks: ClassVar[frozenset[str]] = frozenset({"twins"})
 
     def combine(self, stack: Stack, seed: int) -> Merged:
-        assert isinstance(stack, FactorStack)
+        stack = stack.factors()
         sources = stack.sources()
         if len({A.shape[0] for A, _, _ in sources}) > 1 or not all(stack.present):
             raise MergeError(

@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, truncated
-from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
+from rankwise.merge.engine.base import Merge, at_least_one
+
+if TYPE_CHECKING:
+    from rankwise.merge.engine.result import Merged
+    from rankwise.merge.engine.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,7 @@ class Weighing(Merge):
     def combine(self, stack: Stack, seed: int) -> Merged:
         gram = stack.gram() if self.products else torch.empty(0)
         c = self.coefficients(gram, torch.tensor(stack.weights, dtype=torch.float64)).tolist()
-        error = 0.0 if tuple(c) == stack.weights else None  # the weighted sum itself
-        if isinstance(stack, FactorStack):
-            made = stack.combination(c)
-            return Merged(made, error=error) if self.rank is None else truncated(made, self.rank)
-        assert isinstance(stack, TensorStack)
-        return Merged(stack.combination(c), error=error)
+        return stack.combined(c, self.rank)
 
 
 def plain(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
