@@ -12,11 +12,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 #: example → (arguments, what it must print, a pattern whose numbers are finite)
 RUNS: dict[str, tuple[list[str], str]] = {
-    "plain_loop": (["--steps", "3", "--out", "made"], r"step 3: loss \d\.\d+\nbits per byte \d\.\d+ → \d\.\d+; saved to made"),
-    "trl_sft": (["--steps", "6", "--out", "made"], r"saved to made/adapter"),
+    "plain_loop": (["--steps", "2", "--out", "made"], r"step 2: loss \d\.\d+\nbits per byte \d\.\d+ → \d\.\d+; saved to made"),
+    "trl_sft": (["--steps", "3", "--out", "made"], r"saved to made/adapter"),
     "trl_dpo": (["--steps", "2", "--out", "made"], r"'loss': \d\.\d+, 'rewards/accuracies': [\d.]+, 'rewards/margins': -?\d"),
     "fuse_logits": (
-        ["--steps", "2", "--chars", "300"],
+        ["--steps", "2", "--chars", "100"],
         r"logits, dynamic \(weight\) +\d\.\d+ +\d\.\d+ +\d\.\d+\n\ndynamic: 'From: ",
     ),
 }

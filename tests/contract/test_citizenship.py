@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,8 @@ def test_autocast_runs_and_stays_close(info: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("info", [m for m in FORMS if m.name in ("lora", "dora", "paca", "svd", "lora_xs")], ids=lambda m: m.name)
 def test_compiles_without_a_break(info: Any) -> None:
-    model, adapter = attached(example(info))
+    model = llama(layers=1)  # a second layer would be traced like the first
+    adapter = rw.attach(model, example(info))
     move(adapter)
     batch = {k: v for k, v in batch_for(model).items() if k != "labels"}
     torch._dynamo.reset()
@@ -105,23 +107,33 @@ def _sharded_or_not(how: str, info: Any, rank: int) -> dict[str, torch.Tensor] |
     return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in adapter.tensors().items()}
 
 
-def _worker(rank: int, how: str, folder: str) -> None:
+HOWS = ("ddp", "fsdp2")
+
+
+def _worker(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    got = {f"{m.kind} {m.name}": _sharded_or_not(how, m, rank) for m in PARALLEL}
-    torch.save(
-        {n: v if isinstance(v, str) else {k: t.detach() for k, t in v.items()} for n, v in got.items()}, f"{folder}/{rank}.pt"
-    )
+    for how in HOWS:
+        got = {f"{m.kind} {m.name}": _sharded_or_not(how, m, rank) for m in PARALLEL}
+        kept = {n: v if isinstance(v, str) else {k: t.detach() for k, t in v.items()} for n, v in got.items()}
+        torch.save(kept, f"{folder}/{how} {rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two processes came to, either way: started once, for most of the time goes into their imports."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_worker, (str(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(how: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("how", HOWS)
+def test_two_processes_equal_one(how: str, of_two_processes: Path) -> None:
     """Every method, over halves of a batch; both ranks end alike, and as one process does."""
-    mp.spawn(_worker, (how, str(tmp_path)), nprocs=2)
-    zero, one = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    zero, one = (torch.load(of_two_processes / f"{how} {r}.pt", weights_only=True) for r in (0, 1))
     refused = {n for n, got in zero.items() if isinstance(got, str)}
     assert refused == (WHOLE if how == "fsdp2" else set()), {n: zero[n] for n in refused}
     assert all("sharded (DTensor)" in zero[n] for n in refused)

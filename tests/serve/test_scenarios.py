@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serve.rig import check, scenario
+from rankwise.serve.types import Token
+from tests.models import VOCAB
+from tests.serve.rig import check, check_greedy, scenario
 
 BATCH = 50
 
@@ -22,6 +24,15 @@ BATCH = 50
 def test_each_answer_is_its_merged_models(first: int) -> None:
     for seed in range(first, first + BATCH):
         check(*scenario(seed))
+
+
+def test_a_wrong_token_would_be_found() -> None:
+    run, _ = scenario(0)
+    name, ids = next((n, [e.id for e in es if isinstance(e, Token)]) for n, es in run.events.items() if len(es) > 3)
+    check_greedy(run.requests[name], ids, run.adapters[name])
+    for i in range(len(ids)):
+        with pytest.raises(AssertionError, match=f"token {i} is"):
+            check_greedy(run.requests[name], [*ids[:i], (ids[i] + 1) % VOCAB, *ids[i + 1 :]], run.adapters[name])
 
 
 @settings(max_examples=30, deadline=None)
