@@ -129,11 +129,11 @@ def test_targets(targets: object, count: int) -> None:
     ("options", "says"),
     [
         ({"targets": ["q_proj", "v_porj"]}, "'v_porj'.*did you mean 'v_proj'"),
-        ({"targets": "nothing.*"}, "matches no place"),
+        ({"targets": "nothing.*"}, "matches no module"),
         ({"targets": "("}, "valid pattern"),
         ({"targets": []}, "empty"),
         ({"targets": ["q_proj"], "exclude": ["k_porj"]}, "exclusion 'k_porj'"),
-        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "No place is left"),
+        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "No module is left"),
         ({"targets": ["q_proj"], "layers": [7]}, "block 7"),
         ({"targets": ["embed_tokens"], "kinds": ("linear",)}, "cannot adapt"),
     ],

@@ -1,4 +1,4 @@
-"""Changes of weight as values, and their algebra."""
+"""ΔW as an immutable value, of many kinds, and the algebra on it: apply, add, scale, compare, cut to a rank."""
 
 from rankwise.delta.affine import BlockAffine, Replace, Scale
 from rankwise.delta.base import KINDS, Delta, rebuild
@@ -11,6 +11,29 @@ from rankwise.delta.state import AdapterState, TensorSpec
 from rankwise.delta.structured import Hadamard, Kron, Tile
 
 __all__ = [
-    "KINDS", "LINEAR", "AdapterState", "BlockAffine", "Columns", "ConstantGate", "Conv", "Delta", "Dense", "Embedding", "Entries", "Gated", "Geometry",
-    "Hadamard", "Kron", "Linear", "LowRank", "Replace", "Rows", "Scale", "Sum", "TensorSpec", "Tile", "from_dense", "rebuild",
-]  # fmt: skip
+    "KINDS",
+    "LINEAR",
+    "AdapterState",
+    "BlockAffine",
+    "Columns",
+    "ConstantGate",
+    "Conv",
+    "Delta",
+    "Dense",
+    "Embedding",
+    "Entries",
+    "Gated",
+    "Geometry",
+    "Hadamard",
+    "Kron",
+    "Linear",
+    "LowRank",
+    "Replace",
+    "Rows",
+    "Scale",
+    "Sum",
+    "TensorSpec",
+    "Tile",
+    "from_dense",
+    "rebuild",
+]

@@ -1,4 +1,4 @@
-"""Changes that need the base weight: gains of rows or columns, block-affine maps, a new weight in its place."""
+"""Kinds of ΔW that are computed from the base weight W: gains of rows or columns, block-affine maps, a new weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankwise.errors import OptionError
 
 def _needed(weight: Tensor | None, kind: str) -> Tensor:
     if weight is None:
-        raise OptionError(f"A {kind} change stands for a change of a given weight; give weight=W (out×in).")
+        raise OptionError(f"A {kind} change is computed from the base weight; give weight=W (out×in).")
     return weight
 
 

@@ -1,4 +1,4 @@
-"""The change of a weight as an immutable value: apply it, make it dense, add, scale, compare, lower it to low rank."""
+"""ΔW as an immutable value: apply it to an input, make it dense, add, scale, compare, factor it to low rank."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from torch import Tensor
 from rankwise.delta.geometry import LINEAR, Geometry
 from rankwise.errors import OptionError, unknown
 
-#: kind → class; filled as the kinds are defined.  What this file makes of other kinds (a sum, a low rank) it finds here.
+#: kind → class, filled as subclasses are defined; this file reaches the kinds that it returns (sum, dense, lowrank) through it
 KINDS: dict[str, type[Delta]] = {}
 
 
 class Delta:
-    """A change of weight of shape (…, out, in); leading axes are a stack of experts.
+    """ΔW of shape (…, out, in), added to a weight W; leading axes are a stack of experts.
 
     A subclass is a frozen dataclass whose tensor fields are its data.  It defines ``shape``, ``apply``, ``dense`` and
-    ``scaled``, and what of the rest it can do better than through ``dense``.
+    ``scaled``, and overrides whatever else it can compute without the dense matrix.
 
     Attributes:
         kind: the name it is stored under.
         needs_weight: ``dense`` and ``apply`` need the base weight.
-        needs_output: ``apply`` uses the base's output (without bias) where that saves a product.
-        indices: names of integer fields that say where, not what.
+        needs_output: ``apply`` uses the base's output (without bias) where that saves a matrix product.
+        indices: names of integer fields (positions, not values).
+
+    >>> from rankwise.delta import Entries, LowRank
+    >>> low = LowRank(torch.ones(1, 3), torch.ones(2, 1))  # A: 1×3, B: 2×1
+    >>> total = low + Entries(torch.tensor([0]), torch.tensor([9.0]), size=(2, 3))
+    >>> total.kind, total.dense().tolist()
+    ('sum', [[10.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    >>> total.add_into(torch.zeros(2, 3)).equal(total.dense()), low.to_lowrank()[0].r
+    (True, 1)
     """
 
     kind: ClassVar[str] = ""
@@ -45,7 +53,14 @@ class Delta:
         raise NotImplementedError
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
-        """Δy for a module's input x; ``y`` is the base's output without bias, ``weight`` the base weight out×in."""
+        """Δy, what ΔW adds to the module's output.
+
+        Args:
+            x: the module's input, (…, in) for a linear layer; ids (int64) for an embedding.
+            y: the base's output without bias, (…, out); only used where ``needs_output``.
+            op: how a 2-D weight acts on x; default a linear layer.
+            weight: the base weight, (out, in); required where ``needs_weight``.
+        """
         return op.linear(x, self.dense(weight))
 
     def dense(self, weight: Tensor | None = None) -> Tensor:
@@ -53,21 +68,21 @@ class Delta:
         raise NotImplementedError
 
     def scaled(self, c: float | Tensor) -> Delta:
-        """c·Δ for a number or a 0-d tensor."""
+        """c·ΔW for a number or a 0-d tensor."""
         raise NotImplementedError
 
     @property
     def exact_rank(self) -> int | None:
-        """The rank of an exact low-rank form, or None where there is none."""
+        """The rank of an exact factorisation B·A, or None where there is none."""
         return None
 
     @property
     def constant(self) -> bool:
-        """False where x decides the change, so that it is no single weight."""
+        """False where ΔW depends on the input x, so that it is no single weight."""
         return True
 
     def _exact(self) -> Any:
-        """The exact low-rank form itself, where there is one."""
+        """The exact factorisation as a :class:`LowRank`, or None."""
         return None
 
     # --- what follows -------------------------------------------------------------------------------------------
@@ -86,7 +101,7 @@ class Delta:
         return cls(**{**meta, **tensors})
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The same value with ``fn`` of every floating tensor (indices are left alone)."""
+        """The same value with ``fn`` applied to every floating tensor (indices are left alone)."""
         changed = {n: fn(t) for n, t in self.tensors().items() if n not in self.indices}
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
@@ -110,11 +125,11 @@ class Delta:
         return next(iter(self.tensors().values())).device
 
     def numel(self, *, indices: bool = False) -> int:
-        """Stored numbers; ``indices`` counts the integers instead of the values."""
+        """Number of stored elements; ``indices=True`` counts the integer indices instead of the values."""
         return sum(t.numel() for n, t in self.tensors().items() if (n in self.indices) == indices)
 
     def add_into(self, W: Tensor, weight: Tensor | None = None) -> Tensor:
-        """W + Δ as a new tensor: Δ's own products and the sum in fp32 (fp64 where W is), cast once to W's dtype."""
+        """W + ΔW as a new tensor, computed in fp32 (fp64 where W is) and cast once to W's dtype."""
         delta = self._sized(W.shape)
         if delta.shape != W.shape:
             raise OptionError(f"A change of {tuple(self.shape)} does not fit a weight of {tuple(W.shape)}; give W as out×in.")
@@ -137,15 +152,15 @@ class Delta:
         return joined if joined is not None else KINDS["sum"]((a, b))  # type: ignore[call-arg]
 
     def _join(self, other: Delta) -> Delta | None:
-        """The sum as one value, where the kinds allow it."""
+        """The sum as one value of this kind, or None."""
         return None
 
     def _inner(self, other: Delta) -> Tensor | None:
-        """⟨Δ, Δ'⟩ in fp64 without an out×in matrix, where this kind knows how."""
+        """⟨ΔW, ΔW'⟩ in fp64 without an out×in matrix, or None where this kind has no way."""
         return None
 
     def _sized(self, shape: torch.Size) -> Delta:
-        """The same value for a weight of ``shape``, for a kind that may not know its own."""
+        """The same value for a weight of ``shape``, for a kind that may not know its own shape yet."""
         return self
 
     def _match(self, other: Delta, verb: str) -> tuple[Delta, Delta]:
@@ -165,14 +180,18 @@ class Delta:
     def __sub__(self, other: Delta) -> Delta:
         return self + (-other)
 
-    # --- lowering -----------------------------------------------------------------------------------------------
+    # --- low rank -----------------------------------------------------------------------------------------------
     def to_lowrank(self, rank: int | None = None, energy: float | None = None, weight: Tensor | None = None) -> tuple[Any, float]:
-        """(:class:`~rankwise.delta.lowrank.LowRank` value, relative Frobenius error made).
+        """(a :class:`~rankwise.delta.lowrank.LowRank`, the relative Frobenius error it makes).
 
-        Without arguments the form is exact (error 0.0) or refused; ``rank`` or ``energy`` (share of ‖Δ‖² kept) cut it.
+        Args:
+            rank: cut to this rank.
+            energy: cut to the smallest rank that keeps this share of ‖ΔW‖², in (0, 1].  With neither, the factorisation is
+                exact (error 0.0) or refused.
+            weight: the base weight, (out, in), for kinds that need it.
 
         Raises:
-            OptionError: no exact form and neither given; both given; out of range.
+            OptionError: no exact factorisation and neither given; both given; out of range.
         """
         if rank is not None and energy is not None:
             raise OptionError("to_lowrank takes rank or energy, not both.")

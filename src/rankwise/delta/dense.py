@@ -1,4 +1,4 @@
-"""The difference itself, and unlike kinds added."""
+"""ΔW as a full out×in matrix, and a sum of different kinds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Dense(Delta):
 
 
 def _joined(parts: list[Delta]) -> list[Delta]:
-    """Each part folded into an earlier one of its own kind, where the kind can."""
+    """The parts, each merged into an earlier one of its own kind where that kind can."""
     out: list[Delta] = []
     for p in parts:
         for i, q in enumerate(out):

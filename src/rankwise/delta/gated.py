@@ -1,4 +1,4 @@
-"""A low-rank change whose components a decision gates for each row: no single weight, unless the decision is constant."""
+"""A low-rank ΔW whose rank-one components a router gates for each input row; a single weight only where the gate is constant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankwise.errors import MergeError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConstantGate:
-    """The decision that does not look at x: one weight a component, (…, r); what a stored constant decision comes back as."""
+    """A gate that does not depend on x: one weight per component, (…, r); what a constant gate is loaded as."""
 
     weight: Tensor
     constant: ClassVar[bool] = True
@@ -31,10 +31,10 @@ class ConstantGate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gated(Delta):
-    """Δy_n = B·(g_n ⊙ A·x_n), g from ``decision``, or x decides through a router (None).
+    """Δy_n = B·(g_n ⊙ A·x_n) with gates g from ``decision``; None: a router computes them from x in its module's forward.
 
-    A decision has ``constant`` and ``dense(N, U)``, or ``gate()`` where its units are groups of components: (r,) or (N, r).
-    A file keeps a constant gate; one that depends on x belongs to its batch and is not kept.
+    ``decision`` has ``constant`` and ``dense(N, U)``, or ``gate()`` where one weight gates a group of components: (r,) or (N, r).
+    Only a constant gate is saved; one that depends on x belongs to its batch.
     """
 
     inner_value: LowRank
@@ -100,7 +100,7 @@ class Gated(Delta):
         return super().to_lowrank(rank, energy, weight)
 
     def norm(self, weight: Tensor | None = None) -> Tensor:
-        """‖Δ‖ under a constant decision; else of the ungated change."""
+        """‖ΔW‖ under a constant gate; else of the ungated B·A."""
         exact = self._exact()
         return self.inner_value.norm() if exact is None else exact.norm()
 
@@ -124,9 +124,9 @@ class Gated(Delta):
         return dataclasses.replace(self, inner_value=self.inner_value.to(dtype, device))
 
     def collapse(self, second: Tensor, cross: Tensor, gated: Tensor | None = None) -> tuple[LowRank, Tensor | None]:
-        """(the constant low-rank value that fits best, E‖B·(g⊙z − M·z)‖²), with z = A·x and M = G·S⁺; ΔW ≈ B·M·A.
+        """The best constant approximation ΔW ≈ B·M·A with z = A·x and M = G·S⁺, and its error E‖B·(g⊙z − M·z)‖².
 
-        Exact where the decision is constant.  The residual needs the third moment and is None without it.
+        Exact where the gate is constant.  The error needs the third moment and is None without it.
 
         Args:
             second: S = E[z·zᵀ], r×r.

@@ -15,7 +15,7 @@ _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The geometry of a linear map on the last axis; the base of the others."""
+    """How a weight acts in ``nn.Linear``, on the last axis of x; base of the other layers'."""
 
     @property
     def channel_axis(self) -> int:
@@ -55,7 +55,7 @@ class Geometry:
 
 
 class Linear(Geometry):
-    """The last axis."""
+    """``nn.Linear``: the last axis."""
 
 
 LINEAR = Linear()
@@ -63,7 +63,15 @@ LINEAR = Linear()
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Geometry):
-    """A convolution whose kernel is M viewed as out×(in/groups)×kernel; channels are axis 1."""
+    """``nn.Conv1d/2d/3d`` whose kernel is M viewed as (out, in/groups, *kernel); channels are axis 1.
+
+    Attributes:
+        kernel, stride, dilation: one int per spatial axis.
+        padding: one int per spatial axis, or "same" or "valid".
+        groups: of the convolution; above 1 there is no factored path, so ΔW is made dense.
+        padding_mode: as torch's.
+        nd: number of spatial axes (1, 2 or 3).
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -111,7 +119,7 @@ class Conv(Geometry):
 
 @dataclasses.dataclass(frozen=True)
 class Embedding(Geometry):
-    """A table look-up: the out×in weight's columns are the rows of the table; x holds ids."""
+    """``nn.Embedding``: the out×in weight is the transposed table; x holds ids."""
 
     padding_idx: int | None = None
 

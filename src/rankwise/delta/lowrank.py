@@ -1,4 +1,4 @@
-"""s·B·C·A: r rank-one components, the atom of the house."""
+"""ΔW = s·B·core·A, a sum of r rank-one components: what LoRA trains and what the other kinds are factored to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from rankwise.errors import OptionError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(Delta):
-    """Δ = scale·B·core·A with A: (…, r, in), B: (…, out, r), core: none, (…, r) diagonal or (…, r, r)."""
+    """ΔW = scale·B·core·A; component i is column i of B times row i of A.
+
+    Attributes:
+        A: (…, r, in).
+        B: (…, out, r).
+        scale: a number or a 0-d tensor.
+        core: None (the identity), (…, r) a diagonal, or (…, r, r).
+    """
 
     A: Tensor
     B: Tensor
@@ -56,7 +63,7 @@ class LowRank(Delta):
         return self.B * self.core[..., None, :] if self.core.dim() == self.A.dim() - 1 else self.B @ self.core
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B') with Δ = B'·A: scale and core are in B'."""
+        """(A, B') with ΔW = B'·A: scale and core are multiplied into B'."""
         B = self._cored()
         return self.A, B if isinstance(self.scale, float) and self.scale == 1.0 else B * self.scale
 
@@ -85,7 +92,7 @@ class LowRank(Delta):
         return LowRank(torch.cat([A, C], -2), torch.cat([B, D], -1))
 
     def _pair(self, low: LowRank) -> Tensor:
-        """⟨Δ, Δ'⟩ through r×r' products, fp64."""
+        """⟨ΔW, ΔW'⟩ through r×r' products, fp64."""
         (A, B), (C, D) = self._wide().factors(), low._wide().factors()
         return ((B.mT @ D) * (A @ C.mT)).sum()
 
@@ -99,12 +106,12 @@ class LowRank(Delta):
         return self.svd()[1]
 
     def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
-        """The best value of a lower rank (per stack: one rank for all), √S on each side, and its relative error."""
+        """The best approximation of a lower rank (a stack gets one rank), √S on each side, and its relative error."""
         low, error = self.from_svd(*self.svd(), rank=rank, energy=energy)
         return LowRank(low.A.to(self.A.dtype), low.B.to(self.B.dtype)), error
 
     def canonical(self) -> LowRank:
-        """The same Δ in a gauge of its own: √S on each side, the largest entry of each left vector positive."""
+        """The same ΔW with unique factors: its SVD, √S on each side, the largest entry of each left vector positive."""
         U, S, Vh = self.svd()
         at = U.abs().argmax(-2, keepdim=True)
         sign = torch.where(U.gather(-2, at) < 0, -1.0, 1.0).to(U.dtype)
@@ -126,7 +133,14 @@ class LowRank(Delta):
     def from_svd(
         cls, U: Tensor, S: Tensor, Vh: Tensor, *, rank: int | None = None, energy: float | None = None
     ) -> tuple[LowRank, float]:
-        """The leading part of an SVD, √S on each side, and ‖what is left‖/‖Δ‖; a stack gets one rank, its largest need.
+        """The leading part of an SVD, √S on each side, and ‖the rest‖/‖ΔW‖; a stack gets one rank, the largest that one needs.
+
+        Args:
+            U: (…, out, k).
+            S: (…, k), descending.
+            Vh: (…, k, in).
+            rank: how many singular values to keep.
+            energy: or the share of ‖ΔW‖² to keep, in (0, 1].
 
         Raises:
             OptionError: not one of rank ≥ 1 and 0 < energy ≤ 1 (the share of ‖Δ‖² that is kept).
@@ -153,7 +167,7 @@ class LowRank(Delta):
         return LowRank(A.index_select(-2, index), B.index_select(-1, index))
 
     def without_zero_components(self) -> LowRank:
-        """Without the components whose entry of a diagonal core is zero (in all of a stack), as a budget's mask leaves them."""
+        """Without the components whose entry of a diagonal core is zero (in all of a stack), as AdaLoRA's pruning leaves them."""
         if self.core is None or self.core.dim() != self.A.dim() - 1:
             return self
         kept = (self.core != 0).reshape(-1, self.r).any(0)
@@ -163,16 +177,23 @@ class LowRank(Delta):
 
     @classmethod
     def zeros(cls, out: int, inp: int, r: int = 1, **kwargs: Any) -> LowRank:
+        """ΔW = 0.
+
+        Args:
+            out, inp: features of the weight.
+            r: number of components.
+            kwargs: dtype, device, as ``torch.zeros`` takes them.
+        """
         return cls(torch.zeros(r, inp, **kwargs), torch.zeros(out, r, **kwargs))
 
 
 def drop_zero_sites(sites: Mapping[str, Delta]) -> dict[str, Delta]:
-    """The sites without masked components, and without the sites that keep none; all as they are where none stands, as before training."""
+    """The sites without zero components, less those that keep none; unchanged where every site is zero, as before training."""
     kept = {n: d.without_zero_components() if isinstance(d, LowRank) else d for n, d in sites.items()}
     return {n: d for n, d in kept.items() if not isinstance(d, LowRank) or d.r} or dict(sites)
 
 
 def from_dense(W: Tensor) -> LowRank:
-    """A full-rank pair of a dense change, by its SVD in fp64."""
+    """Full-rank factors of a dense matrix, by its SVD in fp64."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     return LowRank.from_svd(U, S, Vh, rank=S.shape[-1])[0].to(W.dtype)

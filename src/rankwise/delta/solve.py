@@ -21,9 +21,16 @@ def thin_svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def randomized_svd(
     M: Tensor, rank: int, *, oversample: int = 8, niter: int = 4, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading ``rank`` of (U, S, Vh) of M: out×in in M's dtype, by subspace iteration (Halko et al.).
+    """The leading ``rank`` of (U, S, Vh) of M in M's dtype, by subspace iteration (Halko et al.), as ``torch.svd_lowrank``.
 
     Works in fp32 for fp32 input and fp64 for fp64: the subspace, not the last digit, is what is approximated.
+
+    Args:
+        M: (out, in).
+        rank: how many singular values.
+        oversample: columns drawn beside them; the exact SVD is taken where they reach the full rank.
+        niter: subspace iterations.
+        generator: of the random start, on the CPU; default torch's own.
     """
     work = M if M.dtype == torch.float64 else M.float()
     q = min(rank + oversample, *M.shape)
@@ -45,10 +52,14 @@ def lowrank_approx(
     right: Tensor | None = None,
     split: Literal["sqrt", "left", "right"] = "sqrt",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B: out×r, A: r×in, ‖L(E − B·A)R‖) that minimise the residual, fp64.
+    """(B, A, error) that minimise ‖L·(E − B·A)·R‖_F, all fp64.
 
-    ``left``/``right`` are L: (out,) or out×out and R: (in,) or in×in; a singular one is inverted on its range only.
-    ``split`` puts the singular values on both sides, on B ("left") or on A ("right").
+    Args:
+        E: (out, in).
+        r: rank, B: (out, r), A: (r, in).
+        left: L, (out,) a diagonal or (out, out); a singular one is inverted on its range only.  None: the identity.
+        right: R, (in,) or (in, in).
+        split: where the singular values go: √S on each side, all on B ("left") or all on A ("right").
     """
     if not 1 <= r <= min(E.shape):
         raise OptionError(f"rank = {r} for a matrix of {tuple(E.shape)}; it lies in 1…{min(E.shape)}.")

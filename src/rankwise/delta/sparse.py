@@ -1,4 +1,4 @@
-"""A few columns, rows or entries."""
+"""ΔW that is zero but for a few columns, rows or entries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _union(a: Tensor, va: Tensor, b: Tensor, vb: Tensor, axis: int) -> tuple[Ten
 
 
 class _Indexed(Delta):
-    """What the three kinds share: indices that come from a file are distinct and lie in the weight."""
+    """Base of the three kinds: indices read from a file are checked (distinct, inside the weight)."""
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Delta:
@@ -180,7 +180,7 @@ class Entries(_Indexed):
         return Entries(index, values, self.size)
 
     def _inner(self, other: Delta) -> Tensor | None:
-        """Only at the entries held: those that both hold, or the rows and columns of a pair."""
+        """Only at the stored entries: those that both store, or the products of A's and B's rows there."""
         mine = self.values.double()
         if isinstance(other, Entries):
             found, at = torch.cat([self.index, other.index]).unique(return_inverse=True)

@@ -1,4 +1,4 @@
-"""An adapter as one immutable value: a change of weight at each site, ready to be merged, stored or served."""
+"""An adapter as one immutable value: a ΔW for each adapted weight, ready to be merged, stored or served."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterState:
-    """``sites``: name → Delta; ``full``: other whole tensors; ``meta``: plain data (errors made, provenance).
+    """The weights of an adapter, detached from any model.
 
-    Names are always in sorted order.  ``scaled``, ``inner``, ``norm`` and ``cos`` are of the changes at the sites; whole
-    tensors (heads, norms) are values, not changes, and stay as they are.
+    Names are always in sorted order.  ``scaled``, ``inner``, ``norm`` and ``cos`` are of the ΔW's; full tensors (heads,
+    norms) are values, not differences, and stay as they are.
+
+    Attributes:
+        sites: site name → ΔW.
+        full: parameter name → tensor that is stored in full, as ``modules_to_save`` does.
+        meta: JSON-able data (errors made, provenance).
     """
 
     sites: Mapping[str, Delta]
@@ -49,7 +54,7 @@ class AdapterState:
         return self.map(lambda d: d.scaled(c))
 
     def to(self, dtype: torch.dtype | None = None, device: Any = None) -> AdapterState:
-        """Changes and whole tensors in another dtype (floating ones) or on another device."""
+        """The same state in another dtype (floating tensors) or on another device."""
         full = {n: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for n, t in self.full.items()}
         return dataclasses.replace(self.map(lambda d: d.to(dtype, device)), full=full)
 
@@ -69,7 +74,7 @@ class AdapterState:
         return AdapterState(both)
 
     def lower(self, rank: int | None = None, energy: float | None = None) -> AdapterState:
-        """Every site low-rank; errors in ``meta["errors"]``."""
+        """Every ΔW factored to low rank (:meth:`Delta.to_lowrank`); relative errors by site in ``meta["errors"]``."""
         pairs = {n: d.to_lowrank(rank=rank, energy=energy) for n, d in self.sites.items()}
         return AdapterState(
             {n: d for n, (d, _) in pairs.items()}, self.full, {**self.meta, "errors": {n: e for n, (_, e) in pairs.items()}}
@@ -97,7 +102,7 @@ class AdapterState:
         return sum(d.numel() for d in self.sites.values()) + sum(t.numel() for t in self.full.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Floating tensors by ``site::field``, in canonical order, then the whole ones; indices say where and are no numbers."""
+        """Floating tensors by ``site::field``, in canonical order, then the full ones; integer indices are left out."""
         out = {f"{n}::{k}": t for n, d in self.sites.items() for k, t in sorted(d.tensors().items()) if t.is_floating_point()}
         return {**out, **self.full}
 
@@ -105,7 +110,7 @@ class AdapterState:
         return TensorSpec(tuple((n, tuple(t.shape), t.dtype) for n, t in self.tensors().items()))
 
     def flatten(self, spec: TensorSpec | None = None) -> Tensor:
-        """All floating numbers as one vector in the order of ``spec`` (:meth:`spec`); fp32, or fp64 where a tensor is; keeps the graph.
+        """All floating tensors as one vector in the order of ``spec`` (:meth:`spec`); fp32, or fp64 where a tensor is; differentiable.
 
         Raises:
             OptionError: ``spec`` is another state's.
@@ -123,7 +128,7 @@ class AdapterState:
         return mine
 
     def unflatten(self, vector: Tensor, spec: TensorSpec | None = None) -> AdapterState:
-        """The state of this shape whose numbers are ``vector``, in this state's dtypes; differentiable."""
+        """Inverse of :meth:`flatten`: this state with the elements of ``vector``, in this state's dtypes; differentiable."""
         spec = self._checked(spec)
         if vector.numel() != spec.numel:
             raise OptionError(f"The vector has {vector.numel():,} numbers; this state has {spec.numel:,}.")

@@ -80,7 +80,7 @@ def _thin(M: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hadamard(Delta):
-    """Δ = left ∘ right, elementwise; exact rank r₁·r₂ through products of all pairs of components."""
+    """ΔW = left ∘ right, elementwise; exact rank r₁·r₂ by the products of every component of one with every one of the other."""
 
     left: LowRank
     right: LowRank
@@ -112,7 +112,7 @@ class Hadamard(Delta):
 
     def apply(self, x: Tensor, y: Tensor | None = None, *, op: Geometry = LINEAR, weight: Tensor | None = None) -> Tensor:
         out, inp = self.shape[-2:]
-        if op.factors and self.exact_rank * (out + inp) < out * inp:  # a row costs less through the pair
+        if op.factors and self.exact_rank * (out + inp) < out * inp:  # a row costs less through A and B
             return self._exact().apply(x, y, op=op)
         return op.linear(x, self.dense())
 

@@ -1,8 +1,8 @@
-"""The seam of forms: how a change of weight is parametrised.
+"""Base classes of forms.  A form is how ΔW is parametrised: LoRA, DoRA and LoRA-XS are forms.
 
-A form works in two phases.  ``plan`` sees all its sites at once (shared banks, global shapes) and refuses
-what cannot be met; ``build`` gives each site a :class:`AdapterLayer`, a module with ``delta()`` and, only where
-that is faster or where x decides, a ``forward`` of its own.  A form never asks what layer class it is on.
+A form works in two phases.  ``plan`` sees all its sites (the adapted weights) at once, makes shared tensors and refuses
+what is not possible; ``build`` gives each site an :class:`AdapterLayer`, a module with ``delta()`` and, only where that is
+faster or where ΔW depends on x, a ``forward`` of its own.  A form never asks what class of layer it adapts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rankwise.delta.base import Delta
     from rankwise.sites.site import Site
 
-#: scale policies: a named choice, never implicit
+#: the recipe's ``scale`` → s of ΔW = s·B·A from alpha and r
 SCALES = {
     "alpha/r": lambda alpha, r: alpha / r,
     "alpha/sqrt_r": lambda alpha, r: alpha / math.sqrt(r),
@@ -36,7 +36,16 @@ SCALES = {
 
 @dataclasses.dataclass
 class Plan:
-    """What ``build`` needs of the whole: rank and scale of every site, the seed, shared banks, and a form's own notes."""
+    """What is decided for all sites before any is built.
+
+    Attributes:
+        ranks: site name → r.
+        scales: site name → s of ΔW = s·B·A.
+        seed: of the run.
+        dropout: probability of dropping an input feature in training.
+        banks: key → tensors that several sites share; a form adds its own in ``plan``.
+        notes: whatever else the form's ``plan`` has to tell its ``build``.
+    """
 
     ranks: dict[str, int]
     scales: dict[str, float]
@@ -46,12 +55,15 @@ class Plan:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generator(self, purpose: str, name: str) -> torch.Generator:
-        """The generator of one draw, by purpose and site name, so order never matters."""
+        """The generator of one random draw, seeded by (seed, purpose, site name), so the order of sites never matters."""
         return generator(self.seed, purpose, name)
 
 
 class SharedTensors(nn.Module):
-    """Tensors shared by many sites: registered, counted, optimised and saved once, read through the module each call."""
+    """Tensors that many sites share (MoS's pools): registered, counted, optimised and saved once.
+
+    A layer keeps a reference to this module and reads the tensor from it at each call, so that ``.to()`` and FSDP work.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = True):
         super().__init__()
@@ -63,26 +75,33 @@ class SharedTensors(nn.Module):
 
 
 def index_buffer(module: nn.Module, name: str, values: Tensor) -> None:
-    """Register integers that no ``.half()`` casts and no optimiser sees (int64, persistent)."""
+    """Register indices as a persistent int64 buffer, which ``.half()`` leaves alone."""
     module.register_buffer(name, values.to(torch.int64))
 
 
 class AdapterLayer(nn.Module):
-    """The change of one site's weight, as a module that holds its tensors.
+    """ΔW of one site: the module that holds an adapter's tensors for one weight.
 
-    Class attributes a form declares:
-        components: the axis, counted from the end, along which a tensor is indexed by rank-one component.
-        fills: tensors an init may fill.
-        roles: what an optimiser should take each tensor for (A, B, core, magnitude, bank, other).
+    Class attributes that a subclass sets:
+        components: tensor → the axis, counted from the end, that runs over rank-one components (A: −2, B: −1).
+        in_place: the base's own weight is trained, so nothing is added to the output.
+        row_wise: Δy of a row depends on that row of x alone, and nothing is recorded on the way.
+        fills: tensors that an init may set.
+        roles: tensor → what an optimiser takes it for (A, B, core, magnitude, bank, other).
+
+    Args:
+        site: the weight to adapt.
+        scale: s of ΔW = s·B·A.
+        dropout: probability of dropping an input feature in training.
     """
 
     components: ClassVar[Mapping[str, int]] = {}
-    in_place: ClassVar[bool] = False  # the base's own weight moves, so nothing is added to the output
-    row_wise: ClassVar[bool] = True  # Δy of a row depends on that row of x alone, and nothing is recorded on the way
+    in_place: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
     fills: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[Mapping[str, str]] = {}
 
-    A0: Tensor  # these three only where ``has_frozen_start`` is True
+    A0: Tensor  # the initial factors, which an init like PiSSA subtracts; these three only where ``has_frozen_start``
     B0: Tensor
     start_scale: float
 
@@ -91,57 +110,64 @@ class AdapterLayer(nn.Module):
         self.site = site
         self.scale = scale
         self.dropout = dropout
-        self.replaced = False  # True while this adapter's own weight stands in W's place
-        self.base_weight: Tensor | None = None  # what an init wants W replaced by (base rule *replace*)
-        self.has_frozen_start = False  # True once an init's start is carried as a frozen −s₀·B₀A₀
+        self.replaced = False  # True while W holds ``base_weight`` (LoftQ's quantised weight)
+        self.base_weight: Tensor | None = None  # what an init replaces W by (base rule *replace*)
+        self.has_frozen_start = False  # True once the initial −s·B₀·A₀ is subtracted (base rule *subtract*)
         self.keeps: Callable[[str, Tensor, float], Tensor] | None = None  # (site, x, p) → dropout's mask; None: torch draws it
 
-    # --- what every form fills in -------------------------------------------------------------------------
+    # --- what a form defines ------------------------------------------------------------------------------
     def delta(self) -> Delta:
-        """The change of weight now, differentiable in the trainable tensors; never another adapter's."""
+        """ΔW now, differentiable in the trainable tensors; of this adapter alone."""
         raise NotImplementedError(f"{type(self).__name__} must give its delta().")
 
     def complete(self, filled: Mapping[str, Tensor]) -> None:
-        """Fill the tensors an init left out, given those it filled (default: nothing to do)."""
+        """Set the tensors that an init did not, given those that it did (default: nothing to do)."""
 
     def on_attach(self, registry: Any, record: Any) -> None:
-        """Called once the adapter stands in the model: writes the weight an init wants in W's place."""
+        """Called when the adapter has been added to the model: replaces W where an init asks for that."""
         if self.base_weight is not None:
             registry.replace(self.site, record, self.base_weight)
             self.base_weight, self.replaced = None, True
 
     def on_detach(self, registry: Any, record: Any) -> None:
-        """Called before the adapter is taken out: gives a replaced weight its bits back."""
+        """Called before the adapter is removed from the model: restores a replaced weight bit for bit."""
         registry.put_back(self.site, record)
 
     def before_merge(self, registry: Any) -> None:
-        """Called before the change is folded into W."""
+        """Called before ΔW is merged into W."""
 
     def fused_factors(self) -> list[tuple[Tensor, Tensor, float]] | None:
-        """The (A, B, scale) whose Σ scale·B·A is all that this change does to a linear's output, for the fused executor; None: more."""
+        """[(A, B, scale), …] if ΔW = Σ scale·B·A and nothing else, for the fused forward of ``runtime/fast.py``; else None."""
         return None
 
     def for_peft(self) -> tuple[Delta, Tensor | None]:
-        """What leaves in PEFT's format: a low-rank delta against the untouched W, and a magnitude where the form has one."""
+        """What an export to PEFT holds: a low-rank ΔW against the original W, and DoRA's magnitude where there is one."""
         return self.total_delta(), None
 
-    # --- what the core does for all -----------------------------------------------------------------------
+    # --- the same for all forms ---------------------------------------------------------------------------
     def forward(self, x: Tensor, y: Tensor, strength: Tensor | None = None) -> Tensor:
-        """Δy for the module's input ``x`` and base output ``y`` (with bias), in ``y``'s dtype."""
+        """Δy for the module's input ``x`` and base output ``y`` (with bias), in ``y``'s dtype; ``strength`` multiplies it."""
         d = self.total_delta()
         if strength is not None:
             d = d.scaled(strength)
         return self.dropped(d, self.site, x, y)
 
     def dropped(self, d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """Δy of ``d`` for an input with dropout: of its features, or, where x are indices, of whole rows (a one-hot's only entry)."""
+        """Δy of ``d`` with dropout on the input.
+
+        Args:
+            d: the ΔW to apply.
+            site: where.
+            x: the module's input; of ids (an embedding's) the one-hot is dropped out, that is, full rows of Δy.
+            y: the base's output, with bias.
+        """
         change = apply_delta(d, site, self.drop(x), y)
         if self.dropout and self.training and not x.is_floating_point():
             change = change * self.drop(change.new_ones(*x.shape, 1))
         return change
 
     def total_delta(self) -> Delta:
-        """``delta()`` less the start an init subtracted: what acts on the untouched W."""
+        """``delta()`` minus the initial ΔW where an init subtracted it: what is added to the original W."""
         d = self.delta()
         return d + self.start() if self.has_frozen_start else d
 
@@ -151,11 +177,11 @@ class AdapterLayer(nn.Module):
         return self.total_delta()
 
     def start(self) -> LowRank:
-        """The frozen −s₀·B₀A₀, of the factors as cast to storage."""
+        """The frozen −s·B₀·A₀ of the initial factors as they are stored."""
         return LowRank(self.A0, -self.B0, self.start_scale)
 
     def freeze_initial_delta(self) -> None:
-        """Freeze today's delta as the part of W that the factors stand for (base rule *subtract*)."""
+        """Subtract the initial s·B·A (PiSSA's residual) from now on, as frozen buffers beside the unchanged W."""
         d = self.delta()
         if not isinstance(d, LowRank):
             raise RecipeError(
@@ -168,16 +194,16 @@ class AdapterLayer(nn.Module):
         self.has_frozen_start = True
 
     def file_state(self) -> dict[str, Any]:
-        """What a file must say beside the tensors to rebuild this module."""
+        """What a file stores beside the tensors to rebuild this module, JSON-able."""
         start = {"start_scale": self.start_scale} if self.has_frozen_start else {}
         return {**start, "replaced": True} if self.replaced else start
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Tensors a file holds beside the module's own: the weight that stands in W's place."""
+        """Tensors that a file stores beside the module's own: the weight that replaces W."""
         return {"replaced": self.site.untouched().clone()} if self.replaced else {}
 
     def restore_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
-        """Make room for what :meth:`file_state` told of."""
+        """Prepare for loading the tensors of a file, from what :meth:`file_state` stored."""
         if state.get("replaced"):
             self.base_weight = tensors[f"{name}::replaced"]
         if "start_scale" in state:
@@ -193,7 +219,7 @@ class AdapterLayer(nn.Module):
         return x * self.keeps(self.site.name, x, self.dropout)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy an init's values in, in the dtype of storage; the form completes what is left."""
+        """Copy in an init's tensors (cast to the stored dtype), then :meth:`complete` the others."""
         for name, value in tensors.items():
             target = getattr(self, name, None)
             if name not in self.fills or target is None:
@@ -209,7 +235,7 @@ class AdapterLayer(nn.Module):
         self.complete(tensors)
 
     def component_count(self) -> int:
-        """Number of rank-one components of this site (per expert), 0 where the form has none."""
+        """Number of rank-one components (per expert), 0 where the form has none."""
         for name, axis in self.components.items():
             return operator.attrgetter(name)(self).shape[axis]
         return 0
@@ -219,7 +245,14 @@ class AdapterLayer(nn.Module):
 
 
 def apply_delta(d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
-    """Δy of a delta at a site, in ``y``'s dtype; hands over the base output and weight only where they are needed."""
+    """Δy of a ΔW at a site, in ``y``'s dtype.
+
+    Args:
+        d: the ΔW.
+        site: for the layer's geometry, its bias and, where ``d`` needs it, W.
+        x: the module's input, (…, in) or ids.
+        y: the base's output with bias, (…, out).
+    """
     if any(part.dtype != y.dtype for part in getattr(d, "parts", (d,))):  # the parts of a sum may differ on an fp64 base
         d = d.to(dtype=y.dtype)
     if x.is_floating_point() and x.dtype != y.dtype:
@@ -230,24 +263,29 @@ def apply_delta(d: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """Base of all forms; a subclass's dataclass fields are its options (rank, scale and dropout are the recipe's).
+    """Base of all forms; a subclass's dataclass fields are its options (rank, alpha, scale and dropout are the recipe's).
 
-    Class attributes a form declares:
+    Class attributes that a subclass sets:
         kinds: the kinds of site it can adapt.
-        gives: words that inits, routers, budgets, optimisers and losses may need: ``fill:A``, ``fill:B`` …,
-            ``pair`` (Δ = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
-            z = A·x), ``core:diag``, ``constant`` (Δ does not depend on x), ``weight`` (trains W itself), ``block``.
-        linear_in_params: averaging parameters averages deltas.
-        reads: the modes of site it can be at ("called", "read", "plain", "block").
+        provides: what other parts of a recipe may require of the form: ``fill:A``, ``fill:B`` … (an init can set that
+            tensor), ``pair`` (ΔW = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
+            z = A·x), ``core:diag``, ``constant`` (ΔW does not depend on x), ``lowrank``, ``weight`` (trains W itself), ``block``.
+        reads: the modes of site it can adapt ("called", "read", "plain", "block").
         ranked: whether r means anything to it.
         bounded: whether a rank above min(out, in) is refused.
+
+    >>> from rankwise.catalogue import make
+    >>> from rankwise.sites import find_sites
+    >>> site = find_sites(nn.Sequential(nn.Linear(6, 4)))["0"]
+    >>> layer = make("form", "lora").build(site, Plan(ranks={"0": 2}, scales={"0": 0.5}))
+    >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}, layer.delta().kind
+    ({'A': (2, 6), 'B': (4, 2)}, 'lowrank')
     """
 
     info: ClassVar[MethodInfo]
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts")
     provides: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[tuple[str, ...]] = ("called", "read")
-    linear_in_params: ClassVar[bool] = False
     ranked: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
 
@@ -256,19 +294,19 @@ class Form:
         renamed_attribute(cls, {"gives": "provides"})
 
     def plan(self, sites: Sequence[Site], plan: Plan) -> Plan:
-        """See all sites at once; add banks and notes to ``plan``; refuse what cannot be met."""
+        """Look at all sites at once: add shared tensors and notes to ``plan``, refuse what is not possible."""
         return plan
 
     def scaling(self) -> str | None:
-        """The scale policy this form stands for; None: the recipe's."""
+        """The rule for s that this form fixes, a key of ``SCALES`` (rsLoRA: α/√r); None: the recipe's."""
         return None
 
     def build(self, site: Site, plan: Plan) -> AdapterLayer:
-        """The module for one site, with the form's own first values."""
+        """The layer for one site, with the form's own initial values."""
         raise NotImplementedError(f"The form {type(self).__name__} must build its sites.")
 
     def check_ranks(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> None:
-        """Refuse a rank below 1 or above the matrix, naming the site."""
+        """Refuse a rank below 1 or above min(out, in), naming the site."""
         for site in sites:
             r = ranks[site.name]
             if r < 1:
@@ -281,7 +319,14 @@ class Form:
 
 
 def factor(shape: Sequence[int], g: torch.Generator, *, fan_in: int, device: torch.device) -> Tensor:
-    """Kaiming-uniform with a = √5, i.e. U(−1/√fan_in, 1/√fan_in), drawn on the CPU in fp32, then moved."""
+    """Initial values of a factor: Kaiming-uniform with a = √5, i.e. U(−1/√fan_in, 1/√fan_in), as ``nn.Linear`` draws them.
+
+    Args:
+        shape: of the tensor, usually (r, in).
+        g: the generator, on the CPU, so that every device gets the same values.
+        fan_in: input features.
+        device: where the fp32 result goes.
+    """
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(*shape).uniform_(-bound, bound, generator=g).to(device)
 

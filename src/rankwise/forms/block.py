@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network behind (or beside) a block."""
+"""Base of forms that wrap a block (an MLP, an attention) where the others change a weight."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ Masks = Callable[[Tensor], Tensor | None]
 
 
 class BlockDelta(AdapterLayer):
-    """A form of block scope: ``block`` gives what is added to the block's first output (or stands in its place)."""
+    """``block`` gives what is added to the block's first output, or, where ``replaces`` is true, the output itself."""
 
     replaces: ClassVar[bool] = False
 
     def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masks: Masks) -> Any:
-        """The change of ``y`` for the block's inputs; ``base`` is the plain block.
+        """What is added to the block's output, or replaces it.
 
-        The core masks what is added; what ``replaces`` asks ``masks`` (an output → its row mask or None) itself, for inside
-        it the sites have masked already.
+        Args:
+            base: the block's own forward.
+            args, kwargs: its inputs.
+            y: its first output; None where ``replaces``, which calls ``base`` itself.
+            strength: 0-d, the adapter's strength in the current view.
+            masks: an output → its row mask or None.  What is added is masked by the caller; what ``replaces`` masks itself,
+                since the layers inside have been masked already.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it does to its block.")
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network behind (or beside) a block."""
+"""Bottleneck adapters: a small two-layer network after, or parallel to, a block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckLayer(BlockDelta):
-    """Δ = s·up(act(down(·))) of the block's output (*after*) or first input (*parallel*)."""
+    """Δy = s·up(act(down(·))) of the block's output (*after*) or first input (*parallel*).
+
+    Args:
+        site: the block.
+        r: width of the bottleneck.
+        plan: scale, dropout and the generator.
+        act: relu, gelu, silu or tanh.
+        mode: "after" or "parallel".
+    """
 
     roles: ClassVar[Mapping[str, str]] = {"A": "A", "B": "B", "a": "other", "b": "other"}
     components: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
@@ -65,7 +73,7 @@ class BottleneckLayer(BlockDelta):
 class BottleneckForm(Form):
     """y += s·(act(z·Aᵀ + a)·Bᵀ + b), z the block's own output (``mode="after"``) or its input (``"parallel"``).
 
-    A: r×d Kaiming-uniform, B: d×r and both biases zero, all trained: r·(d_in + d_out) + r + d_out numbers a block.
+    A: r×d Kaiming-uniform, B: d×r and both biases zero, all trained: r·(d_in + d_out) + r + d_out parameters a block.
     Targets name modules (``mlp``, ``self_attn``); "all-linear" means every ``mlp``.  Not a change of weight: it cannot
     be merged or exported.  Source: Houlsby et al. 2019 (serial) and He et al. 2021 (parallel).
     """

@@ -1,4 +1,4 @@
-"""dense: a full-size difference beside each parameter of a module; how modules are saved whole (heads, norms)."""
+"""dense: ΔW of the weight's own shape, trained from zero; what ``modules_to_save`` uses (heads, norms)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DenseForm(Form):
     """y += x·Dᵀ with D: out×in trained from zero; at plain parameters (bias, norm) the parameter reads as p + D.
 
     What ``modules_to_save`` uses: every parameter of the named modules gets its own D, so two adapters can each have
-    their own head on one base, which ``full`` cannot.  Trains as many numbers as the module has.  Weight decay pulls
+    their own head on one base, which ``full`` cannot.  Trains as many parameters as the module has.  Weight decay pulls
     towards the base, not towards zero.  Merges exactly; leaves in PEFT's format as a saved module (W + D).
 
     Source: PEFT's ``modules_to_save``, which keeps a copy of the module where this keeps a difference.
@@ -47,7 +47,6 @@ class DenseForm(Form):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
-    linear_in_params: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"form": "dense", "targets": ["lm_head", "norm"]}
 
     def build(self, site: Site, plan: Plan) -> DenseLayer:

@@ -1,4 +1,4 @@
-"""full: train base weights themselves, as an adapter whose delta is dense."""
+"""full: full fine-tuning of the base weights, as an adapter whose ΔW is dense."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class FullLayer(AdapterLayer):
-    """Δ = W_now − W_before; W_before is a copy (``original``), acting in views that leave this adapter out."""
+    """ΔW = W_now − W_before; W_before is a copy (``original``), used in views without this adapter."""
 
     in_place: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, str]] = {"weight": "weight"}
@@ -41,14 +41,14 @@ class FullLayer(AdapterLayer):
         key = (self.site.spec.module, self.site.spec.param)
         if key in registry.replaced_weights:
             raise AttachError(
-                f"{self.site.name!r} is already moved by adapter {registry.replaced_weights[key][0]!r}; one adapter a weight."
+                f"{self.site.name!r} is already trained or replaced by adapter {registry.replaced_weights[key][0]!r}; one adapter a weight."
             )
         if self.keep:
             self.__dict__["original"] = nn.Parameter(self.site.param.detach().clone(), requires_grad=False)
             ends = [self.site, *(registry.known[f] for f in record.tied_sites.get(self.site.name, ()))]
             for end in ends:
-                place = end.module.__dict__["_rankwise"]
-                place.originals.setdefault(record.name, {})[end.spec.param] = self.original
+                state = end.module.__dict__["_rankwise"]
+                state.originals.setdefault(record.name, {})[end.spec.param] = self.original
         registry.replaced_weights[key] = (record.name, self.original)
         self.site.param.requires_grad_(True)
 
@@ -78,7 +78,7 @@ class Full(Form):
     """Train W itself at the targets (any parameter: linears, norms, embeddings); Δ = W_now − W_before is dense.
 
     The degenerate form for optimisers and budgets over whole weights (GaLore, LISA).  ``keep="copy"`` holds the base's
-    bits beside (as many numbers again), so views, detach and files work; ``keep="none"`` holds nothing: views that leave
+    bits beside (as many elements again), so views, detach and files work; ``keep="none"`` holds nothing: views that leave
     the adapter out, detach and save are refused.  One such adapter a weight.  Targets may be ``"all"``.
 
     Source: plain fine-tuning; no paper's form.
@@ -88,7 +88,6 @@ class Full(Form):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
-    linear_in_params: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"form": "full", "targets": "all"}
     keep: Literal["copy", "none"] = "copy"
 

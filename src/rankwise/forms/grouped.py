@@ -1,15 +1,15 @@
 """A linear whose rows are under different LoRA adapters, as one autograd function: many small jobs on one frozen base.
 
-Rows [a_i, b_i) of x: N×in belong to pair i (A_i: r_i×in, B_i: out×r_i, scale s_i); a row under none is the base's.
+Rows [a_i, b_i) of x: N×in are adapter i's (A_i: r_i×in, B_i: out×r_i, scale s_i); a row of none is the base's.
 
     y  = x·Wᵀ + b         y[a_i:b_i]  += s_i·(x[a_i:b_i]·A_iᵀ)·B_iᵀ
     dx = dy·W             dx[a_i:b_i] += s_i·(dy[a_i:b_i]·B_i)·A_i
 
-One product with W serves all rows.  The small products run batched where every pair has as many rows and the same
+One product with W serves all rows.  The small products run batched where every adapter has as many rows and the same
 rank (half to two thirds of the loop's time on a CPU, two launches instead of 2k on an accelerator), else in a loop:
 one product with all A's at once and a mask does k times the arithmetic and was the slowest of the three.
 
-Rows never meet: no sum runs over rows of two pairs, so a NaN in one job's rows stays there.
+No sum runs over rows of two adapters, so a NaN in one job's rows stays there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rankwise.forms.fused import Factor, composite_now, out_dtype
 if TYPE_CHECKING:
     from rankwise.forms.packed import PackedWeight
 
-Group = tuple[int, int, Factor]  # first row, row after the last, and the pair those rows are under
+Group = tuple[int, int, Factor]  # first row, row after the last, and the (A, B, scale) of those rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

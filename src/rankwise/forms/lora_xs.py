@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 
 class LoraXsLayer(AdapterLayer):
-    """Δ = s·B·R·A with A, B frozen (buffers) and R: r×r trained."""
+    """ΔW = s·B·R·A with A, B frozen (buffers) and R: r×r trained.
+
+    Args:
+        site: the adapted weight.
+        r: rank.
+        plan: scale, dropout, generators.
+        iterations: subspace iterations of the randomised SVD.
+        std: of R's initial values.
+    """
 
     components: ClassVar[Mapping[str, int]] = {}
     fills: ClassVar[tuple[str, ...]] = ("A", "B", "core")
@@ -45,7 +53,7 @@ class LoraXsLayer(AdapterLayer):
         return LowRank(self.A, self.B, self.scale, core=self.core)
 
     def complete(self, filled: Mapping[str, Tensor]) -> None:
-        """From a given A alone, B is W's image of it: B = orthonormal basis of W·Aᵀ."""
+        """B for an A that an init set: an orthonormal basis of W·Aᵀ."""
         if "A" in filled and "B" not in filled:
             Q, _ = torch.linalg.qr((self.site.read() @ self.A.mT).double())
             self.B.copy_(Q.float())
@@ -56,7 +64,7 @@ class LoraXsLayer(AdapterLayer):
 class LoRAXS(Form):
     """ΔW = s·B·R·A, A = S_r·V_rᵀ: r×in, B = U_r: out×r from W's truncated SVD (frozen, stored), R: r×r trained.
 
-    R ~ N(0, (10⁻⁵)²), so the first output is displaced by about 10⁻⁵.  Trains r² numbers a site whatever its width.
+    R ~ N(0, (10⁻⁵)²), so the first output differs from the base's by about 10⁻⁵.  Trains r² parameters a weight whatever its width.
     A and B are stored with the adapter: an SVD is not unique across machines.  W is not changed.
 
     Source: MohammadrezaBanaei/LoRA-XS (randomised SVD, 10 iterations, seed 42 there; ours is seeded by the site's name).
@@ -64,7 +72,6 @@ class LoRAXS(Form):
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "fill:core", "core:dense", "constant", "lowrank"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
-    linear_in_params: ClassVar[bool] = True
     start_gap: ClassVar[float] = 1e-4  # R starts at 1e-5, not at zero
     iterations: int = 10
     std: float = 1e-5

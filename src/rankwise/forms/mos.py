@@ -1,4 +1,4 @@
-"""MoS: all layers of one role draw the pieces of their A and B from one pool of shards."""
+"""MoS: all layers of one role build their A and B from the vectors of one shared pool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ class Pools(SharedTensors):
 
 
 class MosLayer(AdapterLayer):
-    """A: r×in and B: out×r put together from the role's pools by frozen indices (r·l shards each)."""
+    """A: r×in and B: out×r gathered from the role's pools by frozen indices.
+
+    Args:
+        site: the adapted weight.
+        bank: the role's pools.
+        index_a, index_b: (r·l,) int64, rows of PA and PB.
+        plan: scale and dropout.
+        shards: l, pool rows that make one vector of in (or out) features.
+    """
 
     roles: ClassVar[Mapping[str, str]] = {}
     bank: Pools
@@ -59,10 +67,16 @@ class MosLayer(AdapterLayer):
 class MoS(Form):
     """Pools PA: N×(in/l), PB: N×(out/l) for each role, N = L·e·l; row j of A is l shards of PA, column j of B l shards of PB.
 
-    L layers have the role (and shape), e is the budget rank (as many numbers as a LoRA of rank e), l the shards a vector,
-    p the private rank.  A layer's index draws (r − p)·l public shards without replacement and takes its own p·l private
+    L layers have the role (and shape), e is the budget rank (as many parameters as a LoRA of rank e), l the shards a vector,
+    p the private rank.  A layer draws (r − p)·l public shards without replacement and takes its own p·l private
     ones; A and B draw apart (``dissociate``).  PA is Kaiming-uniform over the full fan-in, PB zero.  Trains
-    Σ_roles L·e·(in + out) numbers; Δ has exact rank r a layer.  p = e = r with l = 1 is plain LoRA.
+    Σ_roles L·e·(in + out) parameters; ΔW has exact rank r a layer.  p = e = r with l = 1 is plain LoRA.
+
+    Args:
+        budget_rank: e.
+        shards: l.
+        private: p.
+        dissociate: draw the indices of A and of B apart.
 
     Source: Forence1999/MoS, modules/Tied_LoRA.py.  Errors: l must divide in and out; (r − p) ≤ (e − p)·L; p ≤ min(r, e).
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PacaLayer(AdapterLayer):
-    """Δ = s·V at columns ``index``; V: out×r trained, zero at first."""
+    """ΔW[:, index] = s·V; V: out×r, trained from zero."""
 
     components: ClassVar[Mapping[str, int]] = {"V": -1}
     fills: ClassVar[tuple[str, ...]] = ("V",)
@@ -39,7 +39,7 @@ class PacaLayer(AdapterLayer):
 class PaCA(Form):
     """ΔW[:, idx] = s·V with idx ⊂ [in], |idx| = r, V: out×r trained from zero; y += s·x[…, idx]·Vᵀ.
 
-    Backward needs only x[…, idx] (r of in columns); a LoRA keeps all of x.  Trains out·r numbers a site.  Merges
+    Backward needs only x[…, idx] (r of in columns); a LoRA keeps all of x.  Trains out·r parameters a weight.  Merges
     exactly; as a LoRA it has exact rank r (A = rows of I at idx, B = s·V).  The published code overwrites W's columns
     in place and refreshes them on a step-count condition; here the change stands beside W, so W keeps its bits and
     adapters mix; the maths is the same: ∂V = s·gᵀ·x[…, idx].
@@ -50,7 +50,6 @@ class PaCA(Form):
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:V", "components", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
-    linear_in_params: ClassVar[bool] = True
     choose: Literal["random", "largest", "smallest"] = "random"
 
     def build(self, site: Site, plan: Plan) -> PacaLayer:

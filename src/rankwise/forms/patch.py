@@ -1,4 +1,4 @@
-"""patch: a finished change of weight of any kind, held beside W and never trained."""
+"""patch: a given ΔW of any kind, added to W's output and never trained."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ PREFIX = "v_"
 
 
 def key(field: str) -> str:
-    """The buffer that holds a value's tensor ``field`` (a sum's are called ``0.A``; a buffer's name has no dot)."""
+    """The name of the buffer for a ΔW's tensor ``field`` (a sum's are called ``0.A``, and a buffer's name has no dot)."""
     return PREFIX + field.replace(".", "/")
 
 
 class FrozenDelta(AdapterLayer):
-    """Δ = the value given; its tensors are buffers, so they move, save and copy with the model and no optimiser sees them."""
+    """A given ΔW; its tensors are buffers, so they move, save and copy with the model and no optimiser sees them."""
 
     def __init__(self, site: Site):
         super().__init__(site)
         self._value: Delta | None = None
 
     def hold(self, value: Delta) -> None:
-        """Take ``value`` in, detached and on the site's device.
+        """Set ΔW to ``value``, detached and on the site's device.
 
         Raises:
-            OptionError: its shape is not the weight's, or x decides it.
+            OptionError: its shape is not the weight's, or it depends on x.
         """
         if value.kind == "gated" or not value.constant:
             raise OptionError(
@@ -50,7 +50,7 @@ class FrozenDelta(AdapterLayer):
             self.register_buffer(key(field), t)
 
     def delta(self) -> Delta:
-        """The value; made anew only where the buffers are no longer its tensors (a cast, a move, a functional call)."""
+        """The ΔW; rebuilt only where the buffers have been exchanged (a cast, a move, a functional call)."""
         value = self._value
         assert value is not None
         held = {f: self._buffers[key(f)] for f in value.tensors()}
@@ -78,12 +78,13 @@ class FrozenDelta(AdapterLayer):
 class Patch(Form):
     """y += Δ·x with Δ: out×in a constant value of any kind (dense, entries, rows, columns, low-rank, sums, …); nothing is trained.
 
-    The patch registry of merged, extracted and sparse values: attached by ``rankwise.merge.attach_state``, weighted by a
-    view's strength, added to other adapters, taken out without arithmetic, since W is never written.  At read and plain
-    places (norms, biases, expert stacks) the parameter reads as W + strength·Δ.  A file holds each site's kind, tensors
-    and meta.  Merges exactly; leaves in PEFT's format where every site is low-rank or a whole dense difference.
+    For merged, extracted and sparse ΔW's: attached by ``rankwise.merge.attach_state``, weighted by a view's strength, summed
+    with other adapters, and removed bit for bit, since W is never written.  Where a forward reads the parameter itself (norms,
+    biases, expert stacks) it reads W + strength·ΔW.  A file holds each site's kind, tensors and meta.  Merges exactly;
+    exports to PEFT where every ΔW is low-rank or dense.
 
-    Source: none, the house's own.  Errors: attached by a recipe alone (there is no value); a shape that is not the weight's; a change that x decides.
+    Source: none, rankwise's own.  Errors: attached by a recipe alone (there is no value); a shape that is not the weight's; a ΔW that
+    depends on x.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"constant"})

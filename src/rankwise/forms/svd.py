@@ -1,4 +1,4 @@
-"""The SVD form of AdaLoRA: P·diag(λ)·Q, whose λ a budget can mask."""
+"""svd: AdaLoRA's parametrisation P·diag(λ)·Q, whose λ its budget prunes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 class SvdLayer(AdapterLayer):
-    """Δ = s·B·diag(λ)·A, all three trained; a component is a triplet (column of B, λ, row of A)."""
+    """ΔW = s·B·diag(λ)·A, all three trained; a component is a triplet (column of B, λ, row of A).
+
+    Args:
+        site: the adapted weight.
+        r: initial rank.
+        plan: scale, dropout, generators.
+        std: of A's and B's initial values.
+    """
 
     components: ClassVar[Mapping[str, int]] = {"A": -2, "core": -1, "B": -1}
     fills: ClassVar[tuple[str, ...]] = ("A", "B", "core")
@@ -34,7 +41,7 @@ class SvdLayer(AdapterLayer):
 
     def complete(self, filled: Mapping[str, Tensor]) -> None:
         if {"A", "B"} <= set(filled) and "core" not in filled:
-            nn.init.ones_(self.core)  # the init's product B·A is meant
+            nn.init.ones_(self.core)  # so that ΔW is the init's s·B·A
 
     def delta(self) -> LowRank:
         return LowRank(self.A, self.B, self.scale, core=self.core)
@@ -50,10 +57,10 @@ class SvdLayer(AdapterLayer):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SVD(Form):
-    """ΔW = s·B·diag(λ)·A with A: r×in and B: out×r drawn N(0, 0.02²), λ: r zero, all trained; r·(in + out + 1) numbers.
+    """ΔW = s·B·diag(λ)·A with A: r×in and B: out×r drawn N(0, 0.02²), λ: r zero, all trained; r·(in + out + 1) parameters.
 
     The form of AdaLoRA (with the budget ``adalora`` and the loss ``orthogonality``; together the preset ``adalora``).
-    Leaves as a plain LoRA of rank nnz(λ).  Source: QingruZhang/AdaLoRA, loralib/adalora.py.
+    Exports to PEFT as a LoRA of rank nnz(λ).  Source: QingruZhang/AdaLoRA, loralib/adalora.py.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset(

@@ -1,4 +1,4 @@
-"""The seam of inits: which statistics are needed, how ranks are given out, and the first values of a site's tensors."""
+"""Base classes of inits: which statistics they need, the rank of each weight, and the initial values of A and B."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from rankwise.recipe import Part
     from rankwise.sites.site import Site
 
-Rule = Literal["keep", "subtract", "replace", "displace"]
+Rule = Literal["keep", "subtract", "replace"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fill:
-    """First values of one site.
+    """Initial values for one site.
 
-    ``tensors`` are those the init is about; the form completes the rest.  ``rule`` says what becomes of W:
-    *keep* it; *subtract* s·B·A (the core carries −s₀·B₀A₀ beside W, so W keeps its bits); *replace* it by
-    ``weight`` (out×in, e.g. a quantised W); *displace*: W is kept and the first output moves on purpose.
+    Attributes:
+        tensors: name → values, those that the init sets; the form completes the others.
+        rule: what happens to W: *keep* it; *subtract* the initial s·B·A (as frozen buffers, so W itself is not written);
+            *replace* it by ``weight``.
+        weight: (out, in), e.g. LoftQ's quantised W.
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,14 +40,12 @@ class Init:
     """Base of all inits; dataclass fields are options."""
 
     info: ClassVar[MethodInfo]
-    #: names of statistics (see :mod:`rankwise.calibration`); empty: weights alone
-    needs_stats: ClassVar[tuple[str, ...]] = ()
-    #: whether it has the base's weight replaced, so that a base others use at the same time is no place for it
+    #: whether it replaces the base's weight, so that it is refused on a base that others use at the same time
     replaces: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
 
     def requests(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, Any]:
-        """{site: accumulator} to run over the calibration batches; empty where weights suffice."""
+        """{site: accumulator} to run over the calibration batches; empty where the weights suffice."""
         return {}
 
     def allocate(self, sites: Sequence[Site], stats: Stats, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -53,8 +53,16 @@ class Init:
         return dict(ranks)
 
     def fill(self, site: Site, stats: Stats, rank: int, scale: float, g: torch.Generator) -> Fill:
-        """First values for ``site`` at ``rank`` and scale s."""
+        """Initial values for one site.
+
+        Args:
+            site: the weight.
+            stats: finished statistics by site name, for what :meth:`requests` asked.
+            rank: r.
+            scale: s of ΔW = s·B·A.
+            g: the generator of this init at this site, on the CPU.
+        """
         raise NotImplementedError(f"The init {type(self).__name__} must fill its sites.")
 
     def check(self, form: Form, part: Part) -> None:
-        """Refuse what this init cannot live with beyond its declared needs."""
+        """Refuse what this init cannot be combined with, beyond what ``requires`` says."""

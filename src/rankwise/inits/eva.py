@@ -26,16 +26,15 @@ if TYPE_CHECKING:
 class EVA(Init):
     """A = [c_1 … c_r]: r×in, the top principal components of the site's (centred, unmasked) token inputs; B = 0.
 
-    K = round(ρ·r) components are followed a site; each has e_k = σ_k²/(total variance), and of all (site, k) the
-    Σ r largest are kept: a site's rank is the number of its own (0 drops it).  s stays what it was at rank r.  Sites fed
-    by the very same tensor share one PCA.  W is untouched; afterwards it is an ordinary LoRA of uneven ranks.
+    K = round(ρ·r) components are kept for each site; each has e_k = σ_k²/(total variance), and of all (site, k) the
+    Σ r largest are kept: a site's rank is the number of its own (0 drops it).  s stays what it was at rank r.  Sites
+    with the very same input (q, k and v) share one PCA.  W is untouched; afterwards it is an ordinary LoRA of uneven ranks.
     ``whiten`` divides row k by √σ_k.  The pass stops early once every component has a cosine ≥ τ with its predecessor.
 
     Invariants: A·Aᵀ = I; ranks sum to the budget.  Source: ml-jku/EVA, src/svd.py.
     Errors: batches with fewer than K unmasked tokens carry nothing and are refused where no other came.
     """
 
-    needs_stats: ClassVar[tuple[str, ...]] = ("input",)
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     rho: float = 2.0
     tau: float = 0.99
@@ -47,7 +46,7 @@ class EVA(Init):
 
     def requests(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, StreamingPCA]:
         shared: dict[str, int] = {}
-        for s in sites:  # one PCA a group follows as many components as its neediest member
+        for s in sites:  # the PCA of an input group keeps as many components as the member of largest rank needs
             k = min(round(self.rho * ranks[s.name]), s.spec.max_rank)
             key = s.spec.input_group or s.name
             shared[key] = max(shared.get(key, 0), k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -39,14 +39,16 @@ class LoRAGA(Init):
     G: the identity that the tests check.  G is formed at each site from x and ∂L/∂y, and only its randomised range of
     4r columns is worked on; the sites of one pass can be bounded by a memory limit.
 
-    ``direction``: ArB2r (above), A2rBr (swapped), ArBr (B even, A odd indices), random.  ``size``: stable, unit (ζ = 1),
-    gd (1/s on both), weight_svd (mean root of W's top r singular values, over s).
-    ``variant="peft"`` follows HF PEFT 0.21 instead, where A has unit rows and B = ζ·U_{r:2r}·S_{r:2r}; the identity fails there.
+    Args:
+        direction: ArB2r (above), A2rBr (swapped), ArBr (B even, A odd indices), random.
+        size: ζ: stable (above), unit (1), gd (1/s), weight_svd (mean root of W's top r singular values, over s).
+        gamma: γ of "stable".
+        niter: subspace iterations of the randomised SVD.
+        variant: "peft" follows HF PEFT 0.21 instead, where A has unit rows and B = ζ·U_{r:2r}·S_{r:2r}; the identity fails there.
 
     Source: Outsider565/LoRA-GA (lora_ga_init).  Errors: 2r > min(out, in); a gradient that is zero everywhere.
     """
 
-    needs_stats: ClassVar[tuple[str, ...]] = ("weight_grad",)
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     size: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
     gamma: float = 16.0

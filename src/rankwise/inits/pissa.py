@@ -1,4 +1,4 @@
-"""PiSSA: train the top singular part of W, freeze the rest."""
+"""PiSSA, and the inits ``olora`` and ``gaussian``: first values of A and B from W itself, or drawn."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PiSSA(Init):
-    """W = U·S·Vᵀ; B = U_r·(S_r/s)^½: out×r, A = (S_r/s)^½·V_rᵀ: r×in, and W − s·B·A acts in W's place.
+    """W = U·S·Vᵀ; B = U_r·(S_r/s)^½: out×r, A = (S_r/s)^½·V_rᵀ: r×in, and the base becomes W − s·B·A (the residual).
 
     Balanced: A·Aᵀ = Bᵀ·B = diag(S_r)/s; the residual's spectrum is S_{r+1:}, whatever s.  Both factors have a gradient
     at once.  ``niter`` = None is the full SVD; K is a randomised one with K subspace iterations (``pissa_niter_K``),
-    after which the first output is unchanged all the same, for the very factors are taken off.
+    after which the first output is unchanged all the same, since the very same factors are subtracted.
 
-    Source: GraphPKU/PiSSA, utils/init_pissa.py.  Published code subtracts in W's own (16-bit) storage; here the start is
-    carried beside an untouched W.  Errors: niter < 1.
+    Source: GraphPKU/PiSSA, utils/init_pissa.py.  Published code subtracts in W's own (16-bit) storage; here −s·B₀·A₀ is kept
+    in frozen buffers and W is not written.  Errors: niter < 1.
     """
 
     niter: int | None = None

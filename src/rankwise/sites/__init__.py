@@ -1,4 +1,4 @@
-"""Places in a model that can be adapted, and the only code that touches a base weight."""
+"""Sites: the weights of a model that can be adapted, and the only code that reads or writes one."""
 
 from rankwise.sites.coupling import Axis
 from rankwise.sites.discover import block_site, find_sites

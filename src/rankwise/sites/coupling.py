@@ -37,7 +37,7 @@ class Axis:
 
 
 def coupled_axes(model: nn.Module, sites: Mapping[str, Any]) -> dict[str, Axis]:
-    """The axis of each site that shares its units with others; sites that share none, or of whom it is not sure, are absent.
+    """The axis of each site that shares its units with others; sites that share none, or where this is not certain, are absent.
 
     Shapes must add up: q has whole groups of k's heads, v and o are as wide as k and q.  Absent are attentions that hold
     something else for each head (relative biases, slopes, sinks, norms over all heads), and projections of another layout.

@@ -1,4 +1,4 @@
-"""Find the places in a model that can be adapted: one walk, linear in the number of modules."""
+"""Find every weight of a model that can be adapted: one walk over its modules, in linear time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rankwise.errors import TargetError
 from rankwise.sites.coupling import coupled_axes
 from rankwise.sites.roles import input_key, layer_of, parts_of, role_of
 from rankwise.sites.site import CONVS, Site
-from rankwise.sites.spec import SiteSpec
+from rankwise.sites.spec import Mode, SiteSpec
 
 
-class _Place(TypedDict):
-    """The fields of a :class:`SiteSpec` that any weight of one module has."""
+class _OfModule(TypedDict):
+    """The fields of a :class:`SiteSpec` that every weight of one module shares."""
 
     module: str
     layer: int
@@ -27,7 +27,7 @@ class _Place(TypedDict):
     quantised: str
 
 
-class _Stored(_Place):
+class _OfWeight(_OfModule):
     """… and those of its ``weight``."""
 
     dtype: str
@@ -35,7 +35,7 @@ class _Stored(_Place):
 
 
 class _Features(Protocol):
-    """What a linear says of its shape, of whichever library it is."""
+    """The shape attributes of a linear layer of any library."""
 
     in_features: int
     out_features: int
@@ -46,10 +46,10 @@ _ENTER, _LEAVE = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}, {"o", "down", 
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every adaptable place of ``model`` by name, in module order: whole weights, parts of fused ones, stacks.
+    """Every site of ``model`` by name, in module order: weights, parts of fused projections, expert stacks.
 
-    Plain parameters (norms, biases, …) are listed too, with mode *plain*; blocks are not (see :func:`block_site`).
-    Sites that share one storage carry the same ``tie_group``, sites that share heads or channels the same coupled axis.
+    Other parameters (norms, biases, …) are listed too, with mode *plain*; blocks are not (see :func:`block_site`).
+    Tied weights have the same ``tie_group``, sites that share attention heads or channels the same coupled axis.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in _walk(model):
@@ -74,10 +74,9 @@ def block_site(model: nn.Module, path: str) -> Site:
     module = model.get_submodule(path)
     inp, out = _widths(model, path, module)
     first = next(module.parameters(), torch.empty(0))
-    spec = SiteSpec(
-        name=path, module=path, param="", kind="block", mode="block", role=path.rpartition(".")[2], out=out, inp=inp,
-        layer=layer_of(path), dtype=str(first.dtype).removeprefix("torch."), parent=type(module).__name__,
-    )  # fmt: skip
+    common = _common(path, module)
+    role = path.rpartition(".")[2]
+    spec = SiteSpec(name=path, param="", kind="block", mode="block", role=role, out=out, inp=inp, dtype=_dtype(first), **common)
     return Site(spec, module)
 
 
@@ -138,50 +137,63 @@ def _weight_spec(model: nn.Module, path: str, module: nn.Module, read: bool) -> 
         bridge, refusal = find_bridge(module), ""
     except TargetError as error:  # one foreign layer must not refuse the model, only a target that names it
         bridge, refusal = None, str(error)
+    name = path or "weight"
+    common = _common(path, module)
     if refusal:
-        return SiteSpec(name=path or "weight", module=path, role=role_of(path, "linear"), out=1, inp=1, layer=layer_of(path),
-                        parent=type(module).__name__, refusal=refusal)  # fmt: skip
-    place: _Place = {
-        "module": path,
-        "layer": layer_of(path),
-        "parent": type(module).__name__,
-        "quantised": bridge.name if bridge else "",
-    }
+        return SiteSpec(name=name, role=role_of(path, "linear"), out=1, inp=1, refusal=refusal, **common)
+    common["quantised"] = bridge.name if bridge else ""
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        out, inp = module.in_proj_weight.shape
-        return SiteSpec(name=f"{path}.in_proj_weight".lstrip("."), param="in_proj_weight", mode="read", role="qkv", out=out, inp=inp,
-                        dtype=_dtype(module.in_proj_weight), bias=module.in_proj_bias is not None, **place)  # fmt: skip
+        return _in_proj_spec(path, module, common)
     if weight is None:
         return None
-    known: _Stored = {
-        **place,
-        "dtype": bridge.name if bridge else _dtype(weight),
-        "bias": module._parameters.get("bias") is not None,
-    }
+    dtype = bridge.name if bridge else _dtype(weight)
+    known: _OfWeight = {**common, "dtype": dtype, "bias": module._parameters.get("bias") is not None}
     cls = type(module)
-    name = path or "weight"
     if isinstance(module, nn.Linear) or (bridge is not None and not isinstance(module, nn.Embedding)):
         called = not read and (bridge is not None or cls.forward is nn.Linear.forward)
-        linear = cast("_Features", module)
-        out, inp = linear.out_features, linear.in_features
-        role = role_of(path, "linear")
-        head = role == "head" or _is_head(model, module)
-        return SiteSpec(name=name, kind="linear", mode="called" if called else "read", role="head" if head else role, out=out, inp=inp,
-                        input_group=input_key(path, role, inp) if called else "", routed=".experts." in f".{path}.", **known)  # fmt: skip
+        return _linear_spec(model, name, module, called, known)
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
         inp, out = weight.shape
         return SiteSpec(name=name, kind="linear", role=role_of(path, "linear"), out=out, inp=inp, transposed=True, **known)
     if isinstance(module, CONVS):
-        plain = not read and cls.forward in {c.forward for c in CONVS}
-        return SiteSpec(name=name, kind="conv", mode="called" if plain else "read", role=role_of(path, "conv"), out=weight.shape[0],
-                        inp=weight[0].numel(), kernel=tuple(module.kernel_size), groups=module.groups, **known)  # fmt: skip
+        mode: Mode = "called" if not read and cls.forward in {c.forward for c in CONVS} else "read"
+        out, inp, kernel = weight.shape[0], weight[0].numel(), tuple(module.kernel_size)
+        role = role_of(path, "conv")
+        return SiteSpec(
+            name=name, kind="conv", mode=mode, role=role, out=out, inp=inp, kernel=kernel, groups=module.groups, **known
+        )
     if isinstance(module, nn.Embedding):
-        plain = (bridge is not None or cls.forward is nn.Embedding.forward) and module.max_norm is None
-        return SiteSpec(name=name, kind="embedding", mode="called" if plain else "read", role=role_of(path, "embedding"),
-                        out=module.embedding_dim, inp=module.num_embeddings, **known)  # fmt: skip
+        mode = "called" if (bridge is not None or cls.forward is nn.Embedding.forward) and module.max_norm is None else "read"
+        out, inp = module.embedding_dim, module.num_embeddings
+        return SiteSpec(name=name, kind="embedding", mode=mode, role=role_of(path, "embedding"), out=out, inp=inp, **known)
     if "Router" in cls.__name__ and weight.dim() == 2:
         return SiteSpec(name=name, kind="linear", mode="read", role="router", out=weight.shape[0], inp=weight.shape[1], **known)
     return None
+
+
+def _common(path: str, module: nn.Module) -> _OfModule:
+    return {"module": path, "layer": layer_of(path), "parent": type(module).__name__, "quantised": ""}
+
+
+def _in_proj_spec(path: str, module: nn.MultiheadAttention, common: _OfModule) -> SiteSpec:
+    name, weight = "in_proj_weight", module.in_proj_weight
+    assert weight is not None
+    bias = module.in_proj_bias is not None
+    out, inp = weight.shape
+    full = f"{path}.{name}".lstrip(".")
+    return SiteSpec(name=full, param=name, mode="read", role="qkv", out=out, inp=inp, dtype=_dtype(weight), bias=bias, **common)
+
+
+def _linear_spec(model: nn.Module, name: str, module: nn.Module, called: bool, known: _OfWeight) -> SiteSpec:
+    linear, path = cast("_Features", module), known["module"]
+    out, inp = linear.out_features, linear.in_features
+    role = role_of(path, "linear")
+    group = input_key(path, role, inp) if called else ""
+    if _is_head(model, module):
+        role = "head"
+    routed = ".experts." in f".{path}."
+    mode: Mode = "called" if called else "read"
+    return SiteSpec(name=name, mode=mode, role=role, out=out, inp=inp, input_group=group, routed=routed, **known)
 
 
 def _is_head(model: nn.Module, module: nn.Module) -> bool:
@@ -202,8 +214,8 @@ def _stack_spec(path: str, module: nn.Module, name: str, p: torch.Tensor) -> Sit
     stack, a, b = p.shape
     out, inp = (b, a) if transposed else (a, b)
     full = f"{path}.{name}".lstrip(".")
-    return SiteSpec(name=full, module=path, param=name, kind="experts", mode="read", role=role_of(full, "experts"), out=out, inp=inp,
-                    stack=stack, transposed=transposed, layer=layer_of(path), dtype=_dtype(p), parent=type(module).__name__)  # fmt: skip
+    spec = SiteSpec(name=full, param=name, kind="experts", mode="read", out=out, inp=inp, dtype=_dtype(p), **_common(path, module))
+    return dataclasses.replace(spec, role=role_of(full, "experts"), stack=stack, transposed=transposed)
 
 
 def _parts(model: nn.Module, module: nn.Module, whole: SiteSpec) -> Iterator[SiteSpec]:
@@ -220,8 +232,8 @@ def _parts(model: nn.Module, module: nn.Module, whole: SiteSpec) -> Iterator[Sit
 def _plain_spec(path: str, module: nn.Module, name: str, p: torch.Tensor) -> SiteSpec:
     out = p.shape[0] if p.dim() else 1
     inp = p[0].numel() if p.dim() > 1 else 1
-    return SiteSpec(name=f"{path}.{name}".lstrip("."), module=path, param=name, kind="plain", mode="plain", role=name, out=out, inp=inp,
-                    layer=layer_of(path), dtype=_dtype(p), parent=type(module).__name__)  # fmt: skip
+    full, common = f"{path}.{name}".lstrip("."), _common(path, module)
+    return SiteSpec(name=full, param=name, kind="plain", mode="plain", role=name, out=out, inp=inp, dtype=_dtype(p), **common)
 
 
 def _dtype(p: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
-"""What a place does in its model: role by name, parts of fused projections, block index.
+"""What a weight does in its model: its role by name, the parts of fused projections, the index of its layer.
 
-Names differ between architectures; methods speak of roles (q, k, v, o, gate, up, down, …).  One table, read
-from the end of the module's path; what is not in it has the role of its own last name.
+Module names differ between architectures; recipes name roles (q, k, v, o, gate, up, down, …).  One table, looked up by
+the last part of the module's path; a name that is not in it is its own role.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder|decoder)\.(\d+)(?:\.|
 
 
 def layer_of(path: str) -> int:
-    """Index of the block a path lies in, or -1: ``model.layers.3.mlp`` → 3."""
+    """Index of the transformer layer a path lies in, or -1: ``model.layers.3.mlp`` → 3."""
     found = _LAYER.findall(path)
     return int(found[0]) if found else -1
 
 
 def role_of(path: str, kind: str) -> str:
-    """The role of the place at ``path`` (module path, or path.parameter)."""
+    """The role of the weight at ``path`` (module path, or path.parameter)."""
     parts = path.split(".")
     last = parts[-1]
     above = ".".join(parts[:-1]).lower()
@@ -65,10 +65,16 @@ def role_of(path: str, kind: str) -> str:
 
 
 def parts_of(model: nn.Module, module: nn.Module, role: str, out: int) -> Iterator[tuple[str, tuple[int, int], tuple[int, int]]]:
-    """(role, rows, repeat) of each part of a fused projection with ``out`` rows, or nothing.
+    """(role, rows, repeat) of each part of a fused projection, or nothing; see :class:`SiteSpec`.
 
     The split is read from the model's config and checked against ``out``: a layout that does not add up
-    has no parts, so a wrong guess cannot pair a part with another's rows.
+    has no parts, so a wrong guess cannot give a part another's rows.
+
+    Args:
+        model: for its config.
+        module: the one that holds the weight; its own config comes first.
+        role: "qkv" or "gate_up"; others have no parts.
+        out: rows of the fused weight.
     """
     config = getattr(module, "config", None) or getattr(model, "config", None)
     if role == "gate_up" and out % 2 == 0:
@@ -99,7 +105,7 @@ def parts_of(model: nn.Module, module: nn.Module, role: str, out: int) -> Iterat
 
 
 def input_key(path: str, role: str, inp: int) -> str:
-    """Sites with the same key are fed by the very same tensor (q/k/v of one attention, gate/up of one MLP).
+    """The input group: sites with the same key take the very same tensor as input (q/k/v of one attention, gate/up of one MLP).
 
     Cross-attention reads k and v from the encoder; such modules are named so and keep q apart.
     """

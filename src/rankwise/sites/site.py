@@ -1,6 +1,6 @@
-"""A site: the only code that touches a base weight.
+"""A site: one weight of a model that can be adapted; the only code that reads or writes a base weight.
 
-``read`` and ``write`` speak fp32 out×in whatever the storage (transposed, a slice of a fused projection, a
+``read`` and ``write`` take and give fp32 out×in whatever the storage (transposed, a slice of a fused projection, a
 stack of experts, a quantised tensor); ``op`` says how such a matrix acts on the module's input.
 """
 
@@ -23,8 +23,13 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Site:
-    """One adaptable place of a live model: its :class:`SiteSpec`, the module that holds the weight, and ``coupled_axes``,
-    the axes whose units (head groups, an MLP's channels) other sites of the same group hold parts of."""
+    """One adaptable weight of a live model.
+
+    Args:
+        spec: what it is, as plain data.
+        module: the module that holds the weight.
+        coupled_axes: the axes whose units (attention heads, an MLP's channels) other sites hold parts of.
+    """
 
     def __init__(self, spec: SiteSpec, module: nn.Module, coupled_axes: tuple[Axis, ...] = ()):
         self.spec = spec
@@ -74,9 +79,14 @@ class Site:
             if self.spec.kind == "conv":
                 assert isinstance(m, CONVS)
                 self._op = Conv(
-                    kernel=tuple(m.kernel_size), stride=tuple(m.stride), padding=m.padding,
-                    dilation=tuple(m.dilation), groups=m.groups, padding_mode=m.padding_mode, nd=len(m.kernel_size),
-                )  # fmt: skip
+                    tuple(m.kernel_size),
+                    tuple(m.stride),
+                    m.padding,
+                    tuple(m.dilation),
+                    m.groups,
+                    m.padding_mode,
+                    len(m.kernel_size),
+                )
             elif self.spec.kind == "embedding":
                 assert isinstance(m, nn.Embedding)
                 self._op = Embedding(padding_idx=m.padding_idx)
@@ -117,14 +127,14 @@ class Site:
         return self.view(raw)
 
     def read(self) -> Tensor:
-        """The base weight as fp32 (fp64 stays) out×in, un-transposed, dequantised, gathered."""
+        """The base weight as fp32 (fp64 stays) out×in: dequantised, not transposed, only this site's rows."""
         W = self.weight()
         return W if W.dtype == torch.float64 else W.float()
 
     def untouched(self) -> Tensor:
         """What :meth:`read` gave before any adapter was merged into this weight."""
-        place = self.module.__dict__.get("_rankwise")
-        return self.read() if place is None else place.registry.untouched(self)
+        state = self.module.__dict__.get("_rankwise")
+        return self.read() if state is None else state.registry.untouched(self)
 
     @torch.no_grad()
     def write(self, W: Tensor) -> Tensor:
@@ -144,10 +154,10 @@ class Site:
         return self.read()
 
     def touched(self) -> None:
-        """Tell the module's place that its weight was written, so that no packed copy of the old one stays."""
-        place = self.module.__dict__.get("_rankwise")
-        if place is not None:
-            place.fast.product.release()
+        """Drop the packed copies of the weight, which has just been written."""
+        state = self.module.__dict__.get("_rankwise")
+        if state is not None:
+            state.fast.product.release()
 
     def snapshot(self) -> Any:
         """What :meth:`restore` needs to give the exact bits back."""

@@ -1,4 +1,4 @@
-"""What a site *is*, as plain data: enough to plan, count, save and export without the model at hand."""
+"""What a site is, as plain data: enough to plan, count, save and export without the model at hand."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ Mode = Literal["called", "read", "plain", "block"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteSpec:
-    """One adaptable place.
-
-    ``name`` is unique in the model and stable: the module path, with ``[q]`` behind it for a part of a
-    fused projection, or ``.parameter`` behind it where a bare parameter is adapted.
+    """One adaptable weight.
 
     Attributes:
+        name: unique in the model and stable: the module path, with ``[q]`` appended for a part of a fused projection,
+            or ``.parameter`` where a bare parameter is adapted.
         module: path of the module that holds the weight (``""`` is the model itself).
         param: name of the weight in that module (``weight``, ``gate_up_proj``, ``in_proj_weight`` …).
         kind: linear, conv, embedding, experts (a stack, leading axis E), plain (any parameter, for `full`)
-            or block (a whole module that is wrapped, not a weight).
-        mode: *called* (the change is added to the module's output), *read* (another forward uses the weight:
-            it reads W + ΔW) or *plain*.
+            or block (a module that is wrapped, not a weight).
+        mode: *called* (Δy is added to the module's output), *read* (another forward uses the weight: it reads W + ΔW),
+            *plain* (a parameter that is no matrix: norms, biases) or *block*.
         role: q, k, v, o, gate, up, down, qkv parts, fc, embed, head, router, conv … or "other".
         out, inp: the 2-D view out×in of the weight (a conv's ``inp`` is in/groups·k·k).
         stack: number of experts E, or 0.
         rows: (start, stop) rows of the stored out×in weight that belong to this site, for a part of a fused
-            projection; None is the whole weight.
+            projection; None is the full weight.
         repeat: (count, period): the rows come again ``count`` times, ``period`` rows apart (GPT-NeoX keeps
             q, k and v of each head together).
         transposed: stored in×out (GPT-2's Conv1D, some expert stacks).
@@ -39,10 +38,10 @@ class SiteSpec:
         dtype: the stored dtype's name, e.g. "float32"; "nf4", "int8" … where a codec holds it.
         quantised: the codec bridge's name, or "".
         bias: whether the module has one.
-        tie_group: sites with the same non-empty value share one storage.
-        input_group: sites with the same non-empty value are fed by the very same tensor.
+        tie_group: sites with the same non-empty value are tied: one parameter, several modules.
+        input_group: sites with the same non-empty value take the very same tensor as input.
         routed: rows of this site's input are a selection of the batch's rows (experts called one by one).
-        parent: class name of the holding module, for messages and `inspect`.
+        parent: class name of the module that holds the weight, for messages and `inspect`.
         refusal: why no adapter can be here (a weight stored in a way that is not known); "" where one can.
     """
 
@@ -81,7 +80,7 @@ class SiteSpec:
         return min(self.out, self.inp)
 
     def row_index(self) -> torch.Tensor | None:
-        """int64 rows of the stored out×in weight that are this site's, in order; None for the whole weight."""
+        """int64 rows of the stored out×in weight that are this site's, in order; None for the full weight."""
         if self.rows is None:
             return None
         count, period = self.repeat

@@ -1,4 +1,4 @@
-"""From what a user writes (``all-linear``, names, roles, patterns) to sites; every word must match something."""
+"""``target_modules`` to sites: ``all-linear``, names, roles, patterns; every word must match something."""
 
 from __future__ import annotations
 
@@ -28,13 +28,22 @@ def resolve(
 ) -> list[Site]:
     """The sites that ``targets`` name, in model order.
 
-    For forms on any parameter, ``"all"`` and whole modules are targets too.  A target is ``"all-linear"`` (linears and expert stacks, not the head, routers or embeddings), the end of a
-    module path (``q_proj``, ``mlp.down_proj``), a role (``q``, ``gate``), a whole site name, a shell pattern
-    (``model.layers.[0-3].*``), or, given as one string, a regular expression for the whole path, as PEFT has it.
+    A target is ``"all-linear"`` (linears and expert stacks, not the head, routers or embeddings), the end of a module path
+    (``q_proj``, ``mlp.down_proj``), a role (``q``, ``gate``), a full site name, a shell pattern
+    (``model.layers.[0-3].*``), or, given as one string, a regular expression for the full path, as PEFT has it.  Forms on any
+    parameter (``kinds`` has "plain") also take ``"all"`` and the name of a module for every parameter in it.
+
+    Args:
+        sites: of the model, by name.
+        targets: PEFT's ``target_modules``: one word, pattern or regular expression, or a list of words.
+        exclude: words to leave out again, PEFT's ``exclude_modules``.
+        layers: indices of transformer layers to keep, PEFT's ``layers_to_transform``; None: all.
+        kinds: the kinds of site that the form can adapt.
+        part: who asks, for the message.
 
     Raises:
         TargetError: a word matches nothing (with the nearest names), nothing is left after ``exclude`` and
-            ``layers``, a site is of a kind outside ``kinds``, or a whole and one of its parts are both named.
+            ``layers``, a site is of a kind outside ``kinds``, or a weight and a part of it are both named.
     """
     words = [targets] if isinstance(targets, str) else list(targets)
     if not words:
@@ -43,7 +52,7 @@ def resolve(
     for word in words:
         hits = _match(sites, word, single=isinstance(targets, str), plain="plain" in kinds)
         if not hits:
-            raise TargetError(f"The target {word!r} matches no place in this model; {nearest(word, _names(sites))}")
+            raise TargetError(f"The target {word!r} matches no module in this model; {nearest(word, _names(sites))}")
         foreign = next((s for s in hits if s.spec.refusal), None)
         if foreign is not None:
             raise TargetError(f"The target {word!r} matches {foreign.name!r}: {foreign.spec.refusal}")
@@ -51,14 +60,14 @@ def resolve(
         if not usable:
             found = hits[0]
             raise TargetError(
-                f"The target {word!r} matches {found.name!r}, a {found.spec.kind} place ({found.spec.parent}), which "
+                f"The target {word!r} matches {found.name!r}, of kind {found.spec.kind} ({found.spec.parent}), which "
                 f"{part or 'this form'} cannot adapt; it adapts: {', '.join(kinds)}."
             )
         chosen.update((s.name, s) for s in usable)
     for word in exclude:
         hits = _match(sites, word, single=False, plain="plain" in kinds)
         if not hits:
-            raise TargetError(f"The exclusion {word!r} matches no place in this model; {nearest(word, _names(sites))}")
+            raise TargetError(f"The exclusion {word!r} matches no module in this model; {nearest(word, _names(sites))}")
         for s in hits:
             chosen.pop(s.name, None)
     if layers is not None:
@@ -70,14 +79,14 @@ def resolve(
             )
         chosen = {n: s for n, s in chosen.items() if s.spec.layer in wanted}
     if not chosen:
-        raise TargetError("No place is left after exclude and layers; widen the targets.")
+        raise TargetError("No module is left after exclude and layers; widen the targets.")
     out = [s for n, s in sites.items() if n in chosen]
     _refuse_overlap(out)
     return out
 
 
 def _match(sites: Mapping[str, Site], word: str, *, single: bool, plain: bool) -> list[Site]:
-    if plain:  # forms on any parameter: a word may be a whole module, or "all"
+    if plain:  # forms on any parameter: a word may be a module, or "all"
         wholes = [s for s in sites.values() if s.spec.rows is None]
         hits = wholes if word == "all" else [s for s in wholes if _inside(s, word)]
         if hits:
