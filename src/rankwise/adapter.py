@@ -1,4 +1,4 @@
-"""The handle of an attached adapter, and how one comes into a model: ``attach`` from a recipe, ``load`` from a file."""
+"""The handle of an attached adapter; ``attach`` adds one to a model from a recipe, ``load`` from a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 
 
 class Adapter:
-    """Handle of adapter ``name`` in a model: its tensors, its values, its switches, its files."""
+    """An adapter in a model: its tensors, its ΔW's, switching it on and off, merging, saving.
+
+    Returned by :func:`attach`, :func:`load` and :func:`adapters`; holds no tensors itself.
+
+    >>> import rankwise as rw
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> adapter = rw.attach(model, rw.Recipe(form="lora", r=2), name="mine")
+    >>> adapter
+    Adapter('mine', lora, 2 sites, 56 trainable)
+    >>> with adapter.disable():
+    ...     base = model(torch.ones(1, 8))
+    >>> torch.equal(base, model(torch.ones(1, 8))), adapter.delta("1").shape  # B = 0 at the start
+    (True, torch.Size([4, 8]))
+    """
 
     def __init__(self, registry: AdapterRegistry, name: str):
         self._registry = registry
@@ -54,16 +67,16 @@ class Adapter:
 
     @property
     def sites(self) -> dict[str, AdapterLayer]:
-        """The modules that hold this adapter's tensors, by site name, in model order."""
+        """The modules that hold this adapter's tensors, by site (adapted weight), in model order."""
         return dict(self._record.deltas)
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds every tensor of the adapter once (sites and banks)."""
+        """The module that holds every tensor of the adapter once (those of its sites, and shared ones)."""
         return self._record.home
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable tensors by name, ``<site>::<tensor>`` or ``bank:<key>::<tensor>``; a base weight in training under its own path."""
+        """Trainable tensors by name: ``<site>::<tensor>``, ``bank:<key>::<tensor>`` of shared ones, a trained base weight's own path."""
         return self._record.named_parameters()
 
     def tensors(self, *, buffers: bool = True) -> dict[str, Tensor]:
@@ -71,7 +84,7 @@ class Adapter:
         return self._record.tensors(buffers=buffers)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The tensors that training moves, each once."""
+        """The trainable tensors, each once."""
         return list({id(p): p for p in self.named_parameters().values()}.values())
 
     def numel(self, *, trainable: bool = True) -> int:
@@ -80,7 +93,7 @@ class Adapter:
         return sum(t.numel() for t in tensors)
 
     def by_role(self) -> dict[str, int]:
-        """Trainable elements by role of their site (q, up, experts' gate_up, …; "shared" for banks)."""
+        """Trainable elements by role of their site (q, up, experts' gate_up, …; "shared" for shared tensors)."""
         out: dict[str, int] = {}
         sites = self._record.site_of()
         for key, p in self.named_parameters().items():
@@ -92,7 +105,7 @@ class Adapter:
     # --- views --------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
-        """In this block the adapter does not act; the others stay as they are."""
+        """Context manager: this adapter is off, the others stay as they are."""
         registry = self._registry
         now = _now(registry)
         with entered(registry.view({n: s for n, s in now.items() if n != self.name})):
@@ -100,19 +113,19 @@ class Adapter:
 
     @contextlib.contextmanager
     def enable(self, strength: float = 1.0) -> Iterator[None]:
-        """In this block the adapter acts, beside those that already do."""
+        """Context manager: this adapter is on, multiplied by ``strength``, beside those that are on already."""
         with entered(self._registry.view({**_now(self._registry), self.name: strength})):
             yield
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """In this block the model is the original one: no adapter acts, no gradient is recorded."""
+        """Context manager: the original model, with every adapter off and no gradient recorded."""
         with torch.no_grad(), entered(self._registry.view({})):
             yield
 
     # --- values -------------------------------------------------------------------------------------------
     def delta(self, site: str) -> Delta:
-        """The change of one site's weight against the untouched W, detached."""
+        """ΔW of one site, relative to the original W, detached."""
         deltas = self._record.deltas
         if site not in deltas:
             raise unknown("site of this adapter", site, deltas)
@@ -120,9 +133,10 @@ class Adapter:
             return deltas[site].total_delta().detach()
 
     def lower(self, rank: int | None = None, energy: float | None = None) -> AdapterState:
-        """The adapter as a value, every site low-rank: exactly, or cut to ``rank`` or to a share ``energy`` of ‖ΔW‖².
+        """The adapter as a value with every ΔW low-rank: exactly, or cut to ``rank`` or to a share ``energy`` of ‖ΔW‖².
 
-        Components that a budget has masked are left out, and so is a site that keeps none.  The relative errors made are in ``meta["errors"]`` by site.
+        Components that AdaLoRA has pruned are left out, and so is a site that keeps none.  The relative errors are in
+        ``meta["errors"]`` by site.
         """
         record = self._record
         sites: dict[str, Delta] = {}
@@ -138,27 +152,27 @@ class Adapter:
 
     # --- merge and detach ---------------------------------------------------------------------------------
     def merge(self, *, probe: Mapping[str, Any] | None = None, force: bool = False, tolerance: float = 0.5) -> MergeReport:
-        """Fold the adapter into the base weights, and check it: W against W + ΔW a site, logits before and after.
+        """Merge the adapter into the base weights, and check it: W against W + ΔW at each site, logits before and after.
 
         Args:
             probe: a batch of the model's inputs for the check of the logits; made up where the model is a language model.
-            force: keep a merge that fails its check, labelled so.
-            tolerance: largest share of ‖ΔW‖ that storing may round away (a quantised or 16-bit base).
+            force: keep a merge that fails its check; the report says so.
+            tolerance: largest share of ‖ΔW‖ that may be lost to rounding (a quantised or 16-bit base).
 
         Raises:
-            MergeError: a site's delta depends on x, another adapter reads or moves that weight, places that share a weight are
-                adapted apart, ‖ΔW‖ is zero everywhere or not finite, or the check fails; W is then as before.
+            MergeError: a ΔW depends on x, another adapter reads or trains that weight, tied weights are adapted separately,
+                ‖ΔW‖ is zero everywhere or not finite, or the check fails; W is then as before.
         """
         return fold.merge(self._registry, self._record, probe, force, tolerance)
 
     def unmerge(self) -> None:
-        """Take the adapter out of the weights again: the original bits, with the other merged adapters put back in order."""
+        """Undo :meth:`merge`: the original bits, with the other merged adapters merged again in order."""
         if not self._record.merged:
             raise MergeError(f"Adapter {self.name!r} is not merged.")
         fold.unmerge(self._registry, self._record)
 
     def detach(self) -> None:
-        """Take the adapter out of the model; classes, names and bits are the base's own again."""
+        """Remove the adapter from the model; classes, names and bits are the base's own again."""
         if self._record.merged:
             self.unmerge()
         uninstall(self._registry, self.name)
@@ -168,8 +182,8 @@ class Adapter:
         """Write the adapter to the folder ``path`` in the native format, atomically.
 
         Args:
-            path: the folder; what stands there goes only once the new file is whole.
-            codec: code the matrices: ``"compeft"`` or ``{"name": "intk", "k": 8}``.
+            path: the folder; an older file there is replaced only once the new one is complete.
+            codec: compress the matrices: ``"compeft"`` or ``{"name": "intk", "k": 8}``.
             reference: for the codec ``delta`` the other adapter: a folder, or the name of one attached to this model.
         """
         if codec is not None:
@@ -208,18 +222,27 @@ def attach(
     name: str = "default",
     activate: bool = True,
 ) -> Adapter:
-    """Put an adapter into ``model`` (changed in place) and return its handle.
+    """Add an adapter to ``model`` (changed in place) and return its handle.
 
     Args:
         model: any ``nn.Module``.
         recipe: a Recipe, its fields, a file, or the name of a form or preset.
         calibration: batches (dicts of the model's keyword inputs) for inits that read statistics.
         name: free text; one adapter a name.
-        activate: make it the one that acts by default.
+        activate: make it the active adapter, in place of those that were.
 
     Raises:
         AttachError: the name is taken, the model is sharded, no calibration where the init needs it.
         TargetError, RecipeError, OptionError: see the recipe.
+
+    >>> import rankwise as rw
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> adapter = rw.attach(model, {"form": "lora", "r": 2, "targets": ["1"]})
+    >>> list(adapter.sites), [tuple(p.shape) for p in adapter.trainable_parameters()]
+    (['1'], [(2, 8), (4, 2)])
+    >>> adapter.detach()
+    >>> type(model[1])
+    <class 'torch.nn.modules.linear.Linear'>
     """
     recipe = Recipe.of(recipe)
     check_name(name)
@@ -254,14 +277,14 @@ def load(
         model: the base.
         path: of the adapter.
         name: what to call it here; default its own name, or "default".
-        activate: make it the one that acts by default.
+        activate: make it the active adapter.
         check_base: refuse an adapter whose base differs in its weights, not only one that differs in shape.
         reference: of a file that is a difference (codec ``delta``), the other adapter: a folder, or the name of an attached one.
 
     Raises:
         ArtefactError: damaged, hostile or foreign file; the message names what differs.
     """
-    keep_stored(model)  # a base that inference has repacked is told as such, not taken for another one
+    keep_stored(model)  # a base that inference has repacked is recognised, not taken for another one
     folder = Path(path)
     if (folder / "rankwise.safetensors").exists() or folder.name == "rankwise.safetensors":
         record = read.load_native_file(model, folder, name, check_base=check_base, reference=reference)
@@ -279,11 +302,11 @@ def rebuild(
 
     Args:
         model: the base.
-        recipe: of the whole adapter.
+        recipe: of the adapter.
         head: ``parts`` and ``states`` as a native header has them.
         tensors: by our names, exactly those that the parts have.
         name: what to call the adapter here.
-        activate: make it the one that acts by default.
+        activate: make it the active adapter.
     """
     return _handle(model, read.rebuild(model, recipe, head, tensors, name), activate)
 

@@ -1,4 +1,4 @@
-"""Ranks, masks and trainable sets as plain data, and the pure allocators that inits, budgets and compression share."""
+"""Ranks, masks and trainable sets as plain data, and the pure functions that distribute a budget of ranks over layers."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ def top_k(scores: Mapping[K, float], k: int) -> list[K]:
 def cubic(step: int, start: float, end: float, warm: int, final: int, total: int) -> float:
     """AdaLoRA's budget: ``start`` to ``end`` along 1 − (…)³ between ``warm`` and ``total − final``.
 
+    Args:
+        step: optimiser steps taken.
+        start, end: the budget (total rank) before and after.
+        warm: steps at ``start``.
+        final: last steps, at ``end``.
+        total: steps of the run.
+
     >>> cubic(0, 12, 8, 2, 2, 10), cubic(10, 12, 8, 2, 2, 10)
     (12, 8)
     """
@@ -83,7 +90,14 @@ def by_energy(values: Sequence[float], share: float) -> int:
 
 
 def sample(names: Sequence[str], k: int, g: torch.Generator, weights: Sequence[float] | None = None) -> list[str]:
-    """``k`` of ``names`` without replacement (uniform, or by ``weights``), in their own order."""
+    """``k`` of ``names`` without replacement, in their own order.
+
+    Args:
+        names: to draw from.
+        k: from 1 to their number.
+        g: generator, on the CPU.
+        weights: unnormalised probabilities; None: uniform.
+    """
     if not 0 < k <= len(names):
         raise OptionError(f"{k} of {len(names)} cannot be drawn; give a number from 1 to {len(names)}.")
     w = torch.ones(len(names)) if weights is None else torch.tensor(list(weights), dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The registry every method enters by decorator, and other packages by the entry-point group ``rankwise.methods``.
+"""The registry of methods: :func:`register` is a class decorator; other packages use the entry-point group ``rankwise.methods``.
 
-A kind (form, init, …) is a folder; a method is a file in it.  Folders are read when a kind is first asked
+A kind (form, init, …) is a folder; a method is a file in it.  Folders are imported when a kind is first asked
 for, so ``import rankwise`` stays light and a new file needs no edit anywhere else.
 """
 
@@ -42,10 +42,19 @@ T = TypeVar("T", bound=type)
 
 @dataclasses.dataclass(frozen=True)
 class MethodInfo:
-    """What the catalogue knows of one method.
+    """One registered method.
 
-    ``reference`` is the three-digit number that ``docs/methods`` lists it under, or None.  ``requires`` are words that the form's
-    ``provides`` must hold (see :mod:`rankwise.recipe`).  ``options`` maps each option to its default.
+    Attributes:
+        name, kind: "lora", "form".
+        title: one line.
+        paper: arXiv number or citation.
+        reference: the three-digit number that ``docs/methods`` lists it under, or None.
+        requires: words that the form's ``provides`` must hold (see :mod:`rankwise.recipe`).
+        mergeable: whether it can be merged into the base weights.
+        exports_to_peft: whether PEFT loads what it exports.
+        options: name → default.
+        doc: the class's docstring.
+        cls: the class.
     """
 
     name: str
@@ -78,9 +87,20 @@ def register(
     exports_to_peft: bool = False,
     needs: Iterable[str] | None = None,
 ) -> Callable[[T], T]:
-    """Enter a class as method ``name`` of ``kind``; its dataclass fields are the method's options.
+    """Class decorator: register a dataclass as method ``name`` of ``kind``; its fields are the method's options.
 
-    Where the class says ``typed = True``, :func:`make` holds each option's value against its annotation.
+    Where the class has ``typed = True``, :func:`make` checks each option's value against its annotation.
+
+    Args:
+        kind: "form", "init", "router", "optimizer", "budget", "loss", "merge", "logits", "codec" or "policy".
+        name: what recipes and the command line call it.
+        title: one line for ``rankwise methods``.
+        paper: arXiv number or citation.
+        reference: its number in ``docs/methods``.
+        requires: words that the form's ``provides`` must hold.
+        mergeable: whether it can be merged into the base weights.
+        exports_to_peft: whether PEFT loads what it exports.
+        needs: old spelling of ``requires``.
 
     Raises:
         RankwiseError: the name is taken by another class, or the class is not a dataclass.
@@ -96,10 +116,8 @@ def register(
         old = _methods.get((kind, name))
         if old is not None and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RankwiseError(f"The {kind} {name!r} is already registered by {old.cls.__module__}; choose another name.")
-        info = MethodInfo(
-            name, kind, title, paper, reference, tuple(requires), mergeable, exports_to_peft,
-            _options(cls), (cls.__doc__ or "").strip(), cls,
-        )  # fmt: skip
+        facts = (name, kind, title, paper, reference, tuple(requires), mergeable, exports_to_peft)
+        info = MethodInfo(*facts, options=_options(cls), doc=(cls.__doc__ or "").strip(), cls=cls)
         _methods[kind, name] = info
         cls.info = info  # type: ignore[attr-defined]
         return cls
@@ -142,7 +160,7 @@ def _read_kind(kind: str) -> None:
 
 
 def methods(kind: str | None = None) -> list[MethodInfo]:
-    """All registered methods, by kind and name; ``kind`` keeps one sort."""
+    """All registered methods, sorted by kind and name; ``kind`` keeps those of one."""
     for k in FOLDERS if kind is None else [kind]:
         _read_kind(k)
     return [info for (k, _), info in sorted(_methods.items()) if kind is None or k == kind]
@@ -173,7 +191,7 @@ def make(kind: str, name: str, **options: Any) -> Any:
 
 
 def _fits(info: MethodInfo, option: str, value: Any) -> None:
-    """Refuse a value of another sort than the option's annotation says; numbers must be finite."""
+    """Refuse a value of another type than the option's annotation; numbers must be finite."""
     wanted = _annotation(info.cls, option)
     kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
     if not any(_is(value, k) for k in kinds):
@@ -189,8 +207,12 @@ def _annotation(cls: type, option: str) -> Any:
 
 
 _WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "nothing",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a word",
+    type(None): "nothing",
+}
 
 
 def _spelled(kind: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a process that trains or serves asks of the computer it runs on."""
+"""Settings of the C library and of OpenMP for a process that trains or serves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BORN = os.getpid()
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed instead of giving it back to the system, for the rest of the process.
+    """Have the C library keep freed memory instead of returning it to the system, for the rest of the process.
 
     A step allocates the same few hundred kilobytes again and again.  By default glibc maps pieces above 128 KiB afresh
     and trims the heap's end, so each of them is paid for with a page fault per 4 KiB: with busy neighbours more
@@ -36,12 +36,12 @@ def keep_freed_memory() -> bool:
 
 
 def release_workers() -> bool:
-    """Let the calling thread's own OpenMP workers go; its next parallel product starts them anew.
+    """End the calling thread's own OpenMP workers; its next parallel operation starts them again.
 
     GNU's OpenMP keeps a pool for every thread that ever ran a parallel product.  As soon as the pools together hold more
     threads than there are processors, no worker waits awake any longer, and every product of every thread pays for waking
-    one: training steps of the engine's thread took twice the time because the main thread had once read a model.  So whoever
-    hands the work over to the engine's thread, or works beside it now and then, calls this when it is done.
+    one: training steps of the engine's thread took twice the time because the main thread had once read a model.  So a
+    thread that hands its work to the engine's, or runs beside it now and then, calls this when it is done.
 
     Returns:
         False where another OpenMP runs, one that knows no such call, or a process that was forked (then nothing is done).
@@ -72,7 +72,7 @@ def _pause() -> Callable[[int], int] | None:
 
 
 class Helpers(ThreadPoolExecutor):
-    """Threads that work beside the engine's now and then; each calls :func:`release_workers` after a piece of work."""
+    """A thread pool beside the engine's thread; each worker calls :func:`release_workers` after a task."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         return super().submit(_released, fn, *args, **kwargs)

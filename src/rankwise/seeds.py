@@ -1,6 +1,6 @@
 """Random draws that depend on a name, never on the order of calls.
 
-Every draw in the house uses a generator seeded by (run seed, purpose, name): two sites built in another
+Every random draw uses a generator seeded by (run seed, purpose, name): two sites built in another
 order, on another device or in another process get the same numbers.
 """
 

@@ -37,7 +37,7 @@ def test_without_a_copy_views_and_detach_are_refused() -> None:
 def test_one_a_weight_and_no_strengths() -> None:
     model = llama()
     rw.attach(model, {"form": "full", "targets": ["q"]}, name="a")
-    with pytest.raises(AttachError, match="already moved"):
+    with pytest.raises(AttachError, match="already trained"):
         rw.attach(model, {"form": "full", "targets": ["q"]}, name="b")
     with pytest.raises(ViewError, match="strength is 1"), rw.view(model, {"a": 0.5}):
         pass
@@ -47,7 +47,7 @@ def test_an_adapter_that_stops_half_way_leaves_nothing() -> None:
     """The second adapter's first weight is free, its second is taken: neither is touched."""
     model = llama().requires_grad_(False)
     rw.attach(model, {"form": "full", "targets": ["down_proj"]}, name="first")
-    with pytest.raises(AttachError, match="already moved by adapter 'first'"):
+    with pytest.raises(AttachError, match="already trained or replaced by adapter 'first'"):
         rw.attach(model, {"form": "full", "targets": ["up_proj", "down_proj"]}, name="second")
     assert list(rw.adapters(model)) == ["first"]
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad

@@ -1,4 +1,4 @@
-"""The real input that ships: a pretrained base, text and image tasks, all made from what every install has."""
+"""Models and data that ship with the package: a small pretrained base, an image classifier, text and image tasks."""
 
 from rankwise.assets.load import base_path, digits_vit_path, load_base, load_digits_vit
 from rankwise.assets.measure import bits_per_byte, unigram_bits_per_byte

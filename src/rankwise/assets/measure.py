@@ -1,4 +1,4 @@
-"""Bits per byte: how well a language model codes a text, in a unit that no tokenizer can flatter."""
+"""Bits per byte: a language model's loss on a text in a unit that does not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -56,8 +56,15 @@ def bits_per_byte(
 ) -> float:
     """−log₂ p(texts) / UTF-8 bytes, each token scored once, in windows that do not overlap and begin with BOS.
 
-    ``window`` counts the BOS and defaults to the model's context (at most 512).  The model is put in eval mode for the
-    call and back after it.  `DataError` for texts without a byte.
+    Args:
+        model: a causal language model; in eval mode for the call.
+        tokenizer: its tokenizer.
+        texts: at least one byte in all.
+        window: tokens, with BOS; default the model's context, at most 512.
+        batch_tokens: tokens of one forward.
+
+    Raises:
+        DataError: texts without a byte.
     """
     total = _byte_count(texts)
     length = window or min(512, model.config.max_position_embeddings)

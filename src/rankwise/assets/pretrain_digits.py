@@ -23,10 +23,9 @@ def build_vit(seed: int = 0) -> Any:
         from transformers import ViTConfig, ViTForImageClassification
     except ImportError as e:
         raise errors.need("transformers", "hf", "Pretraining the image classifier") from e
-    config = ViTConfig(  # type: ignore[call-arg]  # num_labels is a setting of every config
-        image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=128, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    width = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    config = ViTConfig(**shape, **width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "pretrain_digits", "weights"))
         return ViTForImageClassification(config)
@@ -41,7 +40,14 @@ def _moved(pixels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 def train_vit(epochs: int = 60, seed: int = 0, batch: int = 64, peak: float = 1.5e-3) -> Any:
-    """The classifier after ``epochs`` over the unshifted train digits: AdamW, warm-up, cosine to 0."""
+    """The classifier trained on the unshifted digits: AdamW, warm-up, cosine to 0.
+
+    Args:
+        epochs: passes over the train images.
+        seed: of weights and order.
+        batch: images a step.
+        peak: learning rate after the warm-up of 50 steps.
+    """
     (pixels, labels), _ = digits()
     model = build_vit(seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)

@@ -26,7 +26,20 @@ from rankwise.seeds import generator, seed_of
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """What is trained and how; ``corpus_bytes`` cuts the corpus short (0: all of it)."""
+    """What is trained and how.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, head_dim, intermediate: of the Llama.
+        vocab: entries of the tokenizer.
+        context: tokens of a sequence.
+        batch: sequences a step.
+        lr: peak learning rate.
+        weight_decay: of matrices.
+        warmup: steps.
+        decay_from: share of the budget after which the rate falls linearly to 0.
+        seed: of weights and order.
+        corpus_bytes: bytes of the corpus that are used; 0: all.
+    """
 
     hidden: int = 256
     layers: int = 6
@@ -45,10 +58,8 @@ class PretrainConfig:
     corpus_bytes: int = 0
 
 
-TINY = PretrainConfig(
-    hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=512, context=64, batch=4, warmup=2,
-    corpus_bytes=200_000,
-)  # fmt: skip
+_TINY_SHAPE = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 64, "vocab": 512}
+TINY = PretrainConfig(**_TINY_SHAPE, context=64, batch=4, warmup=2, corpus_bytes=200_000)  # type: ignore[arg-type]
 
 
 def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
@@ -58,11 +69,19 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
     except ImportError as e:
         raise errors.need("transformers", "hf", "Pretraining the base") from e
     llama = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=config.intermediate,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim, max_position_embeddings=config.context, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "pretrain", "weights"))
         return LlamaForCausalLM(llama)
@@ -176,12 +195,16 @@ class PretrainRun:
         self.losses = state["losses"]
 
     def save(self) -> None:
-        """Writes the state beside the old one and swaps them, so that a stop at any moment leaves one whole."""
+        """Writes the state to a second file and renames it, so that a stop at any moment leaves a complete one."""
         state = {
-            "config": dataclasses.asdict(self.config), "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
-            "progress": self.progress, "losses": self.losses,
-        }  # fmt: skip
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "progress": self.progress,
+            "losses": self.losses,
+        }
         torch.save(state, self.work / "state.pt.partial")
         os.replace(self.work / "state.pt.partial", self.work / "state.pt")
 
@@ -193,7 +216,15 @@ class PretrainRun:
         checkpoint_seconds: float = 120.0,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Trains to the end of the budget (``steps`` or ``minutes``), or stops, saved, at step ``stop_at``."""
+        """Trains to the end of the budget, or stops, saved, at step ``stop_at``.
+
+        Args:
+            steps: the budget in optimiser steps; or
+            minutes: in minutes of training; exactly one of the two.
+            stop_at: step at which to stop before the budget is spent.
+            checkpoint_seconds: between two saves.
+            say: gets a line every 50 steps.
+        """
         if (steps is None) == (minutes is None):
             raise errors.OptionError(f"Got steps={steps} and minutes={minutes}; give exactly one budget.")
         batches = Batches(token_stream(training_texts(self.config), self.tokenizer), self.config)

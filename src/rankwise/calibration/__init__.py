@@ -1,1 +1,1 @@
-"""The statistics that inits, budgets, codecs and merges may ask for: one driver, mergeable accumulators."""
+"""Statistics over calibration batches (input covariance, gradients) for inits, budgets, codecs and merges."""

@@ -1,7 +1,7 @@
-"""One driver, many accumulators: run batches through the model and let each site's accumulator see what it asked for.
+"""Run calibration batches through the model and give each site's accumulator what it asks for.
 
-The gradient of a frozen or quantised weight is formed at its site from x and ∂L/∂y, seen once and let go.
-Everything that is switched for the pass (mode, hooks, requires_grad) is switched back, also on error.
+The gradient of a frozen or quantised weight is computed at its layer from x and ∂L/∂y, passed on and freed.
+Everything that is changed for the pass (mode, hooks, requires_grad) is restored, also on error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Accumulator:
 
     ``hook`` says what ``update`` gets: ``input`` → x as rows (n, in) of unmasked tokens; ``weight_grad`` → ∂L/∂W of one
     batch, fp32 out×in (E×out×in).  ``merge`` is associative, so batches, ranks and clients may be split at will.
-    ``share`` lets sites fed by the very same tensor use one accumulator.
+    ``share`` lets sites with the very same input use one accumulator.
     """
 
     hook: ClassVar[Literal["input", "weight_grad"]] = "input"
@@ -41,7 +41,7 @@ class Accumulator:
         raise NotImplementedError
 
     def done(self) -> bool:
-        """True once more batches would change nothing that matters; the driver stops when all are."""
+        """True once more batches would change nothing that matters; the pass stops when all accumulators say so."""
         return False
 
     def memory(self, site: Site) -> int:
@@ -66,7 +66,9 @@ def calibrate(
     """Run ``batches`` through ``model`` (eval mode) and return each requested site's statistic.
 
     Args:
-        requests: {site: accumulator}; the driver shares one accumulator among sites of an input group where it may.
+        model: with every adapter off.
+        sites: those of ``requests``.
+        requests: {site: accumulator}; sites of an input group share one accumulator where its class allows it.
         batches: dicts of the model's keyword inputs (tensors are moved to the model's device).
         label_mask: leave out tokens whose label is −100 as well as padding.
         memory_limit: bytes; sites are then served in several passes over the batches, which must be re-iterable.
@@ -142,7 +144,7 @@ def _run(
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, sites: Mapping[str, Site], accs: Mapping[str, Accumulator]) -> Iterator[list[Tensor | None]]:
-    """Hooks in place, eval mode, base frozen; all put back afterwards."""
+    """Hooks registered, eval mode, base frozen; all restored afterwards."""
     box: list[Tensor | None] = [None]
     handles: list[Any] = []
     training = {m: m.training for m in model.modules()}

@@ -37,7 +37,7 @@ class MeanGradient(Accumulator):
     def finish(self) -> Tensor:
         if self.sum is None:
             raise DataError(
-                "A place got no gradient in calibration: its output does not reach the loss, or its module was not called."
+                "A weight got no gradient in calibration: its output does not reach the loss, or its module was not called."
             )
         mean, self.sum = self.sum.div_(self.n), None  # in place: a second copy of every gradient would double the peak
         return mean

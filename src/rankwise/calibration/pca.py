@@ -35,7 +35,7 @@ class StreamingPCA(Accumulator):
         self.sigma: Tensor | None = None  # K
         self.variance = torch.zeros((), dtype=torch.float64)  # Σ_j of the centred second moment, summed over rows
         self.converged = torch.zeros(k, dtype=torch.bool)
-        self.wanted = k  # how many components the allocation would now grant; the driver stops when they stand still
+        self.wanted = k  # how many components are in use; the pass stops when these have converged
         self.skipped = 0
 
     def update(self, value: Tensor) -> None:
@@ -62,7 +62,7 @@ class StreamingPCA(Accumulator):
         self.variance = self.variance + own
 
     def merge(self, other: Any) -> None:
-        """Join the summary of other rows; exact up to what both had already cut off."""
+        """Add the statistics of other rows; exact up to what both had already truncated."""
         if other.components is None:
             return
         if self.components is None:

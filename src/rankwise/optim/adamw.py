@@ -1,4 +1,4 @@
-"""AdamW: the house's plain optimiser, in one fused kernel call for all tensors of one age."""
+"""AdamW, the default: one fused kernel call for all tensors that have taken the same number of steps."""
 
 from __future__ import annotations
 

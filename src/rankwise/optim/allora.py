@@ -10,17 +10,7 @@ from torch import Tensor
 
 from rankwise import catalogue
 from rankwise.errors import OptionError, RecipeError
-from rankwise.optim.base import (
-    Context,
-    GradTransform,
-    OptimizerMethod,
-    Param,
-    State,
-    check_betas,
-    choose,
-    pairs,
-    refuse_sharded,
-)  # fmt: skip
+from rankwise.optim.base import Context, GradTransform, OptimizerMethod, Param, State, check_betas, choose, pairs, refuse_sharded
 from rankwise.optim.combine import chain, partition
 from rankwise.optim.fused import adamw_chain
 from rankwise.optim.moments import scale_by_adam
@@ -44,18 +34,21 @@ class ALLoRA(OptimizerMethod):
     c_i is ``eta`` while row i is zero (B = 0 at the start) and falls as it grows; no gradient flows through it.
     The norms come from diag(B·(AAᵀ)·Bᵀ), out×in is never formed.  Use it with s = 1 (alpha = r) and dropout 0.
 
-    ``apply_to``: "update" (default) gates Adam's direction; "gradient" gates what Adam sees, as the paper's
-    formula reads, but Adam divides a per-row constant away, so little is left of it.  Weight decay is never gated.
-    ``norm_of``: "BA"; "B" (row norms of B); "factor" (third-party ports: A and B each by its own row norms).
-    ``every``: steps between two computations of c (1: none is stored; else out numbers per pair).
+    Args:
+        eta: c of a zero row.
+        norm_of: "BA"; "B" (row norms of B); "factor" (third-party ports: A and B each by its own row norms).
+        apply_to: "update" scales Adam's direction; "gradient" scales what Adam sees, as the paper's formula reads, but Adam
+            divides a per-row constant away, so little is left of it.  Weight decay is never scaled.
+        every: steps between two computations of c (1: none is stored; else ``out`` elements per LoRA layer).
+        betas, eps: Adam's.
 
     A reconstruction from the abstract and ports: no program of the authors was found, eta = 2 is the ports' value.
     In the paper the gate sits on the output signal, so that A's gradient becomes s·Bᵀ·diag(c)·G; that is not a
-    function of the factors' gradients, so here A moves ungated (except with norm_of="factor").  Tensors that
-    belong to no pair take AdamW; in a stack every expert has its own rows.
+    function of the factors' gradients, so here A's step is not scaled (except with norm_of="factor").  Tensors that
+    belong to no A and B take AdamW; in a stack every expert has its own rows.
 
     Raises:
-        RecipeError: the form trains no pair, or a factor is sharded.
+        RecipeError: the form trains no A and B, or one is sharded.
         OptionError: eta ≤ 0, every < 1, an unknown choice.
     """
 

@@ -1,4 +1,4 @@
-"""The one seam of every optimiser: gradients in, additive updates out, state beside.
+"""Base classes of optimisers: a transform takes gradients and returns additive updates, and keeps a state.
 
 A :class:`GradTransform` works on dictionaries keyed by parameter name.  Its state is a tree of plain dicts
 whose leaves are tensors, numbers, strings or None, so that a checkpoint is ``torch.save`` of that tree and
@@ -33,8 +33,9 @@ class Param:
     """One trainable tensor and what an optimiser may know of it.
 
     Attributes:
+        name: unique; the key of its gradient, update and state.
         tensor: the parameter (the same object as in the torch ``param_groups``).
-        site: the place in the model; the A and the B of one pair share it.
+        site: the adapted weight; the A and the B of one LoRA layer have the same.
         role: "A", "B", "core", "magnitude", "weight", "bank" or "other".
         scale: s of Δ = s·B·A for factors, else None.
         component_axis: the axis of ``tensor`` that runs over rank-one components (A: 0, B: 1; in a stack
@@ -53,7 +54,18 @@ class Param:
 
 @dataclasses.dataclass
 class Context:
-    """What a transform may know of the step: t (first = 1), rates, seed, all parameters; ``logs`` is its to fill."""
+    """What a transform may know of the step.
+
+    Attributes:
+        step: t, 1 at the first step.
+        lr: the base learning rate now.
+        lr_ratio: ``lr`` over its value at construction (what a scheduler has made of it).
+        seed: of the run.
+        params: all parameters by name.
+        lrs: learning rate by parameter name (its group's).
+        decays: weight decay by parameter name.
+        logs: for the transform to write to; becomes the optimiser's ``logs``.
+    """
 
     step: int
     lr: float
@@ -96,14 +108,27 @@ class GradTransform:
         return {}
 
     def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
-        """Updates in the shape and dtype of the gradients; a name that is left out is not touched at all."""
+        """Updates, to be added to the parameters, in the shape and dtype of the gradients.
+
+        Args:
+            grads: name → gradient, fp32 (fp64 of fp64 parameters); must not be written to.
+            state: what :meth:`init` returned, changed in place.
+            params: by name, at least those of ``grads``.
+            ctx: step, rates, seed.
+
+        Returns:
+            name → update; a parameter that is left out is not touched at all, by weight decay neither.
+        """
         return grads
 
     def fuse(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> Fused:
-        """Names whose whole step (moments, update, apply) a fused kernel takes, and the calls that will take it.
+        """Names whose complete step (moments, update, apply) a fused kernel does, and the calls that will do it.
 
         Nothing may change before the calls: they run once the other updates have been computed, because those may
         read the same parameters.
+
+        Args:
+            grads, state, params, ctx: as :meth:`update` gets them.
         """
         return set(), []
 
@@ -111,7 +136,14 @@ class GradTransform:
         """Change the stepped ``params`` in place: prox, retraction, requantisation."""
 
     def resync(self, state: State, name: str, kept: Tensor | None, policy: str) -> None:
-        """Bring ``name``'s state in line with an allocation (see ``TransformOptimizer.resync``)."""
+        """Adjust the state of a parameter whose components were pruned, grown or restarted.
+
+        Args:
+            state: what :meth:`init` returned, changed in place.
+            name: the parameter.
+            kept: (k,) int64 along its component axis, or None for the full tensor.
+            policy: see :meth:`TransformOptimizer.resync <rankwise.optim.optimizer.TransformOptimizer.resync>`.
+        """
 
     def rotate(self, state: State, name: str, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` of basis to the statistics of ``name`` that are linear in the gradient."""
@@ -125,7 +157,7 @@ class OptimizerMethod:
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """Words that the form must give ("pair", "weight")."""
+        """Words that the form's ``provides`` must hold ("pair", "weight")."""
         info = getattr(self, "info", None)
         return info.requires if info is not None else ()
 
@@ -139,10 +171,10 @@ class OptimizerMethod:
 
 
 def pairs(params: Mapping[str, Param]) -> list[tuple[str, Param, Param, float]]:
-    """Every site that has both an A and a B, with the scale, sorted by site.
+    """(site, A, B, scale) of every LoRA layer: each site that has both an A and a B, sorted by site.
 
     Raises:
-        RecipeError: a site has two factors of one role, or a pair has no scale.
+        RecipeError: a site has two factors of one role, or no scale is known.
     """
     sides: dict[str, dict[str, Param]] = {}
     for p in params.values():

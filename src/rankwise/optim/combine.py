@@ -1,4 +1,4 @@
-"""Composition is itself a transform: in a row (chain), by label (partition), by mask, by a condition (switch)."""
+"""Transforms made of transforms: one after the other (chain), by label (partition), by mask, by a condition (switch)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mask = Callable[[Param, Context | None], "bool | Tensor"]
 
 
 class _Several(GradTransform):
-    """Children under structure keys; what concerns one name goes to every child that holds it."""
+    """Children whose states lie under their keys; what concerns one parameter goes to every child that holds it."""
 
     children: dict[str, GradTransform]
 
@@ -40,7 +40,7 @@ class _Several(GradTransform):
 
 
 class Chain(_Several):
-    """One link after the other."""
+    """One transform after the other."""
 
     def __init__(self, *links: GradTransform) -> None:
         self.children = {f"/link{i}": t for i, t in enumerate(links)}
@@ -61,7 +61,7 @@ class Partition(_Several):
     def __init__(self, label_fn: Callable[[Param], str], transforms: Mapping[str, GradTransform]) -> None:
         self.label_fn = label_fn
         self.children = {f"/{label}": t for label, t in transforms.items()}
-        self._known: dict[str, str] = {}  # a label is decided once, so a later change of shape cannot move the state
+        self._known: dict[str, str] = {}  # a label is decided once, so a later change of shape cannot change it
 
     def _label(self, param: Param) -> str:
         if param.name in self._known:
@@ -110,9 +110,9 @@ class Partition(_Several):
 
 
 class Masked(_Several):
-    """``inner`` where the mask is true; nothing moves elsewhere, by decay neither.
+    """``inner`` where the mask is true; elsewhere nothing is updated, by weight decay neither.
 
-    ``mask(param, ctx)`` gives a bool for a whole tensor (False: its moments rest as well, as if its gradient
+    ``mask(param, ctx)`` gives a bool for a whole tensor (False: its moments stay as well, as if its gradient
     were None) or a tensor of zeros and ones that broadcasts (the inner transform sees zero gradients there).
     """
 
@@ -159,12 +159,26 @@ class Switch(_Several):
 
 
 def chain(*links: GradTransform) -> Chain:
-    """One link after the other; the last brings the sign."""
+    """One transform after the other; the updates of the last are added to the parameters, so it includes the minus sign.
+
+    >>> from rankwise.optim import Context, Param, clip, scale_by_lr
+    >>> step = chain(clip(1.0), scale_by_lr())
+    >>> params = {"w": Param("w", torch.zeros(2))}
+    >>> step.update({"w": torch.tensor([3.0, 4.0])}, step.init(params), params, Context(step=1, lr=0.5))
+    {'w': tensor([-0.3000, -0.4000])}
+    """
     return Chain(*links)
 
 
 def partition(label_fn: Callable[[Param], str], transforms: Mapping[str, GradTransform]) -> Partition:
-    """Each parameter to the transform of its label; see :class:`Partition`."""
+    """Each parameter to the transform of its label; see :class:`Partition`.
+
+    >>> from rankwise.optim import Context, Param, scale
+    >>> params = {n: Param(n, torch.zeros(1), role=n) for n in "AB"}
+    >>> step = partition(lambda p: p.role, {"A": scale(-0.1), "B": scale(-1.6)})
+    >>> step.update({n: torch.ones(1) for n in "AB"}, step.init(params), params, Context(step=1, lr=0.1))
+    {'A': tensor([-0.1000]), 'B': tensor([-1.6000])}
+    """
     return Partition(label_fn, transforms)
 
 

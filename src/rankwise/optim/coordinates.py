@@ -1,4 +1,4 @@
-"""Run a transform in other coordinates: multiplied from both sides, or under a change of variables."""
+"""Run a transform under a change of variables, or multiply gradients from both sides (preconditioning)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""AdamW in one kernel call for many small tensors: what an adapter's step is made of.
+"""AdamW in one kernel call for many small tensors, which is what an adapter has.
 
-The chain Adam → rate → decay, with a short cut: tensors whose components are all equally old are handed to
-torch's fused AdamW, grouped by (age, rate, decay, device, dtype).  The others take the chain.  Both keep the
+The chain Adam → rate → decay, with a short cut: tensors whose components have all taken the same number of steps go to
+torch's fused AdamW, grouped by (steps, rate, decay, device, dtype).  The others take the chain.  Both keep the
 same state, so a tensor may change from one to the other at any step.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float32, torch.float64)
 Key = tuple[int, float, float, torch.device, torch.dtype]
+Tensors = list[Tensor]
 
 
 class AdamWChain(Chain):
@@ -44,7 +45,7 @@ class AdamWChain(Chain):
             if type(age) is not int or dtype not in DTYPES or device.type not in DEVICES:
                 continue
             if not (p.is_contiguous() and g.is_contiguous()):
-                continue  # the kernel walks memory, not indices
+                continue  # the kernel needs contiguous memory
             if mu.shape != g.shape:
                 raise resized(name, mu, g)
             taken.add(name)
@@ -56,18 +57,14 @@ class AdamWChain(Chain):
                 into.append(value)
         return taken, [partial(self._kernel, key, *lists) for key, lists in buckets.items()]
 
-    def _kernel(
-        self, key: Key,
-        ps: list[Tensor], gs: list[Tensor], mus: list[Tensor], nus: list[Tensor], states: list[State],
-    ) -> None:  # fmt: skip
+    def _kernel(self, key: Key, ps: Tensors, gs: Tensors, mus: Tensors, nus: Tensors, states: list[State]) -> None:
         age, lr, decay, device, _ = key
         for s in states:
             s["age"] = age + 1
         steps = [torch.full((), float(age + 1), device=device)] * len(ps)
-        torch._fused_adamw_(
-            ps, gs, mus, nus, [], steps, lr=lr, beta1=self.adam.b1, beta2=self.adam.b2, weight_decay=decay,
-            eps=self.adam.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        b1, b2, eps = self.adam.b1, self.adam.b2, self.adam.eps
+        options = {"weight_decay": decay, "eps": eps, "amsgrad": False, "maximize": False}
+        torch._fused_adamw_(ps, gs, mus, nus, [], steps, lr=lr, beta1=b1, beta2=b2, **options)  # type: ignore[call-overload]
 
 
 def adamw_chain(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> AdamWChain:

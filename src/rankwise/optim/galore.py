@@ -1,4 +1,4 @@
-"""GaLore: Adam on a low-rank view of each weight's gradient, renewed from the gradient itself."""
+"""GaLore: Adam on a low-rank projection of each weight's gradient, with bases from the gradient's own SVD."""
 
 from __future__ import annotations
 
@@ -27,20 +27,26 @@ from rankwise.optim.transforms import decoupled_decay, scale_by_lr
 )
 @dataclasses.dataclass(frozen=True)
 class GaLore(OptimizerMethod):
-    """Train whole weights, keep Adam's moments in a rank-r subspace of the gradient.
+    """Train full weights, with Adam's moments in a rank-r subspace of the gradient.
 
     For W out×in with out ≥ in (a square one too): Q = first r rows of Vᵀ of SVD(G) (r×in), R = G·Qᵀ; else
     P = first r columns of U, R = Pᵀ·G.  With m, v Adam's moments of R and N = m/(√v + ε),
 
         W ← W − η·√(1−β2ᵗ)/(1−β1ᵗ)·scale·up(N),  then  W ← W − η·λ·W.
 
-    The basis is renewed at the first step and every ``every`` steps from that step's gradient; the moments then
-    keep their numbers (``moments="keep"``, the authors' way), are rotated into the new basis, or start again.
+    The basis is renewed at the first step and every ``every`` steps from that step's gradient.
     State per projected matrix: r·min + 2·r·max elements, against 2·out·in.  Between two renewals the change is
     exactly B·Q, so that one period is LoRA with A = Q frozen and rate scale·η.
 
-    A tensor with min(out, in) ≤ r, a vector, and every name that holds a fragment of ``skip`` (embeddings, head)
-    takes plain AdamW, unscaled.  A 3-D weight is a stack of matrices; convolutions are not projected (the paper's
+    Args:
+        r: rank of the subspace.
+        scale: factor on the projected step.
+        every: steps between two SVDs.
+        moments: at a new basis "keep" the moments as they are (the authors' way), "rotate" them into it, or "zero" them.
+        betas, eps: Adam's.
+        skip: parts of names (embeddings, head) that take AdamW.
+
+    A tensor with min(out, in) ≤ r, a vector, and every name in ``skip`` take AdamW, unscaled.  A 3-D weight is a stack of matrices; convolutions are not projected (the paper's
     Tucker form is not built).  Published: t is kept at a renewal; the side is guessed anew from the small
     tensor's shape in code, stored here.
 

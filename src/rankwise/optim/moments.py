@@ -80,8 +80,12 @@ def _along(vector: Tensor, axis: int, like: Tensor) -> Tensor:
 class ScaleByAdam(_Moments):
     """u = m̂ / (√v̂ + ε), m and v the running means of g and g² (Kingma & Ba 2015).
 
-    ``eps_hat=True`` adds ε before the bias correction, u = (m/(√v + ε))·√(1−β2ᵗ)/(1−β1ᵗ), as GaLore's and
-    older libraries' code does.  State: 2 elements per element, fp32 (fp64 for fp64).
+    State: 2 elements per element, fp32 (fp64 for fp64).
+
+    Args:
+        b1, b2: β1 and β2, in [0, 1).
+        eps: ε.
+        eps_hat: add ε before the bias correction, u = (m/(√v + ε))·√(1−β2ᵗ)/(1−β1ᵗ), as GaLore's and older libraries' code does.
     """
 
     keys = ("mu", "nu")
@@ -118,7 +122,7 @@ def _correction(beta: float, s: dict[str, Any], like: Tensor) -> Any:
 
 
 def resized(name: str, moment: Tensor, g: Tensor) -> TrainingError:
-    """The error for a tensor that changed its shape behind the optimiser's back."""
+    """The error for a tensor whose shape changed without a :meth:`resync`."""
     return TrainingError(
         f"{name!r} has shape {tuple(g.shape)} but its optimiser state has {tuple(moment.shape)}; "
         "call optimizer.resync(name, kept, 'slice') when a budget resizes a tensor."
@@ -149,7 +153,11 @@ class Trace(_Moments):
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_hat: bool = False) -> ScaleByAdam:
-    """Adam's direction; see :class:`ScaleByAdam`."""
+    """Adam's direction, without rate and sign; see :class:`ScaleByAdam`.
+
+    Args:
+        b1, b2, eps, eps_hat: as there.
+    """
     return ScaleByAdam(b1, b2, eps, eps_hat)
 
 

@@ -1,6 +1,6 @@
-"""One torch Optimizer that runs any gradient transformation.
+"""One ``torch.optim.Optimizer`` that runs any gradient transformation.
 
-What torch's world expects holds: real ``param_groups`` (one per learning-rate multiplier and decay), so
+What users of torch expect holds: real ``param_groups`` (one per learning-rate multiplier and decay), so
 schedulers, accelerate, gradient scaling and ``transformers.Trainer`` work; ``step``, ``zero_grad``,
 ``state_dict``.  What torch leaves open is fixed: state is keyed by parameter *name*, restored without a cast,
 freed on demand, and a parameter without a gradient is not touched, by weight decay neither.
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 class TransformOptimizer(torch.optim.Optimizer):
-    """A method's transformation over named parameters.
+    """A registered optimiser over named parameters.
 
     One ``step``: observers (parameters and gradients as they were) → transforms → apply → ``after_update`` →
     ``after`` callbacks.  Gradients of 16-bit parameters are raised to fp32, where moments and updates live.
@@ -169,10 +169,11 @@ class TransformOptimizer(torch.optim.Optimizer):
     # ---- state that outlives, moves or goes
 
     def resync(self, name: str, kept: Any = None, policy: str = "keep") -> None:
-        """Bring the state of ``name`` in line with an allocation.
+        """Adjust the state of a parameter whose components a budget has pruned, grown or restarted.
 
         Args:
-            kept: indices along the component axis (int64, any device), or None for the whole tensor.
+            name: the parameter.
+            kept: indices along the component axis (int64, any device), or None for the full tensor.
             policy: ``keep`` nothing changes; ``drop`` the state is freed and starts again at the next gradient;
                 ``zero`` the components not in ``kept`` (None: all) restart with zero moments and age 0; ``slice``
                 the tensor has been resized: its component i is the old kept[i], or new where kept[i] is −1.
@@ -208,16 +209,19 @@ class TransformOptimizer(torch.optim.Optimizer):
 
         Tensors are references, as torch's are: copy them (or save) before the next step.
         """
-        return {
-            "state": {
-                "version": VERSION, "method": _name(self.method), "options": _options(self.method),
-                "steps": self.steps, "peak": self.peak, "seed": self.seed,
-                "born": sorted(self._born), "frozen": sorted(self.frozen),
-                "tree": trees.copied(self.tree, self.params, lambda _, t: t),
-            },
-            "param_groups": [{**g, "params": list(g["param_names"]), "param_names": list(g["param_names"])}
-                             for g in self.param_groups],
-        }  # fmt: skip
+        state = {
+            "version": VERSION,
+            "method": _name(self.method),
+            "options": _options(self.method),
+            "steps": self.steps,
+            "peak": self.peak,
+            "seed": self.seed,
+            "born": sorted(self._born),
+            "frozen": sorted(self.frozen),
+            "tree": trees.copied(self.tree, self.params, lambda _, t: t),
+        }
+        named = [{**g, "params": list(g["param_names"]), "param_names": list(g["param_names"])} for g in self.param_groups]
+        return {"state": state, "param_groups": named}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
@@ -239,7 +243,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             group.update(kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: all but the callbacks, which belong to somebody else's loop."""
+        """For deepcopy and pickle: all but the callbacks, which belong to the training loop."""
         out = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler puts a wrapper of step there
         return {**out, "observers": [], "after": []}
 

@@ -1,4 +1,4 @@
-"""Thin bases that a gradient is looked at through: which side, when renewed, what is stored.
+"""Low-rank projections of gradients: from which side, when the basis is renewed, what is stored.
 
 A projector shrinks the *smaller* side of a matrix (out×in, or a stack …×out×in) to ``rank``: with out ≥ in from
 the right, R = G·Qᵀ (out×r) with Q r×in; else from the left, R = Pᵀ·G (r×in) with P out×r.  The side is decided
@@ -20,7 +20,7 @@ from rankwise.optim.base import Context, Param, choose, refuse_sharded, work_dty
 class Projector:
     """Base: ``rank``, a renewal every ``every`` steps (at t = 1, 1 + every, …), what happens to moments then.
 
-    ``moments``: "keep" leaves them in the numbers of the old basis (as the authors of GaLore do), "rotate" maps
+    ``moments``: "keep" leaves them as they are in the old basis (as the authors of GaLore do), "rotate" maps
     the first moment to the new basis (m ← m·Q_old·Q_newᵀ; the second is kept), "zero" starts again.
     """
 
@@ -51,11 +51,23 @@ class Projector:
         return state["basis"] is None or (step - 1) % self.every == 0
 
     def refresh(self, g: Tensor, state: dict[str, Any], ctx: Context, name: str) -> None:
-        """Renew the basis in ``state``."""
+        """Renew the basis.
+
+        Args:
+            g: the parameter's gradient, (…, out, in).
+            state: what :meth:`init` returned, changed in place.
+            ctx: step and seed.
+            name: the parameter.
+        """
         raise NotImplementedError
 
     def basis(self, g: Tensor, state: dict[str, Any], ctx: Context, name: str) -> Tensor:
-        """The current basis, r×in (right) or out×r (left), shaped for the parameter's gradient ``g``."""
+        """The current basis, r×in (right) or out×r (left).
+
+        Args:
+            g: the parameter's gradient, for shape, dtype and device.
+            state, ctx, name: as in :meth:`refresh`.
+        """
         return state["basis"]
 
 

@@ -1,6 +1,6 @@
-"""Optimiser state as one tree: merge, free, count, copy, without knowing which transform made it.
+"""Optimiser state as nested dicts: merge, free, count, copy, without knowing which transform made it.
 
-Keys that are parameter names own everything below them (a coordinate ``name::part`` belongs to ``name``);
+Everything under a key that is a parameter's name belongs to that parameter (a coordinate ``name::part`` to ``name``);
 all other keys are structure.
 """
 
@@ -52,7 +52,7 @@ def tensors(tree: State, names: Collection[str], who: str | None = None) -> Iter
 
 
 def elements(tree: State, names: Collection[str]) -> dict[str, int]:
-    """How many tensor elements each parameter's state holds (numbers and seeds count nothing)."""
+    """How many tensor elements each parameter's state holds (Python numbers are not counted)."""
     out: dict[str, int] = {}
     for who, tensor in tensors(tree, names):
         out[who or ""] = out.get(who or "", 0) + tensor.numel()
@@ -60,7 +60,14 @@ def elements(tree: State, names: Collection[str]) -> dict[str, int]:
 
 
 def copied(tree: Any, names: Collection[str], place: Callable[[str | None, Tensor], Tensor], who: str | None = None) -> Any:
-    """A deep copy of the tree in which each tensor is ``place(owner, tensor)``; other leaves are kept."""
+    """A deep copy of the tree with each tensor replaced; other leaves are kept.
+
+    Args:
+        tree: nested dicts.
+        names: of all parameters.
+        place: (owner or None, tensor) → the tensor's copy.
+        who: the owner of the tree itself, where there is one.
+    """
     if isinstance(tree, dict):
         return {k: copied(v, names, place, who or owner(k, names)) for k, v in tree.items()}
     return place(who, tree) if isinstance(tree, Tensor) else tree

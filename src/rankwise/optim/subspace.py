@@ -1,4 +1,4 @@
-"""Run a transform on a small view of the gradient: in a subspace, or only for its norm ratios."""
+"""Run a transform on a low-rank projection of the gradient: for its step, or only for its norm ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Projected(GradTransform):
         self.projector, self.inner = projector, inner
 
     def _small(self, param: Param, side: str | None) -> Param:
-        """A stand-in with the small shape and no memory, from which the inner transform learns its shapes."""
+        """A stand-in with the projected shape and no memory, from which the inner transform learns its shapes."""
         t = param.tensor
         shape = self.projector.small_shape(t.shape, side)
         tensor = torch.zeros((), dtype=work_dtype(t), device=t.device).expand(shape)

@@ -1,4 +1,4 @@
-"""Links without moments: rate, decay, constants, clipping."""
+"""Transforms without moments: learning rate, weight decay, constants, clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankwise.optim.base import Context, GradTransform, Param, State, choose
 
 
 class ScaleByLr(GradTransform):
-    """u = −η·g with η the rate of the parameter's group: the link that brings the sign."""
+    """u = −η·g with η the rate of the parameter's group: the transform that brings the minus sign."""
 
     def update(self, grads: dict[str, Tensor], state: State, params: Mapping[str, Param], ctx: Context) -> dict[str, Tensor]:
         return {name: g * -ctx.lr_of(name) for name, g in grads.items()}

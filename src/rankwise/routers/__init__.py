@@ -1,1 +1,6 @@
-"""Who decides which components act on which row: one file a router; decisions and executors beside them."""
+"""Routers: which components or experts act on which token.  Method → file:
+
+* ``arrow`` → arrow.py: Arrow, routing over trained LoRAs without training.
+* ``mixlora`` → mixlora.py: MixLoRA, experts over an MLP.
+* ``smora`` → smora.py: SMoRA, rank-one components as experts.
+"""

@@ -1,4 +1,4 @@
-"""Arrow: route each token to the adapters whose dominant input direction it meets; nothing is trained."""
+"""Arrow: route each token to the LoRAs whose top singular direction it is most aligned with; nothing is trained."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rankwise.errors import OptionError, TargetError
 from rankwise.forms.lora import LoraLayer
 from rankwise.routers.base import Routed, Router, RouterModule
 from rankwise.routers.decision import Decision
+from rankwise.runtime.registry import registry_of
+from rankwise.store.peft.export import read_peft
 
 if TYPE_CHECKING:
     from rankwise.forms.base import AdapterLayer, Plan
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
 
 
 class Prototypes(RouterModule):
-    """V: E×in, unit rows; weights are softmax over the top-k of |x·v_e| / T."""
+    """Weights are softmax over the top-k of |x·v_e| / T.
+
+    Args:
+        V: (E, in), unit rows v_e.
+        sizes: rank of each expert.
+        k: experts per token.
+        temperature: T.
+    """
 
     V: Tensor
 
@@ -37,7 +46,7 @@ class Prototypes(RouterModule):
 
 
 class Library(Routed):
-    """Frozen experts of ragged ranks, gated by their prototypes."""
+    """Frozen experts of different ranks, gated by their prototypes."""
 
     router: Prototypes
 
@@ -66,19 +75,24 @@ class Library(Routed):
 class Arrow(Router):
     """v_e = top right singular vector of B_e·A_e; score |x·v_e|; top-k; softmax over the chosen / T; Δy = Σ w_e·s_e·B_e·A_e·x.
 
-    ``adapters`` are PEFT folders (or native ones that lower); ranks and scales may differ, each site may have its own
-    subset.  v_e is exact: QR of B and Aᵀ, SVD of the r×r core, where HF PEFT runs 15 power iterations from a random
+    Args:
+        adapters: folders of PEFT adapters (or native ones that are low-rank); ranks and scales may differ, each site may have
+            its own subset.
+        general: folders of adapters of general knowledge (GenKnowSub): A_e ← A_e − mean A_g and B_e ← B_e − mean B_g, each
+            factor by itself and as stored, before prototypes are taken.  That is no difference of ΔW: other factors of the
+            same ΔW (T·A, B·T⁻¹) give another.
+        top_k: experts per token.
+        temperature: T.
+
+    v_e is exact: QR of B and Aᵀ, SVD of the r×r core, where HF PEFT runs 15 power iterations from a random
     start, which have not converged where σ₁ ≈ σ₂.  x is not normalised (as there), so the temperature acts on its norm.
     N·R memory; PEFT's layer keeps N·E·out.
-
-    ``general`` are folders of adapters of general knowledge (GenKnowSub): A_e ← A_e − mean A_g and B_e ← B_e − mean B_g, each
-    factor by itself and as stored, before prototypes are taken.  That is no difference of ΔW: a gauge (T·A, B·T⁻¹) gives another.
 
     Source: HF PEFT, tuners/lora/arrow.py; Ostapenko et al. 2024.  Errors: fewer than one adapter; targets that no adapter has; general
     adapters of another rank, or that leave a target out.
     """
 
-    example: ClassVar[None] = None  # trains nothing and needs a library; its own tests run the laws
+    example: ClassVar[None] = None  # trains nothing and needs adapters; its own tests run the contract
     adapters: tuple[str, ...] = ()
     general: tuple[str, ...] = ()
     top_k: int = 3
@@ -145,14 +159,11 @@ def dominant(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _read(model: nn.Module, folder: str) -> Mapping[str, LowRank]:
-    from rankwise.runtime.registry import registry_of
-    from rankwise.store.peft.export import read_peft
-
     return read_peft(folder, registry_of(model).known)[0].sites  # type: ignore[return-value]
 
 
 def less(experts: Sequence[LowRank], general: Sequence[Mapping[str, LowRank]], name: str) -> list[LowRank]:
-    """The experts of site ``name`` without what is general: each factor less the mean of the general adapters'."""
+    """The experts of site ``name``, each factor minus the mean of the general adapters' (GenKnowSub)."""
     there = [state[name] for state in general if name in state]
     if len(there) < len(general) or any(g.A.shape != e.A.shape for g in there for e in experts):
         ranks = sorted({len(d.A) for d in [*experts, *there]})

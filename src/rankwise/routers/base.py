@@ -1,4 +1,4 @@
-"""The seam of routers: ``route`` is pure; losses and non-gradient updates read records kept aside while a Session records."""
+"""Base classes of routers: ``route`` is pure; losses and updates without gradient read the records of a training step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RoutingRecord:
-    """What one forward of one router left for its losses: the decision, and which rows count."""
+    """What one forward of one router leaves for its losses: the decision, and which rows are not padding."""
 
     decision: Decision
     mask: Tensor | None = None
@@ -34,7 +34,9 @@ class RoutingRecord:
 class RouterModule(nn.Module):
     """A router's tensors at one site (or block).  ``route`` writes nothing; ``records`` fill only while ``recording``."""
 
-    pool: Hashable = None  # routers of one pool have their losses over all their records together; None: each over its own
+    pool: Hashable = (
+        None  # routers with the same value compute their losses over all their records together; None: each over its own
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,16 +53,16 @@ class RouterModule(nn.Module):
         return {}
 
     def after_step(self, records: Sequence[RoutingRecord]) -> None:
-        """Updates without gradient, once an optimiser step, over all its micro-batches."""
+        """Updates without gradient, once per optimiser step, with the records of all its micro-batches."""
 
     def note(self, decision: Decision) -> None:
-        """Keep a record, in the forward proper of training only."""
+        """Keep a record, in training forwards only (not in recomputation, evaluation or reference passes)."""
         if self.recording and self.training and torch.is_grad_enabled():
             self.records.append(RoutingRecord(decision, row_mask(decision.weight.shape[0], decision.weight.device)))
 
 
 def row_mask(n: int, device: torch.device) -> Tensor | None:
-    """(n,): which of a forward's n rows are real tokens, from its (B, T) attention mask; None where nothing tells: all."""
+    """(n,) bool: which of n rows are no padding, from the forward's (B, T) attention mask; None where there is no mask."""
     mask = forward_context.padding
     if mask is None or mask.numel() != n:
         return None
@@ -68,9 +70,9 @@ def row_mask(n: int, device: torch.device) -> Tensor | None:
 
 
 class Routed(AdapterLayer):
-    """A low-rank pair whose components a router gates for each row."""
+    """LoRA whose rank-one components a router gates for each row of x."""
 
-    row_wise: ClassVar[bool] = False  # its records are of the whole batch
+    row_wise: ClassVar[bool] = False  # its records are of the full batch
 
     def __init__(self, inner: AdapterLayer, router: RouterModule, scale: float):
         super().__init__(inner.site, scale=scale, dropout=inner.dropout)
@@ -84,7 +86,7 @@ class Routed(AdapterLayer):
 
     def freeze_initial_delta(self) -> None:
         raise RecipeError(
-            "An init that subtracts its start stands for a fixed part of W, which a router would gate; use an init with B = 0, or no router."
+            "An init that subtracts the initial s·B·A cannot be gated by a router, which would gate that part of W too; use an init with B = 0, or no router."
         )
 
     def low_rank(self) -> LowRank:
@@ -112,7 +114,7 @@ class Router:
     info: ClassVar[MethodInfo]
 
     def check(self, form: Form, part: Any) -> None:
-        """Refuse what this router cannot live with beyond its declared needs."""
+        """Refuse what this router cannot be combined with, beyond what ``requires`` says."""
 
     def ranks(self, model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, int]:
         """Components to build at each site (experts times r, where a site holds experts)."""
@@ -121,7 +123,17 @@ class Router:
     def install(
         self, model: nn.Module, sites: Sequence[Site], made: dict[str, AdapterLayer], plan: Plan
     ) -> dict[str, AdapterLayer]:
-        """The modules that stand at the sites (and blocks) instead of the form's own."""
+        """The layers to use at the sites (and blocks) in place of the form's own.
+
+        Args:
+            model: the base.
+            sites: the adapted weights.
+            made: site name → the layer that the form has built.
+            plan: ranks, scales and generators; ``notes["restoring"]`` where a file is being loaded.
+
+        Returns:
+            site name (or block path) → layer.
+        """
         raise NotImplementedError(f"The router {type(self).__name__} must install itself.")
 
 
@@ -144,7 +156,7 @@ def recording(module: nn.Module) -> Iterator[None]:
 
 
 def collect_losses(module: nn.Module) -> dict[str, Tensor]:
-    """The losses of routers and their pools over the records of the micro-batch, summed by name; records stay for ``after_step``."""
+    """The routers' losses over the records of the micro-batch, summed by name; records stay for ``after_step``."""
     pools: dict[Hashable, tuple[RouterModule, list[RoutingRecord]]] = {}
     for r in routers_in(module):
         fresh = r.records[r._read :]
@@ -160,7 +172,7 @@ def collect_losses(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def finish_step(module: nn.Module) -> None:
-    """Let every router do its updates without gradient, then forget the step's records."""
+    """Run every router's ``after_step``, then clear the step's records."""
     for r in routers_in(module):
         if r.records:
             r.after_step(r.records)

@@ -1,4 +1,4 @@
-"""A block of linears whose rows go to experts: the module at the block, and those at its linears."""
+"""Mixture of LoRA experts over a block (an MLP): the wrapper of the block, and the layers at its linears."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from rankwise.delta.gated import Gated
+from rankwise.delta.lowrank import LowRank
 from rankwise.errors import TargetError
 from rankwise.forms.block import BlockDelta, Masks
 from rankwise.routers.base import Routed, RouterModule
@@ -25,18 +27,18 @@ if TYPE_CHECKING:
 class Expanded(NamedTuple):
     """Rows of a block's input, repeated for each chosen expert and sorted by expert."""
 
-    decision: Decision  # one expert a row, weight 1
+    decision: Decision  # one expert per row, weight 1
     x: Tensor  # (P, in) expanded rows
     h: Tensor  # (N, in) the rows they came from
     rows: Tensor  # (P,) indices into h
 
 
-#: the block runs as the base: its sites add nothing
+#: the block runs as the base: the layers inside add nothing
 QUIET: Any = Expanded(*[None] * 4)  # type: ignore[arg-type]
 
 
 class ExpertBlock(BlockDelta):
-    """The block's forward over (row, expert) pairs; its linears find their Decision through the row context."""
+    """The block's forward over (row, expert) pairs; its linears find their Decision in the forward context."""
 
     replaces: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, str]] = {}
@@ -46,9 +48,6 @@ class ExpertBlock(BlockDelta):
         self.router, self.key = router, key
 
     def delta(self) -> Any:
-        from rankwise.delta.gated import Gated
-        from rankwise.delta.lowrank import LowRank
-
         return Gated(LowRank(torch.zeros(1, self.site.spec.inp), torch.zeros(self.site.spec.out, 1)), None)
 
     def block(self, base: Callable[..., Any], args: Any, kwargs: Any, y: Tensor | None, strength: Tensor, masks: Masks) -> Tensor:
@@ -58,7 +57,7 @@ class ExpertBlock(BlockDelta):
         mixed = self._mixed(base, h, decision)
         if self.router.sums_to_one:
             return mixed
-        mask = masks(mixed)  # unlike a top-k, this is not the base where the sites are silent
+        mask = masks(mixed)  # unlike a top-k, this is not the base where the layers add nothing
         if mask is None and float(strength.detach()) == 1:
             return mixed
         share = strength.to(mixed) if mask is None else strength.to(mixed) * mask
@@ -93,7 +92,14 @@ class ExpertBlock(BlockDelta):
 
 
 class ExpertSite(Routed):
-    """E LoRAs at one linear of an expert block: each expanded row meets its own expert's."""
+    """E LoRAs at one linear of an expert block: each expanded row takes its own expert's.
+
+    Args:
+        inner: LoRA of E·r components.
+        key: of the block in the forward context.
+        experts: E.
+        scale: s of each expert's s·B·A.
+    """
 
     def __init__(self, inner: AdapterLayer, key: str, experts: int, scale: float):
         super().__init__(inner, RouterModule(), scale)

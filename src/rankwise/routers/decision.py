@@ -1,6 +1,6 @@
-"""What a router decided for a batch of rows, and the plans by which it is carried out.
+"""What a router decided for a batch of rows, and the ways to compute it.
 
-The executor, never the router, picks the plan.  All plans compute the same sum
+The executor, never the router, picks the way (``plan``).  All compute the same sum
 y_n = s · Σ_j g_nj · (A_j·x_n) · B_j over rank-one components j, and agree to 1e-10 in fp64.
 """
 
@@ -24,6 +24,8 @@ class Decision:
     """Weights of U units (components, or experts of ``sizes`` components each) for N rows.
 
     Attributes:
+        units: U.
+        index: (N, k) int64, the units of ``weight``'s columns; None where it is dense.
         weight: (N, U) dense, or (N, k) beside ``index`` (N, k) sparse; (U,) where every row has the same.
         sizes: components of each unit, in storage order; None: a unit is one component.
         logits, probs: (N, U) with graph, for losses.
@@ -38,7 +40,7 @@ class Decision:
 
     @property
     def constant(self) -> bool:
-        """True where the rows play no part, so that the decision merges."""
+        """True where every row has the same weights, so that the adapter can be merged."""
         return self.weight.dim() == 1
 
     def dense(self, n: int | None = None, u: int | None = None) -> Tensor:
@@ -77,8 +79,16 @@ class Decision:
 
 
 def pick_plan(n: int, r: int, active: int, decision: Decision, training: bool) -> Plan:
-    """A pure function of the shapes: constant where rows play no part; the masked pair of products in training and for
-    few components; a bag of rows of B where few of many components act."""
+    """The way to compute a decision: "constant" where all rows have the same weights; "dense", two masked products, in training
+    and for few components; "bag" where few of many components act.
+
+    Args:
+        n: rows.
+        r: components.
+        active: components that act per row.
+        decision: for whether it is constant or sparse.
+        training: whether gradients are recorded.
+    """
     if decision.constant:
         return "constant"
     if decision.index is None or r < 128 or active * 8 > r:
@@ -87,7 +97,16 @@ def pick_plan(n: int, r: int, active: int, decision: Decision, training: bool) -
 
 
 def execute(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, decision: Decision, plan: Plan | None = None) -> Tensor:
-    """Δy (N, out) for rows x (N, in), A: R×in, B: out×R."""
+    """Δy, (N, out).
+
+    Args:
+        x: (N, in).
+        A: (R, in).
+        B: (out, R).
+        scale: a number or a 0-d tensor.
+        decision: the weights of the R components, or of groups of them.
+        plan: "constant", "dense", "bag" or "segments" (rows sorted by expert); default :func:`pick_plan`'s.
+    """
     active = decision.units if decision.index is None else decision.index.shape[-1]
     if decision.sizes is not None and decision.index is not None:
         active *= max(decision.sizes)
@@ -126,7 +145,7 @@ def _component_ids(d: Decision) -> tuple[Tensor, Tensor]:
 
 
 def _segments(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, d: Decision) -> Tensor:
-    """Rows sorted by expert, one pair of products a non-empty segment, added back."""
+    """Rows sorted by expert, two products per non-empty segment, added back."""
     assert d.index is not None
     sizes = list(d.sizes) if d.sizes is not None else [1] * d.units
     k = d.index.shape[1]

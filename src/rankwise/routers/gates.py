@@ -16,7 +16,7 @@ from rankwise.seeds import seed_of
 
 
 class Common(NamedTuple):
-    """What every gate is made of: W_g (E×in), the weight of its balance loss, the noise, and what the noise is drawn from."""
+    """Arguments that every gate takes: W_g (E×in), the weight of its balance loss, the noise, and the noise's seed and name."""
 
     weight: Tensor
     balance: float
@@ -28,11 +28,11 @@ class Common(NamedTuple):
 class Gate(RouterModule):
     """W_g: E×in, fp32.  In training x̃ = x ⊙ U(1 − jitter, 1 + jitter), for the gate alone; x itself is never written to.
 
-    The noise is drawn from (seed, name, steps taken), so a recomputed forward draws the same; ``steps`` is moved by
-    ``after_step``, so micro-batches of one step share it, and a loop without a Session draws one pattern for ever.
+    The noise is drawn from (seed, name, steps taken), so a recomputed forward draws the same; ``steps`` is counted by
+    ``after_step``, so micro-batches of one step share the noise; a loop without a Session draws the same at each step.
     """
 
-    sums_to_one = True  # whether a row's weights do; else the block starts away from the base
+    sums_to_one = True  # whether a row's weights do; else the block's first output is not the base's
     steps: Tensor
 
     def __init__(self, common: Common):
@@ -43,7 +43,7 @@ class Gate(RouterModule):
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
 
     def route(self, x: Tensor, z: Tensor | None = None) -> Decision:
-        """The decision for x (…, T, in), its rows in order; where rows compete, they do within their T."""
+        """The decision for x (…, T, in), its rows in order; a capacity is per sequence of T."""
         rows = self._jittered(x.reshape(-1, x.shape[-1]).float())
         logits = rows @ self.weight.float().mT
         return self.select(logits, logits.softmax(-1), x.shape[-2])
@@ -114,8 +114,8 @@ class Capped(Gate):
         wanted = torch.zeros_like(probs, dtype=torch.int64).scatter_(-1, best.indices, 1)
         real = row_mask(len(probs), probs.device)
         counted = wanted if real is None else wanted * real[:, None]
-        place = counted.view(-1, length, self.experts).cumsum(1).view_as(wanted)
-        inside = (wanted * (place <= self.capacity)).to(probs.dtype)
+        position = counted.view(-1, length, self.experts).cumsum(1).view_as(wanted)
+        inside = (wanted * (position <= self.capacity)).to(probs.dtype)
         return Decision(best.values * inside, self.experts, logits=logits, probs=probs)
 
     def losses(self, records: Sequence[RoutingRecord]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Capped(Gate):
 
 
 def _wanted(record: RoutingRecord) -> RoutingRecord:
-    """The record as if no expert were ever full."""
+    """The record as if no expert had a capacity."""
     probs = record.decision.probs
     assert probs is not None
     index = probs.argmax(-1, keepdim=True)

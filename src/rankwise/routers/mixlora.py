@@ -58,18 +58,25 @@ class MixLoRA(Router):
     """p = softmax(h·W_gᵀ) at the MLP's input h, a few experts I with weights w; y = Σ_{e∈I} w_e·F_e(h), F_e the MLP with ΔW_e.
 
     The activation stands between the linears, so mixing happens after the block.  The recipe's r is each expert's rank:
-    sites gate, up and down hold E·r components, sites outside an MLP an ordinary pair of rank r.  The block runs on the
+    gate, up and down hold E·r components, layers outside an MLP an ordinary LoRA of rank r.  The block runs on the
     (row, expert) pairs sorted by expert; base products of gate and up are made once for N rows and gathered.
 
-    ``variant`` (options it does not use are refused):
-        topk: the ``k`` (2) likeliest, w = p renormalised.
-        dynamic: the likeliest until their p exceed ``top_p`` (0.8), the crossing one included; w = p, not renormalised.
-        switch: the likeliest, w = p, for the first ``capacity`` (32) rows of each sequence that want it (padding takes none);
-            later rows pass the block unchanged, y = h.  Adds ``z`` (0.001)·mean logsumexp².
-    ``jitter`` (0; switch 0.01): in training the gate reads h ⊙ U(1 ± jitter).  W_g: E×in ~ N(0, ``std``²) (0.02; switch 1), fp32.
-    Loss: ``balance``·switch, over the rows of all blocks together, counted per row as in the public code (topk: least k).
+    Args:
+        experts: E.
+        variant: how experts are chosen; options that it does not use are refused.
+            topk: the ``k`` of largest p, w = p renormalised.
+            dynamic: those of largest p until their sum exceeds ``top_p``, the crossing one included; w = p, not renormalised.
+            switch: the one of largest p, w = p, for the first ``capacity`` rows of each sequence that choose it (padding takes
+            none); later rows pass the block unchanged, y = h.  Adds ``z``·mean logsumexp².
+        k: of topk (2).
+        top_p: of dynamic (0.8).
+        capacity: of switch (32).
+        z: of switch (0.001).
+        balance: weight of the balance loss, over the rows of all blocks together, counted per row as in the public code (topk: least k).
+        jitter: in training the gate reads h ⊙ U(1 ± jitter) (0; switch 0.01).
+        std: W_g: E×in ~ N(0, std²), fp32 (0.02; switch 1).
 
-    Invariants: equal ΔW_e make topk's router irrelevant; B = 0 is Σw times the base (topk: the base); path ≡ naive sum.
+    Invariants: with equal ΔW_e topk's router does not matter; B = 0 is Σw times the base (topk: the base); the fast path equals the naive sum.
     Source: TUDB-Labs/MoE-PEFT, adapters/mixlora.  There topk and dynamic write the noise into the residual stream in place;
     switch multiplies rows that pass by p as well, and returns its input at inference: none of these was built.
     Errors: no MLP of gate/up/down linears among the targets; k > E; an option of another variant.

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 class RankRouter(RouterModule):
-    """W_g: (R/p)×in trained, b: R a buffer that only the balance rule moves."""
+    """W_g: (R/p)×in trained, b: (R,) a buffer that only the balancing rule changes.
+
+    Args:
+        inp: input features.
+        r: R, components.
+        k: components per token.
+        p: components that share a score.
+        u: step of the balancing rule.
+        bias_in_value: whether b enters the gate's value.
+        g: generator of W_g's initial values, on the CPU.
+        device: of the tensors.
+    """
 
     bias: Tensor
 
@@ -62,9 +73,15 @@ class SMoRA(Router):
 
     R = the recipe's r components, k of them on for each token; W_g: (R/p)×in, repeated p times (blocks of p share a
     score).  After each optimiser step b_i += u·sign(mean(c) − c_i), c the choices of the step's tokens; no auxiliary loss.
-    ``bias_in_value``: b enters the gate's value as well as the choice, as in the released code (default); False is the
-    usual selection-only form.  Trains R(in + out) + (R/p)·in numbers.  The released code moves b inside the forward, which
-    counts recomputed forwards twice; here it moves once a step.
+    Trains R(in + out) + (R/p)·in parameters.  The released code updates b inside the forward, which counts recomputed
+    forwards twice; here it is updated once a step.
+
+    Args:
+        k: components per token.
+        p: components that share a score.
+        u: step of the balancing rule.
+        bias_in_value: b enters the gate's value as well as the choice, as in the released code; False is the usual
+            selection-only bias.
 
     Invariants: Σg = k; k = R, W_g = 0, b = 0 is LoRA at scale α/k.  Source: StyxXuan/smora, tuners/srmole/layer.py.
     Errors: k outside 1…R; p that does not divide R.
