@@ -29,14 +29,14 @@ TITLES = {
 }
 
 
-def page(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
     lines = ["| " + " | ".join(keys) + " |", "|" + "|".join("---" for _ in keys) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(page(r.get(k)) for k in keys) + " |" for r in rows])
+    return "\n".join(lines + ["| " + " | ".join(cell(r.get(k)) for k in keys) + " |" for r in rows])
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ DRAWN = len(WORK) - 1  #: the one that is drawn at a temperature, whose draws mu
 CASES = [
     ("block", "error", 12),
     ("block", "none", 12),
-    ("cell", "error", 4),
-    ("cell", "none", 4),
+    ("page", "error", 4),
+    ("page", "none", 4),
     ("write", "error", 4),
     ("host", "error", 5),
 ]
@@ -76,13 +76,13 @@ def failing(made: Server, what: str, fails: FailingAt, how: str = "error") -> It
         with Tensors(fails):
             return run(*args)
 
-    write, run = made.table._cells.write, made.engine._drawn
+    write, run = made.table._pages.write, made.engine._drawn
     with pytest.MonkeyPatch.context() as m:
-        if what in ("block", "cell"):
-            tag = {"block": "kv", "cell": "adapter"}[what]
+        if what in ("block", "page"):
+            tag = {"block": "kv", "page": "adapter"}[what]
             m.setattr(made.pool, "allocate", before(made.pool.allocate, lambda n, t, *a: t == tag))
         elif what == "write":
-            m.setattr(made.table._cells, "write", afterwards)
+            m.setattr(made.table._pages, "write", afterwards)
         elif what == "host":
             m.setattr(made.cache.source, "fetch", before(made.cache.source.fetch))
         else:

@@ -22,10 +22,10 @@ BLOCK = 4 * 2 * 2 * 2 * 8 * 4  #: bytes of four tokens: keys and values of two l
 
 def shared(blocks: int, pages: int, **sizes: Any) -> Server:
     """A server whose blocks and pages live on one budget, which would hold so many of either."""
-    cell = server(4, 14, 3, "bags", True, "fcfs").table._cells.cell_bytes
+    page = server(4, 14, 3, "bags", True, "fcfs").table._pages.page_bytes
     return build_server(
         base_model(), lambda intake: FolderSource(folder(), intake), op="bags", pack=True, policy="fcfs",
-        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * cell, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
+        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * page, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
     )  # fmt: skip
 
 
