@@ -15,7 +15,7 @@ from tests.serve.ops.steps import GROUPS, make_case
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", ["reference", "bags"])
-@pytest.mark.parametrize("loose", [True, False])
+@pytest.mark.parametrize("non_lora_changes", [True, False])
 def test_changes_of_siblings(name: str, pack: bool, non_lora_changes: bool) -> None:
     """Each module's output has its change once, also where it is called again, and a non-LoRA change sees the base's output."""
     case = make_case({0: 8, 1: 9}, [BASE, 0, 0, 1])
