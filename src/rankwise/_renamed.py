@@ -41,7 +41,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "rankwise.merge.logits": ("rankwise.decoding.combine",),
     "rankwise.store.peft_config": ("rankwise.store.peft.config",),
     "rankwise.store.peft_pack": ("rankwise.store.peft.pack",),
-    "rankwise.store.peft_read": ("rankwise.store.peft.read",),
+    "rankwise.store.peft_read": ("rankwise.store.peft.read", "rankwise.store.peft.folder"),
 }
 
 #: old class or function → new name, wherever it stands

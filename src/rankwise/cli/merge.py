@@ -56,17 +56,16 @@ def merge(
     Example: rankwise merge run/a run/b -m base --method slerp --search t=0:1:0.1 --score-data held.txt --picture sweep.svg --out both
     """
     kind = _kind(sources, model)
-    given = {"--model": model, "--method": method, "--weights": weights, "--base": base, "--into-base": into_base or None, "--set": set or None,
-             "--dtype": dtype, "--source-rank": source_rank}  # fmt: skip
-    given |= {
-        "--score-data": score_data or None,
-        "--score": score if score != "loss" else None,
-        "--search": search or None,
-        "--picture": picture,
+    given: dict[str, Any] = {
+        "--model": model,
+        "--method": method,
+        "--weights": weights,
+        "--base": base,
+        "--into-base": into_base,
+        "--set": set,
     }
-    idle = {"yaml": {*given}, "models": {"--model", "--into-base", "--source-rank"}, "adapters": {"--base", "--dtype"}}[kind]
-    if wrong := [f for f in given if f in idle and given[f] is not None]:
-        raise OptionError(f"{wrong[0]} says nothing to a merge of {_NAMES[kind]}; leave it out.")
+    given |= {"--dtype": dtype, "--source-rank": source_rank, "--score-data": score_data}
+    _no_idle(kind, {**given, "--score": score != "loss", "--search": search, "--picture": picture})
     options = _options(set or [])
     numbers = _numbers(weights, len(sources))
     _fresh(to, sources)
@@ -92,6 +91,13 @@ def merge(
 
 
 _NAMES = {"yaml": "a mergekit file", "models": "whole models", "adapters": "adapters"}
+
+
+def _no_idle(kind: str, given: dict[str, Any]) -> None:
+    """Refuse a flag that says nothing to this kind of merge."""
+    idle = {"yaml": {*given}, "models": {"--model", "--into-base", "--source-rank"}, "adapters": {"--base", "--dtype"}}[kind]
+    if wrong := [f for f, v in given.items() if f in idle and v is not None and v is not False and v != []]:
+        raise OptionError(f"{wrong[0]} says nothing to a merge of {_NAMES[kind]}; leave it out.")
 
 
 def _kind(sources: Sequence[str], model: str | None) -> str:

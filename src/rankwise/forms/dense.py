@@ -11,7 +11,7 @@ from torch import nn
 
 from rankwise.catalogue import register
 from rankwise.delta.dense import Dense
-from rankwise.forms.base import AdapterLayer, Form, Plan
+from rankwise.forms.base import AdapterLayer, Form, Plan, takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.sites.site import Site
@@ -31,6 +31,7 @@ class DenseLayer(AdapterLayer):
         return Dense(self.D)
 
 
+@takes_foreign(difference="D")
 @register("form", "dense", title="dense: a full-size trained difference (modules_to_save)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseForm(Form):

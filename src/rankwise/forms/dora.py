@@ -15,7 +15,7 @@ from rankwise.delta.affine import Scale
 from rankwise.delta.dense import Sum
 from rankwise.delta.lowrank import LowRank
 from rankwise.errors import RecipeError
-from rankwise.forms.base import AdapterLayer, Form, Plan, lead
+from rankwise.forms.base import AdapterLayer, Form, Plan, lead, takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.delta.base import Delta
@@ -106,6 +106,7 @@ class DoraLayer(AdapterLayer):
         self.inner.restore_state(state, renamed, name)
 
 
+@takes_foreign(A="inner.A", B="inner.B", magnitude="m")
 @register("form", "dora", title="DoRA: magnitude and direction apart", paper="arXiv 2402.09353", exports_to_peft=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(Form):

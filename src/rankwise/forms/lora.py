@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankwise._renamed import old_names
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
-from rankwise.forms.base import AdapterLayer, Form, Plan, factor, lead
+from rankwise.forms.base import AdapterLayer, Form, Plan, factor, lead, takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.sites.site import Site
@@ -59,6 +59,7 @@ class LoraLayer(AdapterLayer):
         return own
 
 
+@takes_foreign(A="A", B="B")
 @register("form", "lora", title="LoRA: a trained product of two thin matrices", paper="arXiv 2106.09685", exports_to_peft=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Form):

@@ -15,7 +15,7 @@ import torch
 
 from rankwise.errors import MergeError, OptionError
 from rankwise.merge.engine.base import Merge, given_weights, one_of, rule_of
-from rankwise.merge.engine.jobs import CheckpointReport, Read, TensorJob, by_tensor, write
+from rankwise.merge.engine.jobs import CheckpointReport, Read, Shards, TensorJob, by_tensor, write
 from rankwise.merge.engine.model_folder import EMBEDDING, HEAD, Checkpoint
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ def merge_checkpoints(
         missing: a tensor that only some have: "refuse" it, "copy" it from the base or the first that has it, take the
             "first" source's for those without it, or count a source without it as unchanged ("zero": changes only);
             default the method's own.
+        out: the new folder.
+        method: a registered merge of whole models, or its name with ``options``.
         vocabulary: embeddings of other lengths: "refuse", or "base": cut or filled to the base's (or first's) rows.
         untie: allow sources of which only some tie their embeddings; the result is untied.
         dtype: of the result; default each tensor's in the base, or in the first.  Sums are fp32 (fp64 for fp64).
+        shard_bytes: of one file of the result at the most; default 5 GB.
+        seed: of random draws.
+        progress: called with each tensor's name when it is done.
         force: keep a result that equals its base.
         models: what a soup is judged by.
 
@@ -63,6 +68,35 @@ def merge_checkpoints(
         ArtefactError: a folder that cannot be read or written.
     """
     rule = rule_of(method, options, len(folders))
+    on = _checked(rule, on, base, untie, models)
+    chosen = given_weights(rule, weights, len(folders))
+    sources = [Checkpoint(f) for f in folders]
+    origin = Checkpoint(base) if base is not None else None
+    everyone = [*([origin] if origin else []), *sources]
+    changes = {"tie_word_embeddings": False} if same_ties(everyone, untie) else {}
+    aligned = Aligned(missing or rule.missing, vocabulary, on)
+    names = list(dict.fromkeys(n for c in everyone for n in c.table))
+    rule.check(names)
+
+    def jobs(used: Mapping[str, Sequence[float]]) -> list[TensorJob]:
+        return [aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, used[n]) for n in names]
+
+    used: Mapping[str, Sequence[float]] = dict.fromkeys(names, chosen)
+    planned, found = jobs(used), None  # what does not fit is told before anything is judged
+    if rule.finds_weights:
+        found = rule.weigh_models(models)
+        used = by_tensor(found, names, len(sources)) if isinstance(found, Mapping) else dict.fromkeys(names, tuple(found.tolist()))
+        planned = jobs(used)
+    shards = Shards(dtype, shard_bytes)
+    report = write(planned, out, everyone[0], changes, shards, method=rule.info.name, seed=seed, force=force, progress=progress)
+    if found is not None and models is not None:
+        report.weights = {n: list(w) for n, w in used.items()} if isinstance(found, Mapping) else found.tolist()
+        report.score = models.told(out)
+    return report
+
+
+def _checked(rule: Merge, on: str | None, base: str | Path | None, untie: bool, models: Models | None) -> str:
+    """What the rule works on, "changes" or "weights"; refuses what a merge of whole models by it cannot be."""
     name = rule.info.name
     if not rule.checkpoints:
         raise OptionError(f"The merge {name!r} takes adapters, not whole models; for models use 'average' or 'task_arithmetic'.")
@@ -80,28 +114,7 @@ def merge_checkpoints(
             if rule.finds_weights
             else f"The merge {name!r} finds what it asks a score for on adapters alone; for whole models name it with an option."
         )
-    chosen = given_weights(rule, weights, len(folders))
-    sources = [Checkpoint(f) for f in folders]
-    origin = Checkpoint(base) if base is not None else None
-    everyone = [*([origin] if origin else []), *sources]
-    untied = same_ties(everyone, untie)
-    aligned = Aligned(missing or rule.missing, vocabulary, on)
-    names = list(dict.fromkeys(n for c in everyone for n in c.table))
-    rule.check(names)
-    place = lambda n, w: aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, w)
-    jobs = [place(n, chosen) for n in names]  # what does not fit is told before anything is judged
-    if rule.finds_weights:
-        found = rule.weigh_models(models)  # type: ignore[attr-defined]
-        used = by_tensor(found, names, len(sources)) if isinstance(found, Mapping) else dict.fromkeys(names, tuple(found.tolist()))
-        jobs = [place(n, used[n]) for n in names]
-    report = write(
-        jobs, out, everyone[0], {"tie_word_embeddings": False} if untied else {}, method=name, dtype=dtype, shard_bytes=shard_bytes,
-        seed=seed, force=force, progress=progress,
-    )  # fmt: skip
-    if rule.finds_weights and models is not None:
-        report.weights = {n: list(w) for n, w in used.items()} if isinstance(found, Mapping) else found.tolist()
-        report.score = models.told(out)
-    return report
+    return on
 
 
 def same_ties(checkpoints: Sequence[Checkpoint], untie: bool) -> bool:

@@ -28,7 +28,7 @@ import torch
 
 from rankwise.errors import MergeError, OptionError, nearest, need
 from rankwise.merge.checkpoints import Aligned
-from rankwise.merge.engine.jobs import CheckpointReport, TensorJob, write
+from rankwise.merge.engine.jobs import CheckpointReport, Shards, TensorJob, write
 from rankwise.merge.engine.model_folder import EMBEDDING, Checkpoint
 from rankwise.merge.mergekit_methods import METHODS, Method, resolve
 
@@ -59,19 +59,33 @@ class Slice:
 
 
 def merge_yaml(
-    config: str | Path | Mapping[str, Any], out: str | Path, *, seed: int = 0, shard_bytes: int = 5 * 10**9, missing: str = "refuse",
-    force: bool = False, progress: Callable[[str], None] = lambda name: None,
-) -> CheckpointReport:  # fmt: skip
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    shard_bytes: int = 5 * 10**9,
+    missing: str = "refuse",
+    force: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> CheckpointReport:
     """Run a mergekit file (or its content) into the new folder ``out``; paths in it are as the process sees them.
+
+    Args:
+        config: the file, or what it holds.
+        out: a new or empty folder.
+        seed: of random drops.
+        shard_bytes: of one file of the result at the most; default 5 GB.
+        missing: a tensor that only some have, as :func:`~rankwise.merge.checkpoints.merge_checkpoints` takes it.
+        force: keep a result that equals its base.
+        progress: called with each tensor's name when it is done.
 
     Raises:
         OptionError: a method, key or value that is not known here, named.
         MergeError, ArtefactError: as :func:`~rankwise.merge.checkpoints.merge_checkpoints`.
     """
     jobs, template, changes, method, dtype = plan(_loaded(config), missing=missing)
-    return write(
-        jobs, out, template, changes, method=method, dtype=dtype, seed=seed, shard_bytes=shard_bytes, force=force, progress=progress
-    )
+    shards = Shards(dtype, shard_bytes)
+    return write(jobs, out, template, changes, shards, method=method, seed=seed, force=force, progress=progress)
 
 
 def plan(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArtefactError, nearest
+from rankwise.forms.base import foreign_form
 from rankwise.recipe import Part, Recipe, build
 from rankwise.runtime.build import choose_sites, make_deltas
 from rankwise.runtime.install import install, uninstall
@@ -123,7 +124,7 @@ def copy_in(record: AdapterRecord, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_foreign_file(model: nn.Module, path: str, name: str | None) -> AdapterRecord:
-    """Another library's adapter as a `lora` or `dora` adapter of ours; saved modules and biases become `dense` parts."""
+    """Another library's adapter in the forms that take its factors; saved modules and biases become parts of their difference."""
     check_name("default" if name is None else name)
     had = "rankwise" in model._modules
     registry = registry_of(model, create=True)
@@ -150,18 +151,16 @@ def as_native(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tu
     magnitude: Mapping[str, Tensor] = info["magnitude"]
     parts: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    inner = "inner." if magnitude else ""
+    form = foreign_form("A", "B", *(("magnitude",) if magnitude else ()))
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     for n, d in state.sites.items():
         A, B = (d.A, d.B) if d.core is None else d.factors()
         ranks[n], scales[n] = A.shape[-2], float(d.scale) if d.core is None else 1.0
-        tensors |= {f"{n}::{inner}A": A, f"{n}::{inner}B": B}
-        if n in magnitude:
-            tensors[f"{n}::m"] = magnitude[n]
+        tensors |= form.at(n, {"A": A, "B": B, **({"magnitude": magnitude[n]} if n in magnitude else {})})
     if ranks:
         part = {
-            "form": "dora" if magnitude else "lora",
+            "form": form.name,
             "targets": list(ranks),
             "r": max(ranks.values()),
             "dropout": info["dropout"],
@@ -170,14 +169,11 @@ def as_native(known: Mapping[str, Site], state: Any, info: Any, path: str) -> tu
         parts.append({"part": part, "ranks": ranks, "scales": scales})
     differences = _differences(known, state.full, info["bias"], path)
     if differences:
-        parts.append(
-            {
-                "part": {"form": "dense", "targets": list(differences)},
-                "ranks": dict.fromkeys(differences, 1),
-                "scales": dict.fromkeys(differences, 1.0),
-            }
-        )
-        tensors |= {f"{n}::D": D for n, D in differences.items()}
+        form = foreign_form("difference")
+        ones = {"ranks": dict.fromkeys(differences, 1), "scales": dict.fromkeys(differences, 1.0)}
+        parts.append({"part": {"form": form.name, "targets": list(differences)}, **ones})
+        for n, D in differences.items():
+            tensors |= form.at(n, {"difference": D})
     if not parts:
         raise ArtefactError(f"The PEFT adapter in {path} changes nothing.")
     return parts, tensors

@@ -101,6 +101,10 @@ class Merge:
         """The weights, (T,) or a (T,) each site, of a method that needs an :class:`~rankwise.merge.judge.evaluator.Evaluator`."""
         raise NotImplementedError(f"The merge {type(self).__name__} must weigh.")
 
+    def weigh_models(self, models: Any) -> Tensor | Mapping[str, Tensor]:
+        """As :meth:`weigh`, of whole models (:class:`~rankwise.merge.judge.model_soups.Models`); by tensor where it gives a mapping."""
+        raise NotImplementedError(f"The merge {type(self).__name__} must weigh whole models.")
+
     def combine(self, stack: Stack, seed: int) -> Merged:
         """One tensor's merged value."""
         raise NotImplementedError(f"The merge {type(self).__name__} must combine.")

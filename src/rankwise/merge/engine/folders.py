@@ -28,7 +28,7 @@ from rankwise.store.names import open_inside
 from rankwise.store.peft import config as peft_config
 from rankwise.store.peft import pack as peft_pack
 from rankwise.store.peft.export import export_peft
-from rankwise.store.peft.read import _Reader
+from rankwise.store.peft.read import PeftReader
 
 if TYPE_CHECKING:
     from rankwise.delta.base import Delta
@@ -182,7 +182,7 @@ def _peft(folder: Path, verify: bool) -> Folder:
         if tensorfile.digest(file.all(), salt) != stamp:
             raise ArtefactError(f"{folder}: its config and its tensors do not belong together, or one is damaged. Export it again.")
     shapes = file.shapes()
-    reader = _Reader(config, shapes, None, str(folder))
+    reader = PeftReader(config, shapes, None, str(folder))
     state, info = reader.read(collapse_ties=False)
     for what, found, why in (
         ("magnitudes (DoRA)", info["magnitude"], "their change depends on W"),

@@ -61,26 +61,55 @@ class CheckpointReport:
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How a model is stored: ``dtype`` (None: each tensor's own), and the bytes of one file at the most."""
+
+    dtype: torch.dtype | None = None
+    bytes: int = 5 * 10**9
+
+
 def write(
-    jobs: Sequence[TensorJob], out: str | Path, template: Checkpoint, changes: Mapping[str, Any], *, method: str, dtype: torch.dtype | None = None,
-    shard_bytes: int = 5 * 10**9, seed: int = 0, force: bool = False, progress: Callable[[str], None] = lambda name: None,
-) -> CheckpointReport:  # fmt: skip
-    """Run the jobs while their shards are written; config and tokenizer are ``template``'s, with ``changes`` in the config."""
+    jobs: Sequence[TensorJob],
+    out: str | Path,
+    template: Checkpoint,
+    changes: Mapping[str, Any],
+    shards: Shards,
+    *,
+    method: str,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> CheckpointReport:
+    """Run the jobs while their shards are written; config and tokenizer are ``template``'s, with ``changes`` in the config.
+
+    Args:
+        jobs: the result's tensors.
+        out: a new or empty folder.
+        template: whose config and tokenizer go along.
+        changes: keys of the config that differ.
+        shards: dtype and size of the files.
+        method: for the report.
+        seed: of random draws.
+        force: keep a result that equals its base.
+        progress: called with each tensor's name when it is done.
+    """
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OptionError(f"{path} exists and is not an empty folder; give a new one.")
     report = CheckpointReport(path, method)
+    dtype = shards.dtype
     kept = [dataclasses.replace(j, dtype=dtype) if dtype is not None and j.dtype.is_floating_point else j for j in jobs]
-    shards = _shards(kept, shard_bytes)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    parts = _shards(kept, shards.bytes)
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else ["model.safetensors"]
     contents: dict[str, Any] = {f: _copied(template, f, changes, dtype) for f in _companions(template)}
-    for i, (file, part) in enumerate(zip(names, shards, strict=True)):
-        contents[file] = _bytes(part, report, seed, progress, last=i == len(shards) - 1 and not force)
-    if len(shards) > 1:
+    for i, (file, part) in enumerate(zip(names, parts, strict=True)):
+        contents[file] = _bytes(part, report, seed, progress, last=i == len(parts) - 1 and not force)
+    if len(parts) > 1:
         index = {
             "metadata": {"total_size": sum(_nbytes(j) for j in kept)},
-            "weight_map": {j.name: f for f, part in zip(names, shards, strict=True) for j in part},
+            "weight_map": {j.name: f for f, part in zip(names, parts, strict=True) for j in part},
         }
         contents["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
     write_folder(path, contents)

@@ -49,10 +49,6 @@ class Soup(Merge):
     def combine(self, stack: Stack, seed: int) -> Merged:
         return Merged(stack.total())
 
-    def weigh_models(self, models: Models) -> Tensor | dict[str, Tensor]:
-        """As :meth:`weigh`, of whole models; by tensor where it returns a mapping."""
-        raise NotImplementedError(f"The soup {type(self).__name__} must weigh whole models.")
-
 
 @register(
     "merge",

@@ -24,7 +24,8 @@ from rankwise.store.coded import KIND, decode_file
 from rankwise.store.foreign import read_foreign
 from rankwise.store.native import FILE, header_of
 from rankwise.store.peft import config as cfg
-from rankwise.store.peft.read import _Reader, check_stamp
+from rankwise.store.peft.folder import check_stamp
+from rankwise.store.peft.read import PeftReader
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.layout import Layout
@@ -121,7 +122,7 @@ def _peft(folder: Path, at: int, name: str, layout: Layout, trusted: bool) -> tu
         raise AdapterRefused(f"The adapter {name!r} has {cfg.CONFIG}, but no {cfg.WEIGHTS}.") from error
     if not trusted:
         check_stamp(raw, tensors, metadata, name)
-    state, info = _Reader(cfg.parse_config(raw, name), tensors, layout.sites, name).read(collapse_ties=True)
+    state, info = PeftReader(cfg.parse_config(raw, name), tensors, layout.sites, name).read(collapse_ties=True)
     return _described(*as_native(layout.sites, state, info, name))
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,23 +15,19 @@ from torch import Tensor
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
 from rankwise.errors import ArtefactError, nearest
-from rankwise.sites.spec import SiteSpec
-from rankwise.store import tensorfile
 from rankwise.store.hub import local_folder
-from rankwise.store.names import open_folder
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft import pack as packing
+from rankwise.store.peft.folder import read_pair
+from rankwise.store.peft.keys import guess_specs, join, sort_keys
 
-_PREFIXES = ("base_model.model.", "base_model.", "")
-_SUFFIX = re.compile(
-    r"^(?P<path>.*?)(?P<nest>(\.base_layer)*)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(\.weight)?)$"
-)
-_NAMED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.[^.]+(\.weight|\.bias)?$")
+if TYPE_CHECKING:
+    from rankwise.sites.spec import SiteSpec
+
 #: names of one expert's linears in files from before the experts were fused → (stack, half of its rows)
 _EXPERT = re.compile(r"^(?P<stack>.*\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)$")
-_FUSED = {"gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
-          "down_proj": ("down_proj", -1), "w2": ("down_proj", -1)}  # fmt: skip
+_FUSED = {name: ("gate_up_proj", half) for half, names in enumerate((("gate_proj", "w1"), ("up_proj", "w3"))) for name in names}
+_FUSED |= dict.fromkeys(("down_proj", "w2"), ("down_proj", -1))
 
 
 class PeftInfo(TypedDict):
@@ -78,64 +74,21 @@ def read_peft(
             (the message lists both sides and the nearest names).
     """
     folder = local_folder(path, (cfg.CONFIG, cfg.WEIGHTS), hub=hub, revision=revision)
-    config, tensors = _read_pair(folder, allow_nonfinite)
-    return _Reader(config, tensors, specs, os.fspath(path)).read(collapse_ties)
+    config, tensors = read_pair(folder, allow_nonfinite)
+    return PeftReader(config, tensors, specs, os.fspath(path)).read(collapse_ties)
 
 
-def _read_pair(folder: os.PathLike[str], allow_nonfinite: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of one version of the folder: both are opened through one descriptor."""
-    where = os.fspath(folder)
-    for attempt in range(20):
-        at = open_folder(folder)
-        try:
-            raw = tensorfile.read_small(folder, cfg.CONFIG, cfg.MAX_CONFIG, at=at)
-            tensors, metadata = tensorfile.read_tensors(folder, cfg.WEIGHTS, allow_nonfinite=allow_nonfinite, at=at)
-            break
-        except FileNotFoundError as e:
-            if attempt == 19 or not _replaced(folder, at):
-                raise ArtefactError(_missing(folder)) from e
-        finally:
-            os.close(at)
-    config = cfg.parse_config(raw, f"{where}/{cfg.CONFIG}")
-    check_stamp(raw, tensors, metadata, where)
-    return config, tensors
-
-
-def check_stamp(raw: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
-    """ArtefactError where our export stamped the tensors with a config that is not this one."""
-    stamp = metadata.get("rankwise_sha256")
-    if stamp is not None and stamp != tensorfile.digest(tensors, cfg.config_salt(tensorfile.strict_json(raw, where))):
-        raise ArtefactError(
-            f"{where}: {cfg.CONFIG} and {cfg.WEIGHTS} do not belong together, or one was changed after it was written. "
-            "Export the adapter again."
-        )
-
-
-def _replaced(folder: os.PathLike[str], at: int) -> bool:
-    """Whether the folder's name now leads elsewhere than the descriptor: a new version came while we read."""
-    try:
-        return os.stat(folder).st_ino != os.fstat(at).st_ino
-    except FileNotFoundError:
-        return True
-
-
-def _missing(folder: os.PathLike[str]) -> str:
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    pickled = [n for n in names if n.startswith("adapter_model.") and n != cfg.WEIGHTS]
-    if pickled:
-        return f"{os.fspath(folder)!r} holds its tensors as {pickled[0]!r}, which can run code when it is opened; save it again in PEFT as safetensors."
-    return f"{os.fspath(folder)!r} is no PEFT adapter: it needs {cfg.CONFIG} and {cfg.WEIGHTS}, and holds {', '.join(names[:6]) or 'nothing'}."
-
-
-class _Reader:
+class PeftReader:
     """The work of one reading: keys → modules → sites."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], specs: Mapping[str, Any] | None, where: str):
         self.config, self.tensors, self.where = config, tensors, where
-        self.found: dict[tuple[str, int], dict[str, Tensor]] = defaultdict(dict)  # (module, nesting) → {part: tensor}
-        self.plain: dict[str, Tensor] = {}
-        self._sort_keys()
-        self.specs = {n: getattr(s, "spec", s) for n, s in specs.items()} if specs is not None else self._guess_specs()
+        self.found, self.plain = sort_keys(tensors, where)
+        self.specs = (
+            {n: getattr(s, "spec", s) for n, s in specs.items()}
+            if specs is not None
+            else guess_specs(self.found, self.plain, where)
+        )
         self.whole: dict[str, dict[str, SiteSpec]] = defaultdict(dict)  # module → {parameter: spec}, as declared
         for spec in self.specs.values():
             if spec.rows is None:
@@ -161,52 +114,17 @@ class _Reader:
         untied = self._collapse_ties() if collapse_ties else []
         c = self.config
         info = PeftInfo(
-            config=c, base_model=c.get("base_model_name_or_path"), task_type=c.get("task_type"), dropout=float(c.get("lora_dropout") or 0.0),
-            magnitude=self.magnitude, bias=self.bias, base_layers=base_layers, untied=untied, modules_to_save=sorted(c["modules_to_save"] or []),
-        )  # fmt: skip
+            config=c,
+            base_model=c.get("base_model_name_or_path"),
+            task_type=c.get("task_type"),
+            dropout=float(c.get("lora_dropout") or 0.0),
+            magnitude=self.magnitude,
+            bias=self.bias,
+            base_layers=base_layers,
+            untied=untied,
+            modules_to_save=sorted(c["modules_to_save"] or []),
+        )
         return AdapterState(self.sites, full, {"source": "peft"}), info
-
-    # --- keys ----------------------------------------------------------------------------------------------
-    def _sort_keys(self) -> None:
-        if not self.tensors:
-            raise ArtefactError(f"{self.where} holds no tensors at all.")
-        prefix = next(p for p in _PREFIXES if all(k.startswith(p) for k in self.tensors))
-        for key, tensor in self.tensors.items():
-            if not tensor.numel():
-                raise ArtefactError(f"{self.where}: tensor {key!r} is empty; it was not gathered before saving.")
-            name = key.removeprefix(prefix)
-            match = _SUFFIX.match(name)
-            if match:
-                what = match["what"].removesuffix(".weight").replace("lora_embedding_", "lora_")
-                parts = self.found[match["path"], match["nest"].count(".base_layer")]
-                if what in parts:
-                    raise ArtefactError(f"{self.where}: {match['path']!r} has {what} twice.")
-                parts[what] = tensor
-            elif _NAMED.search(name):
-                raise ArtefactError(
-                    f"{self.where}: key {key!r} has an adapter's name in it; it is a raw state dict. Save it with PEFT's save_pretrained."
-                )
-            else:
-                self.plain[name] = tensor
-
-    def _guess_specs(self) -> dict[str, SiteSpec]:
-        """Sites made up from shapes, where there is no model to ask."""
-        out = {}
-        for (module, nest), parts in self.found.items():
-            A, B = parts.get("lora_A"), parts.get("lora_B")
-            if nest or A is None or B is None or A.dim() < 2 or B.dim() < 2:
-                raise ArtefactError(f"{self.where}: {module!r} cannot be read without the model it belongs to.")
-            conv = A.dim() > 2
-            if not conv and A.shape[0] != B.shape[1]:
-                raise ArtefactError(f"{self.where}: {module!r} has A of rank {A.shape[0]} and B of rank {B.shape[1]}.")
-            out[module] = SiteSpec(
-                name=module, module=module, kind="conv" if conv else "linear", out=B.shape[0], inp=A[0].numel(),
-                kernel=tuple(A.shape[2:]),
-            )  # fmt: skip
-        for name in self.plain:
-            module, _, param = name.rpartition(".")
-            out[name] = SiteSpec(name=name, module=module, param=param, kind="plain", mode="plain", out=1, inp=1)
-        return out
 
     def _align_paths(self) -> None:
         """Rename the file's modules to the model's where only a leading ``model.`` (or such) differs, all alike."""
@@ -222,11 +140,7 @@ class _Reader:
             if known > hits:
                 best, hits = change, known
         self.found = defaultdict(dict, {(best(m), n): parts for (m, n), parts in self.found.items()})
-        self.plain = {self._join(best(k.rpartition(".")[0]), k.rpartition(".")[2]): v for k, v in self.plain.items()}
-
-    @staticmethod
-    def _join(module: str, leaf: str) -> str:
-        return f"{module}.{leaf}" if module else leaf
+        self.plain = {join(best(k.rpartition(".")[0]), k.rpartition(".")[2]): v for k, v in self.plain.items()}
 
     # --- modules -------------------------------------------------------------------------------------------
     def _spec(self, module: str, nest: int) -> SiteSpec:
