@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankwise._renamed import old_names, renamed_attribute, warn
 from rankwise.delta.lowrank import LowRank
-from rankwise.errors import OptionError, RecipeError
+from rankwise.errors import Option, OptionError, RecipeError
 from rankwise.seeds import generator
 
 if TYPE_CHECKING:
@@ -237,19 +237,19 @@ class Form:
         gives: words that inits, routers, budgets, optimisers and losses may need: ``fill:A``, ``fill:B`` …,
             ``pair`` (Δ = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
             z = A·x), ``core:diag``, ``constant`` (Δ does not depend on x), ``weight`` (trains W itself), ``block``.
-        linear_in_params: averaging parameters averages deltas.
         reads: the modes of site it can be at ("called", "read", "plain", "block").
         ranked: whether r means anything to it.
         bounded: whether a rank above min(out, in) is refused.
+        peft_fields: what PEFT's LoraConfig calls it, as fields; None: PEFT trains no such form by a LoraConfig.
     """
 
     info: ClassVar[MethodInfo]
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts")
     provides: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[tuple[str, ...]] = ("called", "read")
-    linear_in_params: ClassVar[bool] = False
     ranked: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    peft_fields: ClassVar[Mapping[str, Any] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -275,8 +275,10 @@ class Form:
                 raise OptionError(f"r = {r} at {site.name!r}; a rank is at least 1 (leave the site out instead).")
             if self.bounded and r > site.spec.max_rank:
                 raise OptionError(
-                    f"r = {r} at {site.name!r} is above its largest possible rank {site.spec.max_rank} "
-                    f"({site.spec.out}×{site.spec.inp}); lower r, or set rank_pattern={{{site.spec.role!r}: {site.spec.max_rank}}}."
+                    f"r = {r} at {site.name!r} is above its largest possible rank {site.spec.max_rank} ({site.spec.out}×{site.spec.inp}); "
+                    "lower r, or give ",
+                    Option("rank_pattern", {site.spec.role: site.spec.max_rank}),
+                    ".",
                 )
 
 

@@ -47,7 +47,6 @@ class DenseForm(Form):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
-    linear_in_params: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"form": "dense", "targets": ["lm_head", "norm"]}
 
     def build(self, site: Site, plan: Plan) -> DenseLayer:

@@ -88,7 +88,6 @@ class Full(Form):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "plain")
     reads: ClassVar[tuple[str, ...]] = ("called", "read", "plain")
     ranked: ClassVar[bool] = False
-    linear_in_params: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"form": "full", "targets": "all"}
     keep: Literal["copy", "none"] = "copy"
 

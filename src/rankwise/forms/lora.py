@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LoRA(Form):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
-    linear_in_params: ClassVar[bool] = False
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {}
 
     def build(self, site: Site, plan: Plan) -> LoraLayer:
         return LoraLayer(site, plan.ranks[site.name], plan)

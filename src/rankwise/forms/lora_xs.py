@@ -64,7 +64,6 @@ class LoRAXS(Form):
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "fill:core", "core:dense", "constant", "lowrank"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
-    linear_in_params: ClassVar[bool] = True
     start_gap: ClassVar[float] = 1e-4  # R starts at 1e-5, not at zero
     iterations: int = 10
     std: float = 1e-5

@@ -50,7 +50,6 @@ class PaCA(Form):
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:V", "components", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
-    linear_in_params: ClassVar[bool] = True
     choose: Literal["random", "largest", "smallest"] = "random"
 
     def build(self, site: Site, plan: Plan) -> PacaLayer:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rankwise.recipe import Part
     from rankwise.sites.site import Site
 
-Rule = Literal["keep", "subtract", "replace", "displace"]
+Rule = Literal["keep", "subtract", "replace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fill:
 
     ``tensors`` are those the init is about; the form completes the rest.  ``rule`` says what becomes of W:
     *keep* it; *subtract* s·B·A (the core carries −s₀·B₀A₀ beside W, so W keeps its bits); *replace* it by
-    ``weight`` (out×in, e.g. a quantised W); *displace*: W is kept and the first output moves on purpose.
+    ``weight`` (out×in, e.g. a quantised W).
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,10 +38,10 @@ class Init:
     """Base of all inits; dataclass fields are options."""
 
     info: ClassVar[MethodInfo]
-    #: names of statistics (see :mod:`rankwise.calibration`); empty: weights alone
-    needs_stats: ClassVar[tuple[str, ...]] = ()
     #: whether it has the base's weight replaced, so that a base others use at the same time is no place for it
     replaces: ClassVar[bool] = False
+    #: what PEFT's LoraConfig calls it, as fields; None: PEFT has no such init
+    peft_fields: ClassVar[Mapping[str, Any] | None] = None
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts")
 
     def requests(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, Any]:

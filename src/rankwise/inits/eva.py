@@ -35,7 +35,6 @@ class EVA(Init):
     Errors: batches with fewer than K unmasked tokens carry nothing and are refused where no other came.
     """
 
-    needs_stats: ClassVar[tuple[str, ...]] = ("input",)
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     rho: float = 2.0
     tau: float = 0.99

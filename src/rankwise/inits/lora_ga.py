@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,6 @@ class LoRAGA(Init):
     Source: Outsider565/LoRA-GA (lora_ga_init).  Errors: 2r > min(out, in); a gradient that is zero everywhere.
     """
 
-    needs_stats: ClassVar[tuple[str, ...]] = ("weight_grad",)
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     size: Literal["stable", "unit", "gd", "weight_svd"] = "stable"
     gamma: float = 16.0
