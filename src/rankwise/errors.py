@@ -90,7 +90,7 @@ class RecipeError(RankwiseError):
 
 
 class TargetError(RankwiseError):
-    """A target matched nothing, or matched a place that the form cannot adapt."""
+    """A target matched nothing, or matched a layer that the form cannot adapt."""
 
 
 class AttachError(RankwiseError):

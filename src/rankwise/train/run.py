@@ -56,16 +56,15 @@ def train(
     Args:
         model: the base; its weights stay as they are (unless the form trains them).
         tokenizer: for an image model its image processor, or None (pixels as they are given).
-        data: a file, a folder or records; see :mod:`rankwise.train.data.readers`.  For an image model: a folder of class
-            folders, an .npz, or pixel_values (N, C, H, W) and labels (N), as a mapping or as records.
+        data: a file, a folder or records, see ``read``.  For an image model: a folder of class folders, an .npz, or
+            pixel_values (N, C, H, W) and labels (N), as a mapping or as records.
         recipe: a Recipe, its fields, its file, or the name of a form or preset.
         output_dir: the run's folder; made where it is not there.
         stage: pt (all of a text), sft (completions and the assistant's part) or dpo (preference pairs, through TRL).
         eval_data: held-out data; else a tenth is kept aside (of pairs: none).
         packing: several documents a row, isolated; checked with one forward before the run (pt and sft).
         max_length: tokens a row.
-        truncation: what becomes of longer records (text): True cuts them to ``max_length``, as in transformers, False
-            refuses them, "split" makes windows of a text, "auto" splits texts and refuses others.
+        truncation: what becomes of longer records: True cuts them, as in transformers; False refuses; see ``tokenize``.
         fmt, split: layout of the records, and the split of a saved dataset that holds several; see ``read``.
         eval_split: the split of ``eval_data`` (or of ``data``, where that is not given) that is held out.
         name: of the adapter.
@@ -74,35 +73,43 @@ def train(
         arguments: transformers' TrainingArguments (TRL's DPOConfig for dpo).
 
     Returns:
-        Result with ``metrics`` (loss before and after on ``eval_data``, or on a tenth kept aside).
+        Result with ``metrics``: loss before and after, on the held-out data.
 
     Raises:
         DataError, OptionError, RecipeError and the rest of the family, before the first step where they can be known.
     """
-    if stage not in STAGES:
-        raise OptionError(f"stage is {', '.join(STAGES)}; it is {stage!r}.")
+    options = TextOptions(stage, packing, max_length, truncation, fmt, split, eval_split)
     out = Path(output_dir)
     run = TrainerRun(model, tokenizer, Recipe.of(recipe), out, name, resume, arguments, earlier_run(out, resume, overwrite))
-    if stages.sees(model):
-        if stage != "sft":
-            raise OptionError(
-                "An image model is trained with ", Option("stage", "sft"), "; ", Option("stage", stage), " is for text."
-            )
-        stages.refuse_text_options(fmt, split, eval_split, max_length, truncation)
-        return _images(run, data, eval_data)
-    records = read(data, fmt, split)
-    held = None
-    if eval_data is not None or eval_split is not None:
-        held = read(data if eval_data is None else eval_data, fmt, eval_split)
-    if stage == "dpo":
-        return _preferences(run, records, held, max_length, truncation)
-    if stage == "pt" and records[0].kind != "text":
-        raise DataError(
-            Option("stage", "pt"), f" learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use ",
-            Option("stage", "sft"), ".",
-        )  # fmt: skip
-    tokens = lambda part: tokenize(part, tokenizer, max_length, truncation=truncation)
-    return _texts(run, *_held_out(tokens(records), None if held is None else tokens(held)), max_length if packing else None)
+    return (_images if stages.sees(model) else _records)(run, data, eval_data, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """How records of text are read and cut into rows.
+
+    Args:
+        stage, packing, max_length, truncation, fmt, split, eval_split: as of :func:`train`.
+    """
+
+    stage: str
+    packing: bool
+    max_length: int
+    truncation: Truncation
+    fmt: str
+    split: str | None
+    eval_split: str | None
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise OptionError(f"stage is {', '.join(STAGES)}; it is {self.stage!r}.")
+
+    def refuse_for_images(self) -> None:
+        """Raise OptionError where something was asked for that an image model has no use for."""
+        if self.stage != "sft":
+            here, given = Option("stage", "sft"), Option("stage", self.stage)
+            raise OptionError("An image model is trained with ", here, "; ", given, " is for text.")
+        stages.refuse_text_options(self.fmt, self.split, self.eval_split, self.max_length, self.truncation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +205,21 @@ def _calibration(rows: Sequence[Any], collator: Collator, batches: int = 8, size
 
 
 # --- texts --------------------------------------------------------------------------------------------------
+def _records(run: TrainerRun, data: Any, eval_data: Any, options: TextOptions) -> Result:
+    """Read the records, and train on texts, completions or pairs."""
+    records, held = read(data, options.fmt, options.split), None
+    if eval_data is not None or options.eval_split is not None:
+        held = read(data if eval_data is None else eval_data, options.fmt, options.eval_split)
+    if options.stage == "dpo":
+        return _preferences(run, records, held, options.max_length, options.truncation)
+    if options.stage == "pt" and records[0].kind != "text":
+        found = f" learns whole texts, but the data holds {records[0].kind} records ({records[0].where}); use "
+        raise DataError(Option("stage", "pt"), found, Option("stage", "sft"), ".")
+    tokens = lambda part: tokenize(part, run.reader, options.max_length, truncation=options.truncation)
+    parts = _held_out(tokens(records), None if held is None else tokens(held))
+    return _texts(run, *parts, options.max_length if options.packing else None)
+
+
 def _held_out(examples: list[Example], held: list[Example] | None) -> tuple[list[Example], list[Example], str]:
     """(to train on, held out, in words what the second are): the last tenth where nothing was given."""
     if held is not None:
@@ -224,8 +246,9 @@ def _texts(run: TrainerRun, examples: list[Example], held: list[Example], scored
 
 
 # --- images -------------------------------------------------------------------------------------------------
-def _images(run: TrainerRun, data: Any, eval_data: Any) -> Result:
+def _images(run: TrainerRun, data: Any, eval_data: Any, options: TextOptions) -> Result:
     """Image classification: loss and accuracy before and after."""
+    options.refuse_for_images()
     args = _training_arguments(run)
     learnt = stages.images(data, run.model, run.reader)
     if eval_data is None:
