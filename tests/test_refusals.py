@@ -22,7 +22,7 @@ from tests.models import batch_for, llama, logits, move
         ({"form": "full", "dropout": 0.5, "targets": ["q_proj"]}, "dropout = 0.5.*q_proj.*'full'"),
         ({"form": "full", "alpha": 4, "targets": ["q_proj"]}, "alpha = 4.*'full'"),
         ({"form": "dense", "r": 4, "targets": ["lm_head"]}, "r = 4.*'dense'"),
-        ({"separate_tied": True}, "untie = True"),
+        ({"separate_tied": True}, "separate_tied = True"),
     ],
 )
 def test_an_option_without_effect_is_refused(recipe: dict[str, Any], words: str) -> None:

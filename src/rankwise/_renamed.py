@@ -5,6 +5,7 @@ Old modules are found by a finder at the end of ``sys.meta_path``; old classes b
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -13,7 +14,9 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: old module → where its names are now, first match first
 MODULES: dict[str, tuple[str, ...]] = {
@@ -90,6 +93,30 @@ def renamed_attribute(cls: type, moved: Mapping[str, str]) -> None:
         if old in cls.__dict__ and new not in cls.__dict__:
             warn(f"{cls.__qualname__}.{old}", f"{cls.__qualname__}.{new}", stacklevel=3)
             setattr(cls, new, cls.__dict__[old])
+
+
+def renamed_argument(old: str, new: str, values: Mapping[Any, Any] | None = None) -> Callable[[F], F]:
+    """A decorator: the keyword ``old`` is taken as ``new``, with one warning.
+
+    Args:
+        old, new: spellings of the keyword.
+        values: old value → new value, where values were renamed too; others stay.
+    """
+
+    def wrap(fn: F) -> F:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(f"{fn.__name__}() got {new!r} and its old spelling {old!r}")
+                warn(f"The argument {old!r}", repr(new))
+                given = kwargs.pop(old)
+                kwargs[new] = (values or {}).get(given, given)
+            return fn(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return wrap
 
 
 class _Old(types.ModuleType):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.codecs.library import keep_stored
 from rankwise.delta.lowrank import drop_zero_sites
 from rankwise.delta.state import AdapterState
-from rankwise.errors import ArtefactError, AttachError, MergeError, OptionError, unknown
+from rankwise.errors import ArtefactError, AttachError, MergeError, Option, OptionError, unknown
 from rankwise.recipe import Recipe
 from rankwise.runtime import fold, read, write
 from rankwise.runtime.build import build_parts
@@ -190,7 +190,9 @@ class Adapter:
             return write.save_coded(self._record, self.model, path, codec, reference=reference)
         if reference is not None:
             raise OptionError(
-                "A plain native file is no difference from another adapter; leave the reference out, or give codec='delta'."
+                "A plain native file is no difference from another adapter; leave the reference out, or give ",
+                Option("codec", "delta"),
+                ".",
             )
         return write.save(self._record, self.model, path)
 

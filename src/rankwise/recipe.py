@@ -16,22 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from rankwise import catalogue
-from rankwise._renamed import warn
 from rankwise.errors import OptionError, RankwiseError, RecipeError, nearest, unknown
+from rankwise.recipe_spelling import ALIASES, MODULES_TO_SAVE, RENAMED, lifted, renamed, warned
 
 if TYPE_CHECKING:
     from rankwise.sites.site import Site
 
 Named = str | dict[str, Any] | None
-
-#: PEFT's and the trainers' spellings → ours
-ALIASES = {
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "lora_target": "targets",
-    "exclude_modules": "exclude", "layers_to_transform": "layers", "init_lora_weights": "init", "lora_r": "r", "lora_rank": "r",
-    "optimiser": "optimizer", "optim": "optimizer", "additional_target": "modules_to_save", "lora_target_modules": "targets",
-}  # fmt: skip
-#: fields that had another name before: taken with a warning from people, without one from files
-RENAMED = {"untie": "separate_tied"}
 
 #: combinations of parts that a paper names as one method: preset → the recipe's fields
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -43,7 +34,7 @@ def preset(name: str, title: str, **fields: Any) -> None:
 
 
 class Part(pydantic.BaseModel):
-    """What is put at one set of places: form, init and router with rank and scale."""
+    """What is put at one set of layers: form, init and router with rank and scale."""
 
     model_config = pydantic.ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -86,11 +77,11 @@ class Part(pydantic.BaseModel):
         return build("form", self.form).scaling() or self.scale
 
     def rank_of(self, path: str, role: str) -> int:
-        """The rank at a place: the first pattern that is its role or matches the end of its path, else r."""
+        """The rank of a layer: the first pattern that is its role or matches the end of its path, else r."""
         return _by_pattern(self.rank_pattern, path, role, self.r)
 
     def alpha_of(self, path: str, role: str) -> float:
-        """Alpha at a place; where none is given, the rank (scale 1 under alpha/r)."""
+        """Alpha of a layer; where none is given, the rank (scale 1 under alpha/r)."""
         fallback = self.alpha if self.alpha is not None else float(self.r if self.scale != "constant" else 1.0)
         return _by_pattern(self.alpha_pattern, path, role, fallback)
 
@@ -98,14 +89,14 @@ class Part(pydantic.BaseModel):
         """Refuse what was set but would change nothing at the chosen ``sites``.
 
         Raises:
-            OptionError: a pattern without a place; rank or scale for a form that has none; dropout where no input
+            OptionError: a pattern that matches no layer; rank or scale for a form that has none; dropout where no input
                 passes through the form; ``separate_tied`` where nothing is tied.
         """
         for field in ("rank_pattern", "alpha_pattern"):
             for word in getattr(self, field):
                 if not any(_by_pattern({word: True}, s.spec.module, s.spec.role, False) for s in sites):
                     ends = {s.spec.role for s in sites} | {s.spec.module.rpartition(".")[2] for s in sites}
-                    raise OptionError(f"{field}[{word!r}] matches none of the {len(sites)} chosen places; {nearest(word, ends)}")
+                    raise OptionError(f"{field}[{word!r}] matches none of the {len(sites)} chosen layers; {nearest(word, ends)}")
         if not ranked:
             given = [f for f in ("r", "rank_pattern", "alpha", "alpha_pattern", "scale") if _is_set(self, f)]
             if given:
@@ -117,10 +108,12 @@ class Part(pydantic.BaseModel):
             if deaf is not None:
                 raise OptionError(
                     f"dropout = {self.dropout} cannot act at {deaf.name!r} ({deaf.spec.kind}) with the form {form!r}, where no input passes "
-                    "through the adapter; give that place a part of its own with dropout 0, or exclude it."
+                    "through the adapter; give that layer a part of its own with dropout 0, or exclude it."
                 )
         if self.separate_tied and not any(s.spec.tie_group for s in sites):
-            raise OptionError("untie = True, but none of the chosen places has tied weights; drop it, or target a tied place.")
+            raise OptionError(
+                "separate_tied = True, but none of the chosen layers has tied weights; drop it, or target a tied one."
+            )
 
 
 class Recipe(Part):
@@ -140,13 +133,13 @@ class Recipe(Part):
     seed: int = 0
 
     def __init__(self, **fields: Any):
-        fields = _rename(_warned(fields))
+        fields = renamed(warned(fields))
         if fields.get("preset"):
             fields = _expand(fields)
         if "parts" in fields:
-            fields["parts"] = [p if isinstance(p, Part) else _lift(_rename(_warned(dict(p)))) for p in fields["parts"]]
+            fields["parts"] = [p if isinstance(p, Part) else lifted(renamed(warned(dict(p)))) for p in fields["parts"]]
         try:
-            super().__init__(**_lift(fields))
+            super().__init__(**lifted(fields))
         except pydantic.ValidationError as error:
             raise _plain(error, type(self)) from None
         self.check()
@@ -155,7 +148,7 @@ class Recipe(Part):
         """The parts that put something into the model: ``parts``, or this recipe itself."""
         parts: list[Part] = list(self.parts or [self])
         if self.modules_to_save:
-            parts.append(Part(form="dense", targets=self.modules_to_save))
+            parts.append(Part(form=MODULES_TO_SAVE, targets=self.modules_to_save))
         return parts
 
     # --- files --------------------------------------------------------------------------------------------
@@ -279,49 +272,7 @@ def _form_options(part: Part) -> None:
     if isinstance(part.form, dict):
         for key in ("r", "alpha", "dropout", "scale"):
             if key in part.form:
-                raise RecipeError(f"{key} is given inside form and lost its place; write it beside form.")
-
-
-def _warned(fields: dict[str, Any]) -> dict[str, Any]:
-    for old, new in RENAMED.items():
-        if old in fields:
-            warn(f"The recipe's field {old!r}", repr(new), stacklevel=3)
-    return {RENAMED.get(k, k): v for k, v in fields.items()}
-
-
-def _rename(fields: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in fields.items():
-        if key == "use_rslora":
-            if value:
-                out["scale"] = "alpha/sqrt_r"
-            continue
-        if key == "use_dora":
-            if value:
-                out["form"] = "dora"
-            continue
-        name = ALIASES.get(key, key)
-        if name in out:
-            raise RecipeError(f"{key!r} is another spelling of {name!r}; give one of them.")
-        if key == "init_lora_weights":
-            value = {True: None, "true": None, False: None, "gaussian": "gaussian", "lora_ga": "lora_ga"}.get(value, value)
-        out[name] = value
-    return out
-
-
-def _lift(fields: dict[str, Any]) -> dict[str, Any]:
-    """Take rank, alpha, scale and dropout out of ``form={"name": …, "r": 16}``: they are the part's."""
-    form = fields.get("form")
-    if isinstance(form, dict):
-        form = dict(form)
-        for key in ("r", "alpha", "scale", "dropout", "lora_alpha", "lora_dropout"):
-            if key in form:
-                name = ALIASES.get(key, key)
-                if name in fields and fields[name] != form[key]:
-                    raise RecipeError(f"{name} is {fields[name]!r} in the recipe and {form[key]!r} inside form; give it once.")
-                fields = {**fields, name: form.pop(key)}
-        fields = {**fields, "form": form}
-    return fields
+                raise RecipeError(f"{key} is given inside form and has no effect there; write it beside form.")
 
 
 def _expand(fields: dict[str, Any]) -> dict[str, Any]:

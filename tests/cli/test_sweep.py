@@ -145,7 +145,7 @@ def test_one_record_is_split_or_refused(tmp_path: Path) -> None:
 
 def test_advice_follows_from_the_numbers() -> None:
     from rankwise.train.advice import advice
-    from rankwise.train.sweep import JobResult
+    from rankwise.train.job_result import JobResult
 
     g = torch.Generator().manual_seed(0)
     noise = (torch.randn(60, generator=g) * 0.01).tolist()

@@ -46,7 +46,7 @@ def test_a_saved_dataset_by_its_splits(saved: Path, tmp_path: Path, capsys: Any)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "holds the splits train, test; give split="),
+        ([], "holds the splits train, test; give --split"),
         (["--split", "dev"], "there is no 'dev'"),
         (["--split", "train", "--eval-split", "dev"], "there is no 'dev'"),
         (["--split", "train", "--format", "messages"], "needs messages too"),
@@ -104,7 +104,7 @@ def test_preferences_are_learnt_from_a_file(tmp_path: Path, capsys: Any) -> None
     learnt = margins(str(run / "adapter"), pairs)
     assert all(m > 0 for m in learnt) and sum(learnt) / len(learnt) > 2, learnt
     code, _, err = call(capsys, "train", "--model", "base", "--data", str(data), "--out", str(tmp_path / "cut"), *args[:-1], "8")
-    assert code == 2 and "tokens" in err and "--overlong" in err, err
+    assert code == 2 and "tokens" in err and "--truncation true" in err, err
 
 
 # --- images -------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_table_of_a_run_on_images(digits: Any, tmp_path: Path, capsys: Any) ->
     args = ["train", "--model", "digits", "--data", str(digits["none train"]), "--steps", "1", "--out", str(tmp_path / "run")]
     code, text, err = call(capsys, *args)
     assert code == 0, err
-    assert "accuracy" in text and "perplexity" not in text and "numbers to train" in err
+    assert "accuracy" in text and "perplexity" not in text and "trainable parameters in" in err
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_table_of_a_run_on_images(digits: Any, tmp_path: Path, capsys: Any) ->
         (["train", "--out", "OUT", "--split", "train"], "choose among text records"),
         (["train", "--out", "OUT", "--format", "text"], "choose among text records"),
         (["train", "--out", "OUT", "--stage", "pt"], "An image model is trained with --stage sft"),
-        (["train", "--out", "OUT", "--max-length", "64"], "--max-length and overlong are about tokens"),
+        (["train", "--out", "OUT", "--max-length", "64"], "--max-length and --truncation are about tokens"),
         (["eval", "--split", "test"], "choose among text records"),
         (["compare", "-r", "lora"], "digits has no tokenizer"),
     ],

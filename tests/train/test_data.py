@@ -116,7 +116,7 @@ def test_bad_files(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "x = 1\n" * 200})
     with pytest.raises(DataError, match=r"data.jsonl:2 has [\d,]+ tokens, more than max_length = 64"):
         tokenize(read(path), tokenizer, 64)
-    assert len(tokenize(read(path), tokenizer, 64, overlong="truncate")) == 2
+    assert len(tokenize(read(path), tokenizer, 64, truncation=True)) == 2
 
 
 def test_long_texts_are_split_and_nothing_is_lost(tokenizer: Any) -> None:

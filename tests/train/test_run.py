@@ -67,7 +67,7 @@ def test_splits_are_chosen_for_training_and_for_holding_out(split: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "holds the splits train, test; give split= one of them"),
+        ({}, "holds the splits train, test; give split=…, one of them"),
         ({"split": "dev"}, "there is no 'dev'"),
         ({"split": "train", "eval_split": "dev"}, "there is no 'dev'"),
         ({"split": "train", "eval_data": ROWS[8:], "eval_split": "test"}, "the data has no splits"),

@@ -152,7 +152,7 @@ def test_a_starved_layer_stops_the_run() -> None:
     layer = model.model.layers[0]
     inner = layer.mlp.forward
     layer.mlp.forward = lambda x: inner(x).detach()
-    with pytest.raises(TrainingError, match=r"3 of 14 places have no gradient.*layers\.0\.mlp"):
+    with pytest.raises(TrainingError, match=r"3 of 14 layers have no gradient.*layers\.0\.mlp"):
         one(model, session, batch_for(model))
 
 
@@ -242,7 +242,7 @@ def test_the_first_backward_names_missing_and_zero_gradients() -> None:
         at = sites.index(k.split("::")[0])
         p.grad = None if at < 6 else torch.zeros_like(p) if at < 8 else torch.ones_like(p)
     with pytest.raises(
-        TrainingError, match="6 of 14 places have no gradient: .* and 2 more; 2 of 14 places have a zero gradient"
+        TrainingError, match="6 of 14 layers have no gradient: .* and 2 more; 2 of 14 layers have a zero gradient"
     ) as error:
         check_first_backward(adapter, params)
     assert sites[0] in str(error.value) and sites[6] in str(error.value)

@@ -57,7 +57,7 @@ def test_an_image_model_learns_its_classes(tmp_path: Path, capsys: Any) -> None:
     assert after["accuracy"] > before["accuracy"] and after["loss"] < 0.5 * before["loss"] and after["images"] == 6
     assert (tmp_path / "adapter" / "rankwise.safetensors").exists() and result.log == tmp_path / "log.jsonl"
     said = capsys.readouterr().err
-    assert f"{result.adapter.numel():,} numbers to train" in said and "q " in said, "counted by role before step 0"
+    assert f"{result.adapter.numel():,} trainable parameters in" in said and "q " in said, "counted by role before step 0"
 
 
 def test_records_and_mapping_are_one_thing_and_the_held_out_have_both_classes() -> None:
@@ -122,8 +122,8 @@ def test_dpo_refuses_what_it_would_cut_or_cannot_read(tmp_path: Path) -> None:
         dpo(tmp_path, "lora", pairs, max_length=8)
     with pytest.raises(DataError, match="preference pairs"):
         dpo(tmp_path, "lora", [{"text": "no pair at all"}])
-    with pytest.raises(OptionError, match="overlong='split'"):
-        dpo(tmp_path, "lora", pairs, overlong="split")
+    with pytest.raises(OptionError, match="truncation='split'"):
+        dpo(tmp_path, "lora", pairs, truncation="split")
 
 
 def test_a_head_with_a_bias_is_saved_and_trained_whole() -> None:

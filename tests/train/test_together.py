@@ -176,14 +176,34 @@ def test_what_cannot_share_a_batch_is_refused_by_name_and_trains_alone(says: str
     ("jobs", "says"),
     [
         ([job("a"), job("a")], "Two jobs are called 'a'"),
-        ([job("a", steps=0)], "0 steps"),
-        ([job("a", lr=0.0)], "nothing would be learnt"),
         ([], "0 jobs"),
     ],
 )
 def test_what_could_not_be_trained_is_refused(jobs: list[AdapterJob], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         run(jobs, together=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"lr": 0.0}, "The job 'a': lr = 0.0; .* nothing would be learnt"),
+        ({"steps": 0}, "The job 'a': steps = 0"),
+        ({"batch": 0}, "'a' has steps of 0 of"),
+        ({"rows": []}, "of 0 rows"),
+        ({"warmup": 99}, "The job 'a': warmup = 99; it lies within the run of 6 steps"),
+        ({"schedule": "stairs"}, "The job 'a': schedule = 'stairs'"),
+    ],
+)
+def test_a_job_that_could_not_be_trained_is_not_made(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        job("a", **given)
+
+
+def test_epochs_are_steps_over_the_rows() -> None:
+    made = job("a", steps=None, epochs=2.5, batch=3)
+    assert made.total_steps == math.ceil(2.5 * len(made.rows) / 3)
+    assert job("a", steps=4, epochs=9).total_steps == 4
 
 
 def test_a_recipe_that_does_not_fit_does_not_take_the_others_along() -> None:

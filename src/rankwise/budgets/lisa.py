@@ -48,7 +48,7 @@ class LISA(Budget):
             self._layer[name] = sites[owner].layer if owner in sites else -1
         self._blocks = sorted({n for n in self._layer.values() if n >= 0})
         if not self._blocks:
-            raise OptionError("The budget 'lisa' samples transformer blocks, but no place of this adapter lies in one.")
+            raise OptionError("The budget 'lisa' samples transformer blocks, but no layer of this adapter lies in one.")
         if self.blocks > len(self._blocks):
             raise OptionError(
                 f"The budget 'lisa' trains blocks = {self.blocks} at a time, but the adapter reaches {len(self._blocks)}; lower it."

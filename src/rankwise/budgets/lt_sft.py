@@ -13,7 +13,7 @@ from rankwise.budgets.base import Budget, Run
 from rankwise.catalogue import register
 from rankwise.delta.sparse import Entries
 from rankwise.delta.state import AdapterState
-from rankwise.errors import MergeError, OptionError, RecipeError
+from rankwise.errors import MergeError, Option, OptionError, RecipeError
 from rankwise.recipe import preset
 
 if TYPE_CHECKING:
@@ -155,7 +155,11 @@ def originals(adapter: Adapter) -> dict[str, Tensor]:
         if d.in_place:
             if d.original is None:
                 raise OptionError(
-                    f"{name!r} is trained without a copy of the base (keep='none'), so nothing can rewind it; use keep='copy'."
+                    f"{name!r} is trained without a copy of the base (",
+                    Option("keep", "none"),
+                    "), so nothing can rewind it; use ",
+                    Option("keep", "copy"),
+                    ".",
                 )
             out[f"{name}::weight"] = d.original.detach()  # type: ignore[operator]
     return out

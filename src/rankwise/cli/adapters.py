@@ -22,7 +22,7 @@ def inspect(
     match: Annotated[float, typer.Option(help="Several: how alike two components are that count as one.")] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Show an adapter: places, ranks, spectra, norms. Of several: what they share, and where they pull apart.
+    """Show an adapter: layers, ranks, spectra, norms. Of several: what they share, and where they pull apart.
 
     Example: rankwise inspect run/a run/b --picture overlap.png
     """
@@ -67,7 +67,7 @@ def _one(adapter: str, model: str | None, picture: str | None, json: bool) -> No
     if json:
         emit_json(head)
         return
-    columns = ["place", "role", "shape", "rank", "90 % in", "‖ΔW‖", "‖ΔW‖/‖W‖"]
+    columns = ["layer", "role", "shape", "rank", "90 % in", "‖ΔW‖", "‖ΔW‖/‖W‖"]
     table(
         repr(loaded),
         columns,

@@ -62,25 +62,28 @@ def demo(
         adapter.detach()
         return list(zip(prompts, before, after, strict=True))
 
+    what: dict[str, Any] = {"base": "the shipped base", "data": data, "steps": steps, "tokens": 128, "batch": 8}
     rows, refused, page = comparison.run(
-        net, tokenizer, recipes, train, test, folder, steps=steps, tokens=128, batch=8, with_peft=True, base="the shipped base", data=data, keep=adapters, samples=samples
-    )  # fmt: skip
+        net, tokenizer, recipes, train, test, folder, with_peft=True, keep=adapters, samples=samples, **what
+    )
     out.print()
     comparison.show(rows)
     for sentence in refused:
         out.print(f"refused — {sentence}", style="yellow", highlight=False)
     lines = finish(net, tokenizer, rows, folder)
-    lines["seconds"] = round(time.perf_counter() - start, 1)
-    lines["report"] = str(page)
+    lines |= {"seconds": round(time.perf_counter() - start, 1), "report": str(page)}
     if json:
         emit_json(lines)
-        return
-    out.print(
-        f"\nmerged the best low-rank adapter ({lines['best']}) into {lines['merged']}: logits moved by {lines['logit_gap']:.1e} of the largest",
-        highlight=False,
-    )
+    else:
+        _tell(lines, adapters)
+
+
+def _tell(lines: dict[str, Any], adapters: Path) -> None:
+    """What was made and where it is, and what to try next."""
+    gap = f"logits moved by {lines['logit_gap']:.1e} of the largest"
+    out.print(f"\nmerged the best low-rank adapter ({lines['best']}) into {lines['merged']}: {gap}", highlight=False)
     out.print(f"exported it for PEFT to {lines['peft']}", highlight=False)
-    out.print(f"report: [bold]{page}[/]  ({lines['seconds']:.0f} s in all)\n", highlight=False)
+    out.print(f"report: [bold]{lines['report']}[/]  ({lines['seconds']:.0f} s in all)\n", highlight=False)
     out.print("Next:", style="bold")
     for line in (
         f"rankwise inspect {adapters / lines['best']} --model base --picture spectra.png",

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from rankwise.cli import common
-from rankwise.cli.spelling import as_options
+from rankwise.cli.spelling import flags_of, spelled
 from rankwise.errors import RankwiseError
 
 app = typer.Typer(
@@ -30,6 +30,13 @@ def _verbs() -> None:
         module.add(app)
 
 
+def told(error: RankwiseError, argv: list[str]) -> str:
+    """The error's sentence, its options as they are typed after the verb of this call."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    flags = flags_of(verbs[argv[0]]) if argv and argv[0] in verbs else {}
+    return error.told(lambda option: spelled(option, flags))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exits with 0, 1 (something broke) or 2 (the user's input)."""
     common.quiet()
@@ -37,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = app(args=argv, standalone_mode=False)  # an Exit inside comes back as its number
     except RankwiseError as error:
-        common.err.print(f"[bold red]rankwise:[/] {escape(as_options(str(error)))}", highlight=False, soft_wrap=True)
+        common.err.print(
+            f"[bold red]rankwise:[/] {escape(told(error, sys.argv[1:] if argv is None else argv))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except typer.Abort:
         common.err.print("rankwise: stopped.")

@@ -46,10 +46,11 @@ def plan(
         emit_json(report)
         return
     rows = [(r["role"], r["sites"], r["where"], r["shape"], r["rank"], r["trainable"]) for r in report["roles"]]
-    columns = ["role", "places", "where", "shape", "rank", "trainable"]
-    table(f"{model}: {report['form']}", columns, rows, right=["places", "rank", "trainable"])
+    columns = ["role", "layers", "where", "shape", "rank", "trainable"]
+    table(f"{model}: {report['form']}", columns, rows, right=["layers", "rank", "trainable"])
     out.print(
-        f"\n{report['trainable']:,} trainable of {report['base']:,} ({report['trainable'] / report['base']:.2%})", highlight=False
+        f"\n{report['trainable']:,} trainable of {report['base']:,} parameters ({report['trainable'] / report['base']:.2%})",
+        highlight=False,
     )
     out.print()
     table(
@@ -64,7 +65,14 @@ def plan(
 
 
 def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
-    """Counts by role; bytes by category; seconds a step from a measured product (data-driven inits are left out)."""
+    """Counts by role; bytes by category; seconds a step from a measured product (data-driven inits are left out).
+
+    Args:
+        model: the base; left as it was.
+        recipe: of the adapter.
+        batch: rows of a step.
+        tokens: of a row.
+    """
     import rankwise as rw
 
     light = recipe.model_copy(update={"init": None})
@@ -115,7 +123,7 @@ def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def _rank(delta: Any) -> int | None:
-    """Rank-one components at a place; of a form whose tensors stand elsewhere (banks), the rank of its change."""
+    """Rank-one components of a layer; of a form whose tensors stand elsewhere (banks), the rank of its change."""
     return delta.component_count() or (None if delta.site.spec.mode == "block" else delta.delta().exact_rank)
 
 

@@ -1,53 +1,79 @@
-"""A library's sentence as a user of the command line can follow it: Python arguments become options."""
+"""How the command line spells an option that a message advises: the flag of the verb, or ``--set field=value``."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from typing import Any
 
-#: argument → option, where a verb has one of its own
-_OPTIONS = {
-    "stage": "--stage", "fmt": "--format", "overlong": "--overlong", "max_length": "--max-length", "split": "--split",
-    "eval_split": "--eval-split", "eval_data": "--eval-data", "rank": "--rank", "score": "--score", "seed": "--seed",
-}  # fmt: skip
-#: switches: (argument, value) → option
-_SWITCHES = {("packing", "False"): "--no-packing", ("resume", "True"): "--resume", ("overwrite", "True"): "--overwrite"}
-#: an option of a part → where --set finds it
-_PARTS = {"keep": "form.keep", "adapters": "router.adapters"}
-_WORDS = {
-    "exclude", "targets", "layers", "rank_pattern", "alpha_pattern", "modules_to_save", "separate_tied", "optimizer", "losses", "normalize", "r", "alpha",
-    "scale",
-}  # fmt: skip
-_GIVEN = re.compile(r"\b([a-z_]+)=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\{[^}]*\}|True|False|None|…|\.\.\.|-?\d[\w.]*)")
-_TWICE = re.compile(r"(--[\w-]+(?: \S+?)?) \(\1\)")
+from rankwise.errors import Option
 
-
-def as_options(sentence: str) -> str:
-    """``give packing=False`` → ``give --no-packing``; ``exclude=[…]`` → ``--set exclude=…``; what is no argument stays."""
-    told = _GIVEN.sub(_option, sentence)
-    for name, option in (("max_length", "--max-length"), ("eval_data", "--eval-data")):
-        told = re.sub(rf"\b{name}\b(?! ?=)", option, told)
-    told = re.sub(r"\bset --set\b", "give --set", told)
-    told = re.sub(r"\boverwrite \(--overwrite\)", "--overwrite", told)
-    told = re.sub(r"(--[\w-]+), \1", r"\1", told)
-    return _TWICE.sub(r"\1", told)
-
-
-def _option(found: re.Match[str]) -> str:
-    name, value = found[1], found[2]
-    if (name, value) in _SWITCHES:
-        return _SWITCHES[name, value]
-    plain = value.strip("'\"")
-    if name in _OPTIONS:
-        return f"{_OPTIONS[name]} {plain}"
-    if name in _PARTS or name in _WORDS:
-        return f"--set {_PARTS.get(name, name)}={_yaml(plain)}"
-    return found[0]
+#: option → the flag that says it, where the verb has that flag
+FLAGS = {
+    "base": "--base",
+    "codec": "--codec",
+    "dtype": "--dtype",
+    "eval_data": "--eval-data",
+    "eval_split": "--eval-split",
+    "fmt": "--format",
+    "force": "--force",
+    "max_length": "--max-length",
+    "overwrite": "--overwrite",
+    "packing": "--packing",
+    "rank": "--rank",
+    "reference": "--reference",
+    "resume": "--resume",
+    "split": "--split",
+    "stage": "--stage",
+    "together": "--together",
+    "truncation": "--truncation",
+}
+#: option of a recipe or a method → the field of --set that says it, where the verb has --set
+FIELDS = {
+    "adapters": "router.adapters",
+    "exclude": "exclude",
+    "keep": "form.keep",
+    "normalize": "normalize",
+    "optimizer": "optimizer",
+    "rank_pattern": "rank_pattern",
+}
+#: option → why no verb says it
+PYTHON_ONLY = {"energy": "convert cuts to a rank"}
 
 
-def _yaml(value: str) -> str:
-    """A Python value as --set takes it."""
-    if value in ("True", "False", "None"):
-        return {"True": "true", "False": "false", "None": "null"}[value]
-    if value.startswith("{"):
-        return "'" + value.replace("'", "").replace('"', "") + "'"
-    return value.strip("[]").replace("'", "").replace(", ", ",") if value.startswith("[") else value
+def spelled(option: Option, flags: Mapping[str, bool]) -> str:
+    """An option as it is typed after a verb; the Python argument where the verb has none for it.
+
+    Args:
+        option: inside a message.
+        flags: the verb's flags, and whether each is a switch.
+    """
+    flag, field = FLAGS.get(option.name), FIELDS.get(option.name)
+    if flag is not None and flag in flags:
+        if not option.valued:
+            return flag
+        if not flags[flag]:
+            return f"{flag} {_typed(option.value)}"
+        switch = flag if option.value else "--no-" + flag.removeprefix("--")
+        return switch if switch in flags else str(option)
+    if field is not None and "--set" in flags:
+        return f"--set {field}={_typed(option.value)}" if option.valued else f"--set {field}"
+    return str(option)
+
+
+def flags_of(command: Any) -> dict[str, bool]:
+    """The flags of a verb, and whether each is a switch."""
+    found = {}
+    for parameter in command.params:
+        for flag in (*parameter.opts, *parameter.secondary_opts):
+            found[flag] = bool(getattr(parameter, "is_flag", False))
+    return found
+
+
+def _typed(value: Any) -> str:
+    """A Python value as it is typed: YAML, without what a shell would take."""
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{k}: {_typed(v)}" for k, v in value.items()) + "}'"
+    if isinstance(value, list):
+        return ",".join(map(_typed, value))
+    plain = {True: "true", False: "false", None: "null", ...: "…"}
+    return plain[value] if isinstance(value, bool) or value is None or value is ... else str(value)

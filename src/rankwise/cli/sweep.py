@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from rankwise.cli.common import _put, _value, count, emit_json, err, load_text_model, out, recipe_from, table
+from rankwise.cli.data_options import Overlong, Truncating, truncating
 from rankwise.cli.plan import Model, Settings
 from rankwise.errors import OptionError
 
@@ -54,7 +55,8 @@ def sweep(
     split: Annotated[str | None, typer.Option(help="Split of a saved dataset to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of it (or of --eval-data) that is held out.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
-    overlong: Annotated[str, typer.Option(help="Records longer than that: auto, split, truncate, error.")] = "auto",
+    truncation: Truncating = "auto",
+    overlong: Overlong = None,
     packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the jobs that are finished in --out, train the others.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew over finished jobs in --out.")] = False,
@@ -64,43 +66,49 @@ def sweep(
 
     Example: rankwise sweep --model base --data notes.txt -r lora -r dora --grid form.r=4,8 --grid lr=1e-4,3e-4 --out sweep
     """
-    from rankwise.host import keep_freed_memory
-    from rankwise.train.advice import advice
-    from rankwise.train.sweep import best, prepare
-    from rankwise.train.sweep import sweep as run
-
     if not (epochs > 0 and math.isfinite(epochs)):
         raise OptionError(f"With --epochs {epochs} nothing would be learnt; give a number above 0.")
     axes = dict(_axis(g) for g in grid or ())
     if len(axes) < len(grid or ()):
         raise OptionError("--grid names a field twice; give all its values at once.")
     points = choices(recipes or ["lora"], axes)
+    source: dict[str, Any] = {"eval_data": eval_data, "fmt": format, "split": split, "eval_split": eval_split, "packing": packing}
+    source |= {"max_length": max_length, "truncation": truncating(truncation, overlong)}
+    numbers = {"lr": lr, "batch": batch, "seed": seed, "steps": steps, "epochs": epochs}
+    keep = {"together": together, "resume": resume, "overwrite": overwrite}
+    if not _run(model, data, points, axes, Path(to), source, numbers, set or (), keep, json):
+        raise typer.Exit(1)
+
+
+def _run(
+    model: str, data: str, points: Mapping[str, Choice], axes: Mapping[str, Any], folder: Path, source: Mapping[str, Any],
+    numbers: Mapping[str, Any], settings: Sequence[str], keep: Mapping[str, Any], json: bool,
+) -> bool:  # fmt: skip
+    """Train every point, write and show what came out; whether a job is best."""
+    from rankwise.host import keep_freed_memory
+    from rankwise.train.advice import advice
+    from rankwise.train.job_result import best
+    from rankwise.train.sweep import prepare, sweep
+
     keep_freed_memory()
     net, reader = load_text_model(model)
-    shared = prepare(
-        net, reader, data, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split, max_length=max_length, overlong=overlong,
-        packing=packing,
-    )  # fmt: skip
-    base = {"lr": lr, "batch": batch, "seed": seed, "steps": steps, "epochs": epochs}
-    jobs = [_job(name, point, base, set or (), shared.rows) for name, point in points.items()]
-    folder = Path(to)
+    shared = prepare(net, reader, data, **source)
+    jobs = [_job(name, point, numbers, settings, shared.rows) for name, point in points.items()]
     with _bar(jobs) as progress:
-        outcomes = run(
-            net, jobs, shared, folder, together=together, resume=resume, overwrite=overwrite, progress=progress, tell=_tell
-        )
-    numbered = {name: {k: v for k, v in p.items() if k in axes} for name, p in points.items()}
+        outcomes = sweep(net, jobs, shared, folder, progress=progress, tell=_tell, **keep)
+    chosen = {name: {k: v for k, v in p.items() if k in axes} for name, p in points.items()}
+    top = best(outcomes)
     report = {
-        "base": model, "data": data, "scored_on": shared.scored, "together": together, "grid": axes,
-        "best": (top := best(outcomes)) and top.name, "next": advice(outcomes, axes, numbered),
-        "jobs": [{**dataclasses.asdict(o), "chosen": numbered[o.name]} for o in outcomes],
+        "base": model, "data": data, "scored_on": shared.scored, "together": keep["together"], "grid": axes,
+        "best": top and top.name, "next": advice(outcomes, axes, chosen),
+        "jobs": [{**dataclasses.asdict(o), "chosen": chosen[o.name]} for o in outcomes],
     }  # fmt: skip
     picture = _write(folder, report, outcomes)
     if json:
         emit_json(report)
     else:
-        _show(report, outcomes, numbered, folder, picture)
-    if top is None:
-        raise typer.Exit(1)
+        _show(report, outcomes, chosen, folder, picture)
+    return top is not None
 
 
 # --- the grid -------------------------------------------------------------------------------------------------
@@ -161,8 +169,6 @@ def _job(name: str, point: Choice, base: Mapping[str, Any], settings: Sequence[s
             _put(fields, key, value)
     if numbers["seed"] or "seed" in point:
         fields["seed"] = numbers["seed"]
-    epochs, steps = numbers.pop("epochs"), numbers.pop("steps")
-    numbers["steps"] = steps or max(1, math.ceil(len(rows) * epochs / numbers["batch"]))
     return AdapterJob(name=name, recipe=Recipe(**fields), rows=rows, **numbers)
 
 
@@ -172,7 +178,7 @@ class _Total:
 
     def __init__(self, bars: Any, jobs: Sequence[Any]):
         self.bars, self.done = bars, dict.fromkeys([j.name for j in jobs], 0)
-        self.task = bars.add_task(f"{len(jobs)} jobs", total=sum(j.steps for j in jobs))
+        self.task = bars.add_task(f"{len(jobs)} jobs", total=sum(j.total_steps for j in jobs))
 
     def __call__(self, name: str, step: int) -> None:
         self.bars.start()

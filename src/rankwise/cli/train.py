@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rankwise.cli.common import _value, emit_json, load_model, out, recipe_from, table
+from rankwise.cli.data_options import Overlong, Truncating, truncating
 from rankwise.cli.plan import MODEL, FormName, InitName, Model, RecipeFile, Settings
 from rankwise.errors import OptionError
 
@@ -38,9 +39,8 @@ def train(
     split: Annotated[str | None, typer.Option(help="Split of a saved dataset to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of it (or of --eval-data) that is held out.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
-    overlong: Annotated[
-        str, typer.Option(help="Records longer than that: auto (texts are split, others refused), split, truncate, error.")
-    ] = "auto",
+    truncation: Truncating = "auto",
+    overlong: Overlong = None,
     packing: Annotated[bool, typer.Option(help="Several documents a row, isolated from each other.")] = True,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the data.")] = None,
@@ -56,72 +56,68 @@ def train(
     Example: rankwise train --model base --data notes.txt --stage pt --form dora --out run
     Example: rankwise train --server http://127.0.0.1:8000 --data notes.jsonl --name notes
     """
-    import rankwise as rw
-    from rankwise.host import keep_freed_memory
-    from rankwise.train import stages
-
     chosen = recipe_from(recipe, form, init, set or ())
+    cut = truncating(truncation, overlong)
     if server is not None:
         from rankwise.cli.train_server import refuse, train_on_server
 
-        refuse({
-            "--out": to, "--eval-data": eval_data, "--eval-split": eval_split, "--no-packing": not packing, "--resume": resume,
-            "--overwrite": overwrite, "--arg": arg,
-        })  # fmt: skip
+        flags = {"--out": to, "--eval-data": eval_data, "--eval-split": eval_split, "--no-packing": not packing}
+        refuse({**flags, "--resume": resume, "--overwrite": overwrite, "--arg": arg})
         if name is None:
             raise OptionError("--server needs --name, under which the adapter will be served.")
-        numbers: dict[str, Any] = {"n_epochs": epochs, "batch_size": batch}
-        train_on_server(
-            server, data, name, chosen.to_json(), model=model, stage=stage, format=format, split=split, as_json=json,
-            fields={
-                "lr": lr, "steps": steps, "max_length": max_length, "overlong": overlong, "seed": chosen.seed,
-                "hyperparameters": {k: v for k, v in numbers.items() if v is not None},
-            },
-        )  # fmt: skip
+        fields: dict[str, Any] = {"lr": lr, "steps": steps, "max_length": max_length, "truncation": cut, "seed": chosen.seed}
+        fields["hyperparameters"] = _given(n_epochs=epochs, batch_size=batch)
+        source: dict[str, Any] = {"model": model, "stage": stage, "format": format, "split": split}
+        train_on_server(server, data, name, chosen.to_json(), as_json=json, fields=fields, **source)
         return
     if model is None or to is None:
         raise OptionError(f"{'--model' if model is None else '--out'} is missing; only --server does without it.")
     if name is not None:
         raise OptionError("--name is what a server calls the adapter; without --server leave it out.")
+    numbers = _given(learning_rate=lr, num_train_epochs=epochs, max_steps=steps, per_device_train_batch_size=batch)
+    options = {"stage": stage, "eval_data": eval_data, "fmt": format, "split": split, "eval_split": eval_split, "packing": packing}
+    more = {"max_length": max_length, "truncation": cut, "resume": resume, "overwrite": overwrite, "disable_tqdm": json}
+    _train_here(model, data, chosen, to, {**options, **more, **numbers, **_arguments(arg or ())}, json)
+
+
+def _train_here(model: str, data: str, recipe: Any, to: str, options: Mapping[str, Any], json: bool) -> None:
+    """Train in this process, and show the figures before and after."""
+    import rankwise as rw
+    from rankwise.host import keep_freed_memory
+    from rankwise.train import stages
+
     keep_freed_memory()
     net, reader = load_model(model)
     if not stages.sees(net) and reader is None:
         raise OptionError(f"{model} has no tokenizer, so text cannot be read for it.")
-    arguments: dict[str, Any] = {
-        k: v
-        for k, v in {
-            "learning_rate": lr,
-            "num_train_epochs": epochs,
-            "max_steps": steps,
-            "per_device_train_batch_size": batch,
-        }.items()
-        if v is not None
-    }
-    for a in arg or ():
-        key, sep, raw = a.partition("=")
-        if not sep:
-            raise OptionError(f"--arg takes field=value; it got {a!r}.")
-        arguments[key] = raw if key.endswith("_strategy") else _value(raw)  # YAML reads their 'no' as false
-    result = rw.train(
-        net, reader, data, chosen, output_dir=to, stage=stage, eval_data=eval_data, fmt=format, split=split, eval_split=eval_split,
-        packing=packing, max_length=max_length, overlong=overlong, resume=resume, overwrite=overwrite, disable_tqdm=json, **arguments,
-    )  # fmt: skip
+    metrics = rw.train(net, reader, data, recipe, output_dir=to, **options).metrics
     if json:
-        emit_json(result.metrics)
+        emit_json(metrics)
         return
-    if "before" in result.metrics:
-        before, after = result.metrics["before"], result.metrics["after"]
+    if "before" in metrics:
+        before, after = metrics["before"], metrics["after"]
         rows = [(k, before[k], after[k]) for k in ("loss", "perplexity", "accuracy") if k in before]
         out.print()
-        table(
-            f"scored on {result.metrics.get('scored_on', 'held-out data')}",
-            ["", "before", "after"],
-            rows,
-            right=["before", "after"],
-        )
-    if "first" in result.metrics:
-        _preferences(result.metrics["first"], result.metrics["last"])
+        table(f"scored on {metrics.get('scored_on', 'held-out data')}", ["", "before", "after"], rows, right=["before", "after"])
+    if "first" in metrics:
+        _preferences(metrics["first"], metrics["last"])
     out.print(f"\nadapter: {Path(to) / 'adapter'}", highlight=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def _arguments(settings: Sequence[str]) -> dict[str, Any]:
+    """``--arg field=value`` as TrainingArguments."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, sep, raw = setting.partition("=")
+        if not sep:
+            raise OptionError(f"--arg takes field=value; it got {setting!r}.")
+        found[key] = raw if key.endswith("_strategy") else _value(raw)  # YAML reads their 'no' as false
+    return found
 
 
 def _preferences(first: Mapping[str, Any], last: Mapping[str, Any]) -> None:

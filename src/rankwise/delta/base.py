@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankwise.delta.geometry import LINEAR, Geometry
-from rankwise.errors import OptionError, unknown
+from rankwise.errors import Option, OptionError, unknown
 
 #: kind → class, filled as subclasses are defined; this file reaches the kinds that it returns (sum, dense, lowrank) through it
 KINDS: dict[str, type[Delta]] = {}
@@ -199,7 +199,11 @@ class Delta:
         if rank is None and energy is None:
             if exact is None:
                 raise OptionError(
-                    f"A {self.kind} change has no exact low-rank form; give rank=… or energy=…, and the error made is reported."
+                    f"A {self.kind} change has no exact low-rank form; give ",
+                    Option("rank", ...),
+                    " or ",
+                    Option("energy", ...),
+                    ", and the error made is reported.",
                 )
             return exact, 0.0
         if exact is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankwise._renamed import old_names, renamed_attribute, warn
 from rankwise.catalogue import methods
 from rankwise.delta.lowrank import LowRank
-from rankwise.errors import OptionError, RecipeError
+from rankwise.errors import Option, OptionError, RecipeError
 from rankwise.seeds import generator
 
 if TYPE_CHECKING:
@@ -268,6 +268,7 @@ class Form:
 
     Class attributes that a subclass sets:
         kinds: the kinds of site it can adapt.
+<<<<<<< HEAD
         provides: what other parts of a recipe may require of the form: ``fill:A``, ``fill:B`` … (an init can set that
             tensor), ``pair`` (ΔW = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
             z = A·x), ``core:diag``, ``constant`` (ΔW does not depend on x), ``lowrank``, ``weight`` (trains W itself), ``block``.
@@ -281,6 +282,15 @@ class Form:
     >>> layer = make("form", "lora").build(site, Plan(ranks={"0": 2}, scales={"0": 0.5}))
     >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}, layer.delta().kind
     ({'A': (2, 6), 'B': (4, 2)}, 'lowrank')
+=======
+        gives: words that inits, routers, budgets, optimisers and losses may need: ``fill:A``, ``fill:B`` …,
+            ``pair`` (Δ = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
+            z = A·x), ``core:diag``, ``constant`` (Δ does not depend on x), ``weight`` (trains W itself), ``block``.
+        reads: the modes of site it can be at ("called", "read", "plain", "block").
+        ranked: whether r means anything to it.
+        bounded: whether a rank above min(out, in) is refused.
+        peft_fields: what PEFT's LoraConfig calls it, as fields; None: PEFT trains no such form by a LoraConfig.
+>>>>>>> trn
     """
 
     info: ClassVar[MethodInfo]
@@ -289,6 +299,7 @@ class Form:
     reads: ClassVar[tuple[str, ...]] = ("called", "read")
     ranked: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    peft_fields: ClassVar[Mapping[str, Any] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -314,8 +325,10 @@ class Form:
                 raise OptionError(f"r = {r} at {site.name!r}; a rank is at least 1 (leave the site out instead).")
             if self.bounded and r > site.spec.max_rank:
                 raise OptionError(
-                    f"r = {r} at {site.name!r} is above its largest possible rank {site.spec.max_rank} "
-                    f"({site.spec.out}×{site.spec.inp}); lower r, or set rank_pattern={{{site.spec.role!r}: {site.spec.max_rank}}}."
+                    f"r = {r} at {site.name!r} is above its largest possible rank {site.spec.max_rank} ({site.spec.out}×{site.spec.inp}); "
+                    "lower r, or give ",
+                    Option("rank_pattern", {site.spec.role: site.spec.max_rank}),
+                    ".",
                 )
 
 

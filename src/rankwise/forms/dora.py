@@ -124,6 +124,7 @@ class DoRA(Form):
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "constant"})
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {"use_dora": True}
     inner: str = "lora"
 
     def build(self, site: Site, plan: Plan) -> DoraLayer:

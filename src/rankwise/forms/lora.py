@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,10 @@ class LoRA(Form):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
+<<<<<<< HEAD
+=======
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {}
+>>>>>>> trn
 
     def build(self, site: Site, plan: Plan) -> LoraLayer:
         return LoraLayer(site, plan.ranks[site.name], plan)

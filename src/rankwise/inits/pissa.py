@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class PiSSA(Init):
     in frozen buffers and W is not written.  Errors: niter < 1.
     """
 
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {"init_lora_weights": "pissa"}
     niter: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +74,8 @@ class OLoRA(Init):
     Bᵀ·B = I; at s = 1 the first r columns of W − B·A are zero.  Source: HF PEFT's olora_init, which does not un-transpose
     a Conv1D's storage; sites do.
     """
+
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {"init_lora_weights": "olora"}
 
     def fill(self, site: Site, stats: Stats, rank: int, scale: float, g: torch.Generator) -> Fill:
         Q, R = torch.linalg.qr(site.read().double())

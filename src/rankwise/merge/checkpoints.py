@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rankwise.errors import MergeError, OptionError
+from rankwise.errors import MergeError, Option, OptionError
 from rankwise.merge.engine.base import Merge, given_weights, one_of, rule_of
 from rankwise.merge.engine.jobs import CheckpointReport, Read, Shards, TensorJob, by_tensor, write
 from rankwise.merge.engine.model_folder import EMBEDDING, HEAD, Checkpoint
@@ -106,7 +106,7 @@ def _checked(rule: Merge, on: str | None, base: str | Path | None, untie: bool, 
         raise OptionError(f"untie is true or false; it got {untie!r}.")
     if on == "changes" and base is None:
         raise OptionError(
-            f"The merge {name!r} works on changes from a base model; give the folder of that base (--base, or base=)."
+            f"The merge {name!r} works on changes from a base model; give the folder of that base: ", Option("base", ...), "."
         )
     if rule.needs_evaluator and (models is None or not rule.finds_weights):
         raise OptionError(

@@ -202,7 +202,9 @@ def _loaded(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _checkpoint(model: str) -> Checkpoint:
     if "+" in model and not Path(model).is_dir():
-        raise OptionError(f"{model!r} is a model with an adapter on it; write that model first (rankwise merge --into-base).")
+        raise OptionError(
+            f"{model!r} is a model with an adapter on it; write that model first (rankwise merge ADAPTER --model BASE --into-base)."
+        )
     if not Path(model).is_dir():
         raise OptionError(f"There is no folder {model!r}; download the model and give its path.")
     return Checkpoint(model)

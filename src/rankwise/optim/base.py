@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankwise import seeds
-from rankwise.errors import OptionError, RecipeError
+from rankwise.errors import Option, OptionError, RecipeError
 
 State = dict[str, Any]
 Fused = tuple[set[str], list[Callable[[], None]]]
@@ -206,8 +206,9 @@ def refuse_sharded(param: Param, method: str) -> None:
     """RecipeError if the parameter is a shard: what follows needs the whole matrix."""
     if hasattr(param.tensor, "placements"):
         raise RecipeError(
-            f"{method} needs whole matrices, but {param.name!r} is sharded (DTensor); "
-            "train it under DDP, or choose optimizer='adamw' for sharded parameters."
+            f"{method} needs whole matrices, but {param.name!r} is sharded (DTensor); train it under DDP, or choose ",
+            Option("optimizer", "adamw"),
+            " for sharded parameters.",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
-from rankwise.errors import OptionError, TargetError
+from rankwise.errors import Option, OptionError, TargetError
 from rankwise.forms.lora import LoraLayer
 from rankwise.routers.base import Routed, Router, RouterModule
 from rankwise.routers.decision import Decision
@@ -110,7 +110,9 @@ class Arrow(Router):
 
     def check(self, form: Any, part: Any) -> None:
         if not self.adapters:
-            raise OptionError("The router 'arrow' routes over adapters you have: give adapters=[folder, folder, …].")
+            raise OptionError(
+                "The router 'arrow' routes over adapters you have: give ", Option("adapters", ["folder", "folder", ...]), "."
+            )
 
     def _library(self, model: nn.Module, sites: Sequence[Site]) -> dict[str, list[tuple[Tensor, Tensor]]]:
         tasks, general = ([_read(model, f) for f in folders] for folders in (self.adapters, self.general))

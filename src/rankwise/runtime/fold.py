@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import MergeError
+from rankwise.errors import MergeError, Option
 from rankwise.runtime.install import add_branch
 from rankwise.runtime.module_state import AdapterBranch
 from rankwise.runtime.view import entered
@@ -84,7 +84,9 @@ def merge(
         report = MergeReport(tuple(row for row, _ in marks.values()), gap, forced=False)
         trouble = _trouble(report, tolerance, before, base, model)
         if trouble and not force:
-            raise MergeError(f"The merge of {record.name!r} was undone: {trouble} Use force=True to keep it all the same.")
+            raise MergeError(
+                f"The merge of {record.name!r} was undone: {trouble} Use ", Option("force", True), " to keep it all the same."
+            )
     except BaseException:
         unmerge(registry, record)
         registry.default = default

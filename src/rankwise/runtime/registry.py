@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.codecs.library import keep_stored
-from rankwise.errors import AttachError, ViewError, unknown
+from rankwise.errors import AttachError, Option, ViewError, unknown
 from rankwise.runtime.hooks import RootHooks
 from rankwise.runtime.view import Rows, View, is_finite
 from rankwise.sites.discover import find_sites
@@ -98,7 +98,9 @@ class AdapterRegistry(nn.Module):
                 )
             if n not in strengths and any(d.in_place and d.original is None for d in self.records[n].deltas.values()):
                 raise ViewError(
-                    f"Adapter {n!r} moved the base weights and kept no copy (keep='none'), so no view can leave it out."
+                    f"Adapter {n!r} moved the base weights and kept no copy (",
+                    Option("keep", "none"),
+                    "), so no view can leave it out.",
                 )
         for n in self.merged:
             if n not in names or float(strengths[n]) != 1.0:
@@ -175,8 +177,15 @@ class AdapterRegistry(nn.Module):
             idle = [t.site.name for t in self.branches_of(n) if not t.was_called]
             if idle and not record.checked:
                 raise AttachError(
+<<<<<<< HEAD
                     f"Adapter {n!r}: {len(idle)} of its layers took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
                     "their module was not called. Leave them out with exclude=[…], or feed the inputs that reach them."
+=======
+                    f"Adapter {n!r}: {len(idle)} of its places took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
+                    "their module was not called. Leave them out with ",
+                    Option("exclude", [...]),
+                    ", or feed the inputs that reach them.",
+>>>>>>> trn
                 )
             record.checked = True
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankwise.codecs.stream import DTYPES
 from rankwise.codecs.weights import adapter_codec
-from rankwise.errors import ArtefactError, OptionError
+from rankwise.errors import ArtefactError, Option, OptionError
 from rankwise.store.native import Header, save_native
 from rankwise.store.tensorfile import MAX_HEADER, strict_json
 
@@ -81,7 +81,7 @@ def decode_file(
     if codec.relative:
         if reference is None:
             raise ArtefactError(
-                f"{where} is stored as a difference from another adapter; give that one as the reference (rankwise convert --reference)."
+                f"{where} is stored as a difference from another adapter; give that one: ", Option("reference", ...), "."
             )
         codec = codec.bind(reference)
     elif reference is not None:

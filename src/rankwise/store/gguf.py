@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rankwise.errors import ArtefactError, OptionError, need
+from rankwise.errors import ArtefactError, Option, OptionError, need
 from rankwise.store import interchange as core
 from rankwise.store.atomic import replace_file
 from rankwise.store.interchange import Factors
@@ -78,7 +78,7 @@ def export_gguf(
         for side, t in (("a", A), ("b", B)):
             cast = t.detach().cpu().to(_DTYPES[dtype][0]).contiguous()
             if not bool(torch.isfinite(cast).all()):
-                raise ArtefactError(f"The factors of {p.spec.name!r} do not fit {dtype}; write dtype='f32'.")
+                raise ArtefactError(f"The factors of {p.spec.name!r} do not fit {dtype}; write ", Option("dtype", "f32"), ".")
             tensors.append((f"{name}.lora_{side}", cast))
     file = core.target(path, ".gguf", FILE)
     replace_file(file, [_bytes(gguf, arch, alpha, tensors, _DTYPES[dtype][1])])

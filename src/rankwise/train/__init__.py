@@ -6,12 +6,12 @@ import sys
 import types
 from typing import Any
 
+from rankwise.train.run import train as _train
+
 
 class _Callable(types.ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from rankwise.train.run import train
-
-        return train(*args, **kwargs)
+        return _train(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _Callable

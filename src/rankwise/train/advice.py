@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from rankwise.train.sweep import JobResult, best
+from rankwise.train.job_result import JobResult, best
 
 
 def advice(
@@ -14,6 +14,7 @@ def advice(
     """Sentences, the most telling first.
 
     Args:
+        outcomes: all jobs of the sweep.
         axes: the grid: field → the values that were tried.
         chosen: job → field → its value.
     """
@@ -30,7 +31,7 @@ def advice(
         gap, gain = second - top.score(), top.before["loss"] - top.score()
         if gap < 0.02 * gain:
             said.append(
-                f"The first two differ by {gap:.2g} nats, {gap / gain:.0%} of the gain: within what another seed changes; try --grid seed=0,1,2."
+                f"The first two differ by {gap:.2g} nats, {gap / gain:.0%} of the gain: within what another seed changes; try the seeds 0, 1 and 2."
             )
     return said or ["The best values lie inside the grid: refine around them."]
 

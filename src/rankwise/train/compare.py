@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 import tempfile
@@ -15,19 +16,36 @@ from torch import Tensor, nn
 
 from rankwise.adapter import attach
 from rankwise.errors import DataError, RankwiseError
+from rankwise.recipe import build
 from rankwise.seeds import generator
 from rankwise.train.memory import account, saved_bytes
 from rankwise.train.session import Session
+from rankwise.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rankwise.recipe import Recipe
 
+#: to which every run's gradient norm is clipped
+CLIP = 1.0
 Batch = dict[str, Tensor]
 
 
 @dataclasses.dataclass
 class Row:
-    """One recipe's result.  ``score`` is bits a byte (lower is better) or the error rate; ``seconds`` the median step."""
+    """One recipe's result.
+
+    Args:
+        name: of the recipe; ``by``: whose implementation.
+        by: rankwise, or PEFT.
+        before, after: the score (bits a byte or an error rate; lower is better) of the base and of the adapted model.
+        trainable: parameters.
+        stored_bytes: of the saved adapter.
+        seconds: the median step.
+        memory: bytes of a step by category.
+        losses: of every step.
+        recipe: its fields, where it is ours.
+        note: a remark for the table.
+    """
 
     name: str
     by: str
@@ -47,7 +65,15 @@ class Row:
 
 
 def windows(tokenizer: Any, texts: Sequence[str], length: int, batch: int, seed: int = 0) -> list[Batch]:
-    """Texts as batches of whole windows that begin with BOS, none across two documents; order drawn from the seed."""
+    """Texts as batches of whole windows that begin with BOS, none across two documents.
+
+    Args:
+        tokenizer: of transformers.
+        texts: one or more documents.
+        length: tokens of a window, BOS among them.
+        batch: windows in a batch.
+        seed: of their order.
+    """
     rows = []
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     for text in texts:
@@ -60,6 +86,11 @@ def windows(tokenizer: Any, texts: Sequence[str], length: int, batch: int, seed:
     order = torch.randperm(len(rows), generator=generator(seed, "windows")).tolist()
     ids_ = torch.tensor([rows[i] for i in order])
     return [{"input_ids": b, "labels": b.clone()} for b in ids_.split(batch) if len(b) == batch]
+
+
+def settings(lr: float, steps: int) -> TrainSettings:
+    """What all runs of a comparison are trained with."""
+    return TrainSettings(lr=lr, steps=steps, schedule="cosine", warmup=0.1, max_grad_norm=CLIP)
 
 
 def run_recipe(
@@ -75,12 +106,25 @@ def run_recipe(
     progress: Callable[[int], None] = lambda n: None,
     keep: Path | None = None,
 ) -> Row:
-    """Train one recipe for ``steps`` and measure it; the model is left as it was. ``keep``: save the adapter there."""
+    """Train one recipe and measure it; the model is left as it was.
+
+    Args:
+        model: the base.
+        recipe: of the adapter.
+        batches: taken in turn.
+        score: of the model under the view in force; the lower the better.
+        name: of the row and the adapter.
+        steps: optimiser steps.
+        lr: peak learning rate.
+        before: the base's score.
+        progress: called with the steps so far.
+        keep: where to save the adapter; None: it is not kept.
+    """
     torch.manual_seed(recipe.seed)
     adapter = attach(model, recipe, calibration=[batches[i % len(batches)] for i in range(8)], name=name)
     try:
         model.train()
-        session = Session(model, adapter, lr=lr, total_steps=steps, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
+        session = Session(model, adapter, **settings(lr, steps).for_session(steps))
         losses, times = [], []
         for n in range(steps):
             batch = batches[n % len(batches)]
@@ -98,36 +142,33 @@ def run_recipe(
         after = score(model)
         with tempfile.TemporaryDirectory() as folder:
             path = adapter.save(keep or Path(folder) / "adapter")
-            stored = (
-                sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-                if Path(path).is_dir()
-                else Path(path).stat().st_size
-            )
-        return Row(
-            name,
-            "rankwise",
-            before,
-            after,
-            adapter.numel(),
-            stored,
-            statistics.median(times[1:] or times),
-            memory,
-            losses,
-            recipe.to_json(),
-        )
+            files = [p for p in Path(path).rglob("*") if p.is_file()] or [Path(path)]
+            stored = sum(p.stat().st_size for p in files)
+        median = statistics.median(times[1:] or times)
+        return Row(name, "rankwise", before, after, adapter.numel(), stored, median, memory, losses, recipe.to_json())
     finally:
         adapter.detach()
         model.eval()
 
 
-#: what PEFT calls the parts that both have: (form, init) → fields of its LoraConfig
-PEFT_TWINS: dict[tuple[str, str | None], dict[str, Any]] = {
-    ("lora", None): {},
-    ("rslora", None): {},
-    ("dora", None): {"use_dora": True},
-    ("lora", "pissa"): {"init_lora_weights": "pissa"},
-    ("lora", "olora"): {"init_lora_weights": "olora"},
-}
+def peft_config(recipe: Recipe) -> Any:
+    """The recipe as PEFT's LoraConfig; None where PEFT has no twin of it, or is not installed."""
+    form, init = build("form", recipe.form or "lora"), build("init", recipe.init) if recipe.init else None
+    fields = form.peft_fields
+    if init is not None:  # of inits, those that PEFT has for a plain LoRA
+        fields = init.peft_fields if fields == {} and form.scaling() is None else None
+    more = (recipe.budget, recipe.router, recipe.losses, recipe.parts, recipe.modules_to_save, recipe.layers, recipe.rank_pattern)
+    if fields is None or any(more) or recipe.alpha_pattern or recipe.exclude or recipe.dropout:
+        return None
+    if _named(recipe.optimizer) != "adamw" or recipe.policy not in ("alpha/r", "alpha/sqrt_r"):
+        return None
+    try:
+        import peft
+    except ImportError:
+        return None
+    alpha: Any = recipe.alpha if recipe.alpha is not None else recipe.r  # PEFT divides any number, though its hint says int
+    scaled = recipe.policy == "alpha/sqrt_r"
+    return peft.LoraConfig(r=recipe.r, lora_alpha=alpha, target_modules=recipe.targets, use_rslora=scaled, **fields)
 
 
 def run_peft(
@@ -141,36 +182,27 @@ def run_peft(
     lr: float,
     before: float,
 ) -> Row | None:
-    """The same recipe by HF PEFT on a copy of the model, or None where PEFT has no twin of it or is not installed."""
-    import copy
+    """The same recipe by HF PEFT on a copy of the model, or None where PEFT has no twin of it or is not installed.
 
-    twin = PEFT_TWINS.get((_named(recipe.form) or "lora", _named(recipe.init)))
-    plain = recipe.budget is None and recipe.router is None and not recipe.losses and _named(recipe.optimizer) == "adamw"
-    plain = plain and not (recipe.parts or recipe.modules_to_save or recipe.layers or recipe.rank_pattern or recipe.alpha_pattern)
-    plain = plain and not (recipe.exclude or recipe.dropout) and recipe.policy in ("alpha/r", "alpha/sqrt_r")
-    if twin is None or not plain:
+    Args:
+        model, recipe, batches, score, name, steps, lr, before: as of :func:`run_recipe`.
+    """
+    config = peft_config(recipe)
+    if config is None:
         return None
-    try:
-        import peft
-    except ImportError:
-        return None
+    import peft
+
     torch.manual_seed(recipe.seed)
-    alpha: Any = recipe.alpha if recipe.alpha is not None else recipe.r  # PEFT divides any number, though its hint says int
-    config = peft.LoraConfig(
-        r=recipe.r, lora_alpha=alpha, target_modules=recipe.targets, use_rslora=recipe.policy == "alpha/sqrt_r", **twin
-    )
     net = peft.get_peft_model(copy.deepcopy(model), config).train()
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    from rankwise.train.session import factor
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor("cosine", 0.1, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings(lr, steps).lr_lambda(steps))
     losses, times = [], []
     for n in range(steps):
         start = time.perf_counter()
         out = net(**batches[n % len(batches)])
         out.loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
+        nn.utils.clip_grad_norm_(params, CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -179,10 +211,9 @@ def run_peft(
     with saved_bytes(net) as saved:
         net(**batches[0])
     trainable = sum(p.numel() for p in params)
-    memory = {
-        "base": sum(p.numel() * p.element_size() for p in net.parameters() if not p.requires_grad),
-        "adapter": 4 * trainable, "gradients": 4 * trainable, "optimiser": 8 * trainable, "saved activations": saved["bytes"],
-    }  # fmt: skip
+    base = sum(p.numel() * p.element_size() for p in net.parameters() if not p.requires_grad)
+    sizes = {"adapter": 4 * trainable, "gradients": 4 * trainable, "optimiser": 8 * trainable}
+    memory = {"base": base, **sizes, "saved activations": saved["bytes"]}
     net.eval()
     with tempfile.TemporaryDirectory() as folder:
         net.save_pretrained(folder)
@@ -205,7 +236,18 @@ def compare(
     keep: Path | None = None,
     progress: Callable[[str, int], None] = lambda name, n: None,
 ) -> tuple[list[Row], list[str]]:
-    """Every recipe (with its learning rate) in turn; returns rows and the refusals, one sentence each."""
+    """Every recipe in turn; returns rows and the refusals, one sentence each.
+
+    Args:
+        model: the base; left as it was.
+        recipes: name → (recipe, peak learning rate).
+        batches: taken in turn, the same for all.
+        score: of the model under the view in force; the lower the better.
+        steps: optimiser steps of each.
+        with_peft: run PEFT's twin too, where it has one.
+        keep: a folder for the adapters; None: they are not kept.
+        progress: called with a recipe's name and its steps so far.
+    """
     before = score(model.eval())
     rows: list[Row] = []
     refused: list[str] = []

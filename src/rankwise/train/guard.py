@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_first_backward(adapter: Adapter, params: Mapping[str, Tensor]) -> None:
-    """Refuse a run in which a place got no gradient at all (a starved layer, a dead start).
+    """Refuse a run in which a layer got no gradient at all (a starved layer, a dead start).
 
-    A factor whose partner starts at zero has a zero gradient at first and is fine; a place where every tensor's gradient
+    A factor whose partner starts at zero has a zero gradient at first and is fine; a layer where every tensor's gradient
     is missing or zero is not.
     """
     by_site: dict[str, list[Tensor]] = {}
@@ -28,7 +28,7 @@ def check_first_backward(adapter: Adapter, params: Mapping[str, Tensor]) -> None
     zero = [s for s, ps in by_site.items() if s not in missing and not any(p.grad is not None and p.grad.any() for p in ps)]
     if missing or zero:
         found = [
-            f"{len(names)} of {len(by_site)} places have {what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            f"{len(names)} of {len(by_site)} layers have {what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             for what, names in (("no gradient", missing), ("a zero gradient", zero))
             if names
         ]

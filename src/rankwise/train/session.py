@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from rankwise.recipe import Recipe, build
 from rankwise.routers.base import collect_losses, finish_step, recording, routers_in
 from rankwise.runtime import fast
 from rankwise.train.guard import check_first_backward, first_overflow
+from rankwise.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
@@ -38,11 +39,13 @@ class Session:
     """Owns the optimiser of one adapter, and runs its budget, losses and routers.
 
     Args:
-        lr, weight_decay, betas, eps: of the optimiser (decay is decoupled).
+        model: what is trained; its own parameters stay frozen.
+        adapter: attached to it.
+        recipe: whose optimiser, budget and losses act; None: the adapter's own.
+        betas, eps: of the optimiser; None: its own.
         total_steps: optimiser steps of the whole run; schedules and budgets are laid out over it.
         accumulate: micro-batches an optimiser step.
-        schedule: linear, cosine or constant, after ``warmup`` steps (or a share of the run below 1).
-        max_grad_norm: clip the global norm to it.
+        lr, schedule, warmup, weight_decay, max_grad_norm, seed: see :class:`~rankwise.train.settings.TrainSettings`.
         check: after the first backward, refuse adapters with no gradient, and sites that took no part.
         ddp: gradients are averaged over processes, so every rank must decide alike (default: where ``model`` is torch's DDP).
 
@@ -81,15 +84,22 @@ class Session:
     ):
         if total_steps < 1 or accumulate < 1:
             raise OptionError(f"total_steps and accumulate are at least 1; they are {total_steps} and {accumulate}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise OptionError(f"max_grad_norm = {max_grad_norm}; it is a positive number, or None for no clipping.")
+        settings = TrainSettings(
+            lr=lr,
+            steps=total_steps,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
         self.model, self.adapter = model, adapter
         self.recipe = recipe or adapter.recipe
-        self.accumulate, self.max_grad_norm, self.total_steps = accumulate, max_grad_norm, total_steps
+        self.settings, self.accumulate, self.total_steps = settings, accumulate, total_steps
         seed = self.recipe.seed if seed is None else seed
         method = build("optimizer", self.recipe.optimizer or "adamw")
         self.optimizer = TransformOptimizer(method, params_of(adapter), lr, weight_decay, betas=betas, eps=eps, seed=seed)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor(schedule, warmup, total_steps))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, settings.lr_lambda(total_steps))
         self.losses: list[LossTerm] = [build("loss", n) for n in self.recipe.losses]
         self.budget: Budget | None = build("budget", self.recipe.budget) if self.recipe.budget else None
         if ddp is None:
@@ -168,8 +178,8 @@ class Session:
         if self.losses:
             self.add_gradients()
             norm = self.refuse_nonfinite(params)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(params.values(), self.max_grad_norm, norm)
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(params.values(), self.settings.max_grad_norm, norm)
             self.logs["grad_norm"] = float(norm)
         self.logs["lr"] = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -281,25 +291,6 @@ def params_of(adapter: Adapter) -> list[Param]:
         scale = float(delta.scale) if role in ("A", "B", "core") else None
         out.append(Param(key, tensor, owner, role, scale, None if axis is None else axis % tensor.dim()))
     return out
-
-
-def factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
-    """Multiple of the peak rate at optimiser step n (from 0)."""
-    first = round(warmup * total) if 0 < warmup < 1 else int(warmup)
-    if schedule not in ("linear", "cosine", "constant") or first < 0 or first > total:
-        raise OptionError(
-            f"schedule is linear, cosine or constant, and warmup lies within the run; they are {schedule!r} and {warmup}."
-        )
-
-    def at(n: int) -> float:
-        if n < first:
-            return (n + 1) / (first + 1)
-        left = max(0.0, (total - n) / max(1, total - first))
-        if schedule == "constant":
-            return 1.0
-        return left if schedule == "linear" else 0.5 * (1 + float(np.cos(np.pi * (1 - left))))
-
-    return at
 
 
 def rng_state() -> dict[str, Any]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import seeds
-from rankwise.errors import DataError, OptionError
+from rankwise.errors import DataError, Option, OptionError
 from rankwise.train.data.images import read_images
 from rankwise.train.data.layouts import Record
 from rankwise.train.data.tokens import Example, tokenize
 
 if TYPE_CHECKING:
-    from rankwise.train.data.tokens import Overlong
+    from rankwise.train.data.tokens import Truncation
 
 STAGES = ("pt", "sft", "dpo")
 
@@ -76,13 +76,31 @@ def _outputs(names: Sequence[str], config: Any, source: str) -> list[int]:
 
 
 def refuse_text_options(
-    fmt: str = "auto", split: str | None = None, eval_split: str | None = None, max_length: int = 512, overlong: str = "auto"
+    fmt: str = "auto",
+    split: str | None = None,
+    eval_split: str | None = None,
+    max_length: int = 512,
+    truncation: Truncation = "auto",
 ) -> None:
-    """Raise OptionError where what only text records have is asked for with an image model."""
-    if max_length != 512 or overlong != "auto":
-        raise OptionError("max_length and overlong are about tokens; an image model has none. Leave them out.")
+    """Raise OptionError where what only text records have is asked for with an image model.
+
+    Args:
+        fmt, split, eval_split: as in ``rw.train``; "auto", None and None choose nothing.
+        max_length, truncation: likewise; 512 and "auto" are what nobody asked for.
+    """
+    if max_length != 512 or truncation != "auto":
+        raise OptionError(
+            Option("max_length"), " and ", Option("truncation"), " are about tokens; an image model has none. Leave them out."
+        )
     if fmt != "auto" or split is not None or eval_split is not None:
-        raise OptionError("fmt, split and eval_split choose among text records; an image model reads class folders or arrays.")
+        raise OptionError(
+            Option("fmt"),
+            ", ",
+            Option("split"),
+            " and ",
+            Option("eval_split"),
+            " choose among text records; an image model reads class folders or arrays.",
+        )
 
 
 def kept_aside(pixels: Tensor, labels: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -94,19 +112,29 @@ def kept_aside(pixels: Tensor, labels: Tensor, seed: int) -> tuple[tuple[Tensor,
 
 
 # --- preference pairs ---------------------------------------------------------------------------------------
-def preferences(records: Sequence[Record], tokenizer: Any, max_length: int, overlong: Overlong) -> list[Example]:
+def preferences(records: Sequence[Record], tokenizer: Any, max_length: int, truncation: Truncation) -> list[Example]:
     """Prompt with chosen answer of every pair, tokenised: to be sure that TRL will cut none, and as calibration.
 
+    Args:
+        records: preference pairs.
+        tokenizer: of transformers.
+        max_length: tokens of the longer side, prompt included.
+        truncation: as in ``tokenize``; "auto" and False refuse a longer pair, True lets TRL cut it.
+
     Raises:
-        DataError: records of another kind, or a pair longer than ``max_length`` (unless ``overlong="truncate"``).
+        DataError: records of another kind, or a pair longer than ``max_length`` (unless ``truncation=True``).
     """
     odd = next((r for r in records if r.kind != "preference"), None)
     if odd is not None:
-        raise DataError(f"stage='dpo' learns preference pairs (prompt, chosen, rejected), but {odd.where} is a {odd.kind} record.")
-    if overlong == "split":
-        raise OptionError("overlong='split' is for texts; for stage='dpo' it is auto, error or truncate.")
+        raise DataError(
+            Option("stage", "dpo"), f" learns preference pairs (prompt, chosen, rejected), but {odd.where} is a {odd.kind} record."
+        )
+    if truncation == "split":
+        raise OptionError(
+            Option("truncation", "split"), " is for texts; for ", Option("stage", "dpo"), " it is auto, true or false."
+        )
     both = [_half(r, side) for side in ("chosen", "rejected") for r in records]
-    return tokenize(both, tokenizer, max_length, overlong="error" if overlong == "auto" else overlong)[: len(records)]
+    return tokenize(both, tokenizer, max_length, truncation=False if truncation == "auto" else truncation)[: len(records)]
 
 
 def _half(record: Record, side: str) -> Record:

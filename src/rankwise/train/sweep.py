@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.errors import ArtefactError, DataError, OptionError, RankwiseError
+from rankwise._renamed import renamed_argument
+from rankwise.errors import ArtefactError, DataError, Option, OptionError, RankwiseError
 from rankwise.runtime.switch import view
 from rankwise.store.atomic import replace_file
 from rankwise.train.data.collate import Collator
@@ -21,9 +21,10 @@ from rankwise.train.data.isolation import check_isolation
 from rankwise.train.data.layouts import Record
 from rankwise.train.data.packing import Packed, pack
 from rankwise.train.data.readers import read
-from rankwise.train.data.tokens import Example, tokenize
+from rankwise.train.data.tokens import OVERLONG, Example, Truncation, tokenize
 from rankwise.train.evaluate import evaluate
-from rankwise.train.run import check_writable
+from rankwise.train.job_result import JobResult
+from rankwise.train.output import check_writable
 from rankwise.train.together import AdapterJob, Running, train_together, why_alone
 
 #: what a job's folder holds once it is finished; written last
@@ -45,35 +46,7 @@ class Shared:
     mark: str
 
 
-@dataclasses.dataclass
-class JobResult:
-    """One job of a sweep.
-
-    Attributes:
-        settings: all that made it what it is: recipe, lr, steps, batch, seed, data.
-        before, after: loss (nats a learnt token), perplexity and, of texts, bits a byte on the held-out rows.
-        seconds: its share of the training time.
-        note: why it was trained apart from the others, if it was.
-        error: why it was stopped or refused; ``after`` is then empty.
-        kept: it stood in the folder already.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    before: dict[str, float]
-    after: dict[str, float] = dataclasses.field(default_factory=dict)
-    trainable: int = 0
-    seconds: float = 0.0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    note: str = ""
-    error: str = ""
-    kept: bool = False
-
-    def score(self) -> float:
-        """Held-out loss; infinite where there is none."""
-        return self.after.get("loss", math.inf)
-
-
+@renamed_argument("overlong", "truncation", OVERLONG)
 def prepare(
     model: nn.Module,
     tokenizer: Any,
@@ -84,7 +57,7 @@ def prepare(
     split: str | None = None,
     eval_split: str | None = None,
     max_length: int = 512,
-    overlong: Any = "auto",
+    truncation: Truncation = "auto",
     packing: bool = True,
 ) -> Shared:
     """Read and tokenise the data once for all jobs; the arguments are those of ``rw.train``.
@@ -99,8 +72,8 @@ def prepare(
         held, scored = read(data if eval_data is None else eval_data, fmt, eval_split), "held-out data"
     else:
         records, held, scored = kept_aside(records)
-    rows: Sequence[Example | Packed] = tokenize(records, tokenizer, max_length, overlong=overlong)
-    examples = tokenize(held, tokenizer, max_length, overlong=overlong)
+    rows: Sequence[Example | Packed] = tokenize(records, tokenizer, max_length, truncation=truncation)
+    examples = tokenize(held, tokenizer, max_length, truncation=truncation)
     if packing:
         check_isolation(model, getattr(model.config, "vocab_size", 100))  # type: ignore[union-attr]
         rows = pack(rows, max_length)  # type: ignore[arg-type]
@@ -120,7 +93,9 @@ def kept_aside(records: Sequence[Record]) -> tuple[list[Record], list[Record], s
     text = str(only.fields.get("text", ""))
     at = int(len(text) * 0.9)
     if only.kind != "text" or not text[:at].strip() or not text[at:].strip():
-        raise DataError(f"{only.where} is the only record, so none can be held out; give eval_data (--eval-data), or more records.")
+        raise DataError(
+            f"{only.where} is the only record, so none can be held out; give ", Option("eval_data", ...), ", or more records."
+        )
     parts = [Record("text", {"text": t}, only.where) for t in (text[:at], text[at:])]
     return parts[:1], parts[1:], "the last tenth of the text, kept aside"
 
@@ -128,8 +103,8 @@ def kept_aside(records: Sequence[Record]) -> tuple[list[Record], list[Record], s
 # --- folders ------------------------------------------------------------------------------------------------
 def settings_of(job: AdapterJob, shared: Shared) -> dict[str, Any]:
     """All that decides what a job becomes, as plain data."""
-    numbers = ("lr", "steps", "batch", "seed", "schedule", "warmup", "weight_decay", "max_grad_norm")
-    return {"recipe": job.recipe.to_json(), **{n: getattr(job, n) for n in numbers}, "data": shared.mark}
+    numbers = ("lr", "batch", "seed", "schedule", "warmup", "weight_decay", "max_grad_norm")
+    return {"recipe": job.recipe.to_json(), "steps": job.total_steps, **{n: getattr(job, n) for n in numbers}, "data": shared.mark}
 
 
 def earlier(out: Path, jobs: Sequence[AdapterJob], shared: Shared, resume: bool, overwrite: bool) -> dict[str, JobResult]:
@@ -142,15 +117,20 @@ def earlier(out: Path, jobs: Sequence[AdapterJob], shared: Shared, resume: bool,
     """
     check_writable(out)
     if resume and overwrite:
-        raise OptionError("resume keeps the finished jobs and overwrite gives them up; say one of them.")
+        raise OptionError(
+            Option("resume", True), " keeps the finished jobs and ", Option("overwrite", True), " gives them up; give one of them."
+        )
     there = [j for j in jobs if (out / j.name / DONE).exists() or (out / j.name / "adapter").exists()]
     if overwrite or not there:
         return {}
     if not resume:
         names = ", ".join(j.name for j in there[:3])
         raise OptionError(
-            f"{str(out)!r} already holds {len(there)} of these jobs ({names}{', …' if len(there) > 3 else ''}); "
-            "resume (--resume keeps them), choose another folder, or say overwrite (--overwrite)."
+            f"{str(out)!r} already holds {len(there)} of these jobs ({names}{', …' if len(there) > 3 else ''}); keep them with ",
+            Option("resume", True),
+            ", choose another folder, or give them up with ",
+            Option("overwrite", True),
+            ".",
         )
     found = {j.name: _read(out / j.name / DONE) for j in there if (out / j.name / DONE).exists()}
     for j in there:
@@ -160,7 +140,9 @@ def earlier(out: Path, jobs: Sequence[AdapterJob], shared: Shared, resume: bool,
             key = next(k for k in wanted if got.get(k) != wanted[k])
             raise OptionError(
                 f"{str(out / j.name)!r} was made with {key} = {got.get(key)!r}, but this job has {wanted[key]!r}; "
-                "choose another folder, or say overwrite (--overwrite)."
+                "choose another folder, or give it up with ",
+                Option("overwrite", True),
+                ".",
             )
     return found
 
@@ -169,7 +151,9 @@ def _read(path: Path) -> JobResult:
     try:
         return JobResult(**{**json.loads(path.read_text(encoding="utf-8")), "kept": True})
     except (OSError, ValueError, TypeError) as error:
-        raise ArtefactError(f"{path} cannot be read ({error}); remove it, or say overwrite (--overwrite).") from error
+        raise ArtefactError(
+            f"{path} cannot be read ({error}); remove it, or give it up with ", Option("overwrite", True), "."
+        ) from error
 
 
 def _save(r: Running, outcome: JobResult, out: Path) -> None:
@@ -199,11 +183,9 @@ def sweep(
     diverges, or whose recipe does not fit the model, is told of by name and the others go on.
 
     Raises:
-        OptionError: see :func:`earlier`; two jobs of one name; a job whose numbers cannot be.
+        OptionError: see :func:`earlier`; two jobs of one name.
     """
     out = Path(out)
-    for job in jobs:
-        job.check()
     outcomes = earlier(out, jobs, shared, resume, overwrite)
     for name in outcomes:
         tell(f"{name}: finished before, kept")
@@ -254,9 +236,3 @@ def _groups(
             fresh[job.name].note = reason
             tell(f"{job.name}: trained apart from the others, since {reason}")
     return [(group, width) for group, width in ((shared, together), (apart, 1)) if group]
-
-
-def best(outcomes: Sequence[JobResult]) -> JobResult | None:
-    """The finished job of the lowest held-out loss; None where none finished."""
-    finished = [o for o in outcomes if o.after and math.isfinite(o.score())]
-    return min(finished, key=JobResult.score, default=None)

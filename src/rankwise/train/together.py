@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import attach
-from rankwise.errors import OptionError, RankwiseError, RecipeError
+from rankwise.errors import Option, OptionError, RankwiseError, RecipeError
 from rankwise.forms.base import AdapterLayer
 from rankwise.recipe import Recipe, build
 from rankwise.runtime.build import choose_sites
@@ -34,6 +34,7 @@ from rankwise.store.names import check_name
 from rankwise.train.data.sampler import Sampler
 from rankwise.train.data.tokens import IGNORED, Example
 from rankwise.train.session import Session
+from rankwise.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rankwise.train.data.collate import Collator
@@ -41,40 +42,41 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterJob:
-    """One adapter to train.
+class AdapterJob(TrainSettings):
+    """One adapter to train; its rate, schedule and length are those of :class:`~rankwise.train.settings.TrainSettings`.
 
     Attributes:
         name: of the adapter; one job a name.
         rows: its data, examples or packed rows; jobs may share one list.
-        steps, batch: optimiser steps, and rows in each.
+        batch: rows in an optimiser step.
         seed: of the order of its rows (the adapter's own draws follow the recipe's).
-        lr, schedule, warmup, weight_decay, max_grad_norm: as in :class:`~rankwise.train.session.Session`.
+
+    Raises:
+        OptionError: what could not be trained.
     """
 
     name: str
     recipe: Recipe
     rows: Sequence[Example | Packed]
-    lr: float
-    steps: int
     batch: int = 1
     seed: int = 0
     schedule: str = "cosine"
     warmup: float = 0.03
-    weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
 
-    def check(self) -> None:
-        """Raise OptionError for what could not be trained."""
+    def __post_init__(self) -> None:
         check_name(self.name)
-        if self.steps < 1 or self.batch < 1 or not self.rows:
-            raise OptionError(
-                f"The job {self.name!r} has {self.steps} steps of {self.batch} of {len(self.rows)} rows; each is at least 1."
-            )
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise OptionError(
-                f"The job {self.name!r} has lr = {self.lr}; with that nothing would be learnt. Give a number above 0."
-            )
+        if self.batch < 1 or not self.rows:
+            raise OptionError(f"The job {self.name!r} has steps of {self.batch} of {len(self.rows)} rows; each is at least 1.")
+        try:
+            self.check()
+            self.lr_lambda(self.total_steps)
+        except OptionError as error:
+            raise OptionError(f"The job {self.name!r}: ", *error.args) from error
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_over(len(self.rows), self.batch)
 
 
 class Running:
@@ -90,10 +92,7 @@ class Running:
         self.job, self.model = job, model
         self.adapter = attach(model, job.recipe, calibration=_calibration(job, collator), name=job.name, activate=False)
         try:
-            self.session = Session(
-                model, self.adapter, lr=job.lr, total_steps=job.steps, weight_decay=job.weight_decay, schedule=job.schedule,
-                warmup=job.warmup, max_grad_norm=job.max_grad_norm,
-            )  # fmt: skip
+            self.session = Session(model, self.adapter, **{**job.for_session(job.total_steps), "seed": None})
         except BaseException:
             self.adapter.detach()
             raise
@@ -108,7 +107,7 @@ class Running:
 
     @property
     def done(self) -> bool:
-        return self.error is not None or len(self.losses) >= self.job.steps
+        return self.error is not None or len(self.losses) >= self.job.total_steps
 
     def _keeps(self, site: str, x: Tensor, p: float) -> Tensor:
         """Dropout's mask of x (rows, tokens, …): 0 or 1/(1−p).  Tokens come first in the draw, so padding is drawn last."""
@@ -195,13 +194,16 @@ def train_together(
     """Train all jobs, ``together`` at a time; as one ends the next joins.  The base is left as it was, to the bit.
 
     Args:
+        model: the base.
+        jobs: one or more, each of a name of its own.
+        together: jobs in one batch.
         collator: makes a batch of rows for this model; see ``Collator.for_model``.
         finished: called with each job at its end (also where it was stopped: ``error``), its adapter still in the model.
         refused: called with a job whose adapter cannot be attached; the others go on.  None: the error is raised.
         progress: called with a job's name and its steps so far.
 
     Raises:
-        OptionError, RecipeError: before the first step, for two jobs of one name, numbers that cannot be, and recipes that
+        OptionError, RecipeError: before the first step, for two jobs of one name, and recipes that
             cannot share a batch while ``together`` is above 1 (train those with ``together=1``).
     """
     _check(model, jobs, together)
@@ -234,7 +236,7 @@ def _begun(
         return [Running(model, job, collator)]
     except RankwiseError as error:
         if refused is None:
-            raise type(error)(f"The job {job.name!r}: {error}") from error
+            raise type(error)(f"The job {job.name!r}: ", *error.args) from error
         refused(job, error)
         return []
 
@@ -247,10 +249,9 @@ def _check(model: nn.Module, jobs: Sequence[AdapterJob], together: int) -> None:
     if twice is not None:
         raise OptionError(f"Two jobs are called {twice!r}; give each a name of its own.")
     for job in jobs:
-        job.check()
         reason = why_alone(model, job.recipe) if together > 1 else None
         if reason is not None:
-            raise RecipeError(f"The job {job.name!r} cannot share a batch: {reason}. Train it with together=1.")
+            raise RecipeError(f"The job {job.name!r} cannot share a batch: {reason}. Train it with ", Option("together", 1), ".")
 
 
 def step(model: nn.Module, running: Sequence[Running], collator: Collator) -> None:

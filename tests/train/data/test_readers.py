@@ -136,13 +136,13 @@ def test_overlong_records() -> None:
     with pytest.raises(DataError, match=r"record 2 has \d+ tokens, more than max_length = 16"):
         tokenize(read([{"prompt": "a", "completion": "b"}, long]), t, 16)
     with pytest.raises(DataError, match="no token to learn from within max_length = 16"):
-        tokenize(read([long]), t, 16, overlong="truncate")
+        tokenize(read([long]), t, 16, truncation=True)
     with pytest.raises(OptionError, match="'split' is for texts"):
-        tokenize(read([long]), t, 16, overlong="split")
+        tokenize(read([long]), t, 16, truncation="split")
     with pytest.raises(OptionError, match="at least 2"):
         tokenize(read([long]), t, 1)
-    with pytest.raises(OptionError, match="overlong is"):
-        tokenize(read([long]), t, 16, overlong="drop")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="truncation is"):
+        tokenize(read([long]), t, 16, truncation="drop")  # type: ignore[arg-type]
     left = set()
     for n, size in itertools.product((7, 8, 9), range(3, 40)):
         text = "one two three four five six seven\n" * n + " x" * n

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rankwise.errors import MergeError, OptionError
+from rankwise.errors import MergeError, Option, OptionError
 from rankwise.merge.engine.stack import TensorStack
 from rankwise.store import tensorfile
 from rankwise.store.atomic import write_folder
@@ -226,8 +226,11 @@ def _cast(t: Tensor, job: TensorJob) -> Tensor:
     narrower = t.dtype != job.dtype and (job.dtype == torch.float16 or t.dtype == torch.float64)
     if narrower and not _finite(made) and not torch.equal(made.isfinite(), t.isfinite()):
         raise MergeError(
-            f"The result at {job.name!r} reaches {float(t.abs().max()):.3g}, which {job.dtype} cannot hold; give dtype=bfloat16 or "
-            "float32 (--dtype), or smaller weights."
+            f"The result at {job.name!r} reaches {float(t.abs().max()):.3g}, which {job.dtype} cannot hold; give ",
+            Option("dtype", "bfloat16"),
+            " or ",
+            Option("dtype", "float32"),
+            ", or smaller weights.",
         )
     return made
 

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
+<<<<<<< HEAD
 from rankwise.errors import OptionError
 from rankwise.merge.engine.base import Merge, at_least_one, draws, one_of, share
+=======
+from rankwise.errors import Option, OptionError
+from rankwise.merge.engine.base import Merge, Merged, at_least_one, draws, lowered, one_of, share
+from rankwise.merge.engine.stack import FactorStack, Stack
+>>>>>>> trn
 from rankwise.merge.methods.sparsify import RESCALES, Bernoulli, Middle, Ranked, Sparsifier, Top
 
 if TYPE_CHECKING:
@@ -106,7 +112,9 @@ def elected(rule: Any, kept: Tensor, w: Tensor) -> Tensor:
 def _nonzero(total: Tensor, rule: Any) -> Tensor:
     if abs(float(total)) < 1e-8:
         raise OptionError(
-            f"The merge {rule.info.name!r} divides by the sum of the weights, which is {float(total):.1e}; give normalize=False."
+            f"The merge {rule.info.name!r} divides by the sum of the weights, which is {float(total):.1e}; give ",
+            Option("normalize", False),
+            ".",
         )
     return total
 

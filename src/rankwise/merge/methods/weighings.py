@@ -16,12 +16,18 @@ import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
+<<<<<<< HEAD
 from rankwise.errors import OptionError
 from rankwise.merge.engine.base import Merge, at_least_one
 
 if TYPE_CHECKING:
     from rankwise.merge.engine.result import Merged
     from rankwise.merge.engine.stack import Stack
+=======
+from rankwise.errors import Option, OptionError
+from rankwise.merge.engine.base import Merge, Merged, at_least_one, truncated
+from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
+>>>>>>> trn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,9 @@ def plain(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
     if not rule.normalize:
         return rule.lam * w
     if abs(float(w.sum())) < 1e-8:
-        raise OptionError(f"The merge {rule.info.name!r} divides by the sum of the weights, which is 0; give normalize=False.")
+        raise OptionError(
+            f"The merge {rule.info.name!r} divides by the sum of the weights, which is 0; give ", Option("normalize", False), "."
+        )
     return rule.lam * w / w.sum()
 
 

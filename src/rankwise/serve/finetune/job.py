@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from rankwise.serve.finetune.chunked_backward import Sample
 from rankwise.serve.finetune.training import Task, Training, refuse_recipe
 from rankwise.store.atomic import replace_file
 from rankwise.store.names import check_name
-from rankwise.train.session import factor
+from rankwise.train.settings import TrainSettings
 
 FILE = "job.json"
 
@@ -40,7 +39,7 @@ class Status(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(TrainSettings):
     """What a job is told.
 
     Attributes:
@@ -48,7 +47,7 @@ class TrainSpec:
         samples: to learn, at least one; ``batch_size`` of them an optimiser step, each label of a step weighing the same.
         recipe: the fields of a :class:`~rankwise.Recipe` (form, r, targets, init, optimizer, …).
         epochs: passes over the samples, each in an order of its own; ``steps`` overrules it.
-        lr, schedule, warmup, weight_decay, max_grad_norm, seed: as of a Session.
+        lr, schedule, warmup, weight_decay, max_grad_norm, seed: see :class:`~rankwise.train.settings.TrainSettings`.
         checkpoint_every: optimiser steps between two checkpoints, 0 for none.
 
     Raises:
@@ -58,13 +57,9 @@ class TrainSpec:
     name: str
     samples: tuple[Sample, ...]
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    epochs: float = 1.0
-    steps: int | None = None
+    _: dataclasses.KW_ONLY
     batch_size: int = 1
     lr: float = 1e-3
-    schedule: str = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     seed: int = 0
     checkpoint_every: int = 0
@@ -74,18 +69,14 @@ class TrainSpec:
         if not self.samples:
             raise OptionError(f"The job {self.name!r} has no samples to learn; give one at least.")
         checks = (
-            ("epochs", self.epochs, 0 < self.epochs <= 1e6, "above 0"),
-            ("steps", self.steps, self.steps is None or self.steps >= 1, "at least 1, or left out"),
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
-            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "positive, or left out"),
             ("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 0, "0 (none) or more"),
         )
         for name, value, right, expected in checks:
             if not right:
                 raise OptionError(f"{name} = {value}; it is {expected}.")
-        factor(self.schedule, self.warmup, self.total_steps)
+        self.check()
+        self.lr_lambda(self.total_steps)
         refuse_recipe(self.parsed())
 
     def parsed(self) -> Recipe:
@@ -93,7 +84,7 @@ class TrainSpec:
 
     @property
     def total_steps(self) -> int:
-        return self.steps or max(1, math.ceil(self.epochs * len(self.samples) / self.batch_size))
+        return self.steps_over(len(self.samples), self.batch_size)
 
     def batch(self, step: int) -> list[Sample]:
         """The samples of optimiser step ``step`` (from 0): epoch after epoch, each in its own order."""
@@ -106,8 +97,7 @@ class TrainSpec:
         return torch.randperm(len(self.samples), generator=generator(self.seed, "co-served order", str(epoch))).tolist()
 
     def session_options(self) -> dict[str, Any]:
-        names = ("lr", "total_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "seed")
-        return {n: getattr(self, n) for n in names}
+        return self.for_session(self.total_steps)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

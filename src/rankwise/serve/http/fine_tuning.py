@@ -14,6 +14,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from rankwise._renamed import warn
 from rankwise.errors import UnknownName
 from rankwise.serve.finetune.chunked_backward import Sample
 from rankwise.serve.finetune.job import FineTuningJob, Note, TrainSpec
@@ -21,7 +22,7 @@ from rankwise.serve.http.errors import Refusal, bad
 from rankwise.serve.http.schemas import Body, Name, noted, read
 from rankwise.serve.http.service import Service, log
 from rankwise.train.data.readers import read as read_records
-from rankwise.train.data.tokens import tokenize
+from rankwise.train.data.tokens import OVERLONG, Truncation, tokenize
 
 if TYPE_CHECKING:
     from rankwise.serve.finetune.queue import TrainStream
@@ -53,7 +54,8 @@ class Create(Body):
     recipe: dict[str, Any] = Field(default_factory=dict)
     format: str = "auto"
     max_length: int | None = None
-    overlong: Literal["auto", "error", "truncate", "split"] = "auto"
+    truncation: Literal["auto", "split"] | bool = "auto"
+    overlong: Literal["auto", "error", "truncate", "split"] | None = None  # the old spelling of truncation
     lr: float | None = None
     steps: int | None = None
     schedule: str = TrainSpec.schedule
@@ -84,7 +86,7 @@ async def create(request: Request, service: Service, caller: Caller) -> Response
         source = _inside(body.training_file, s.train_roots)
     length = min(body.max_length or stream.context, stream.context)
     records = await service.read(read_records, source, body.format)
-    examples = await service.write(tokenize, records, service.tokenizer, length, overlong=body.overlong)
+    examples = await service.write(tokenize, records, service.tokenizer, length, truncation=_truncation(body))
     samples = tuple(Sample(tuple(e.input_ids), tuple(e.labels)) for e in examples)
     job = await service.read(lambda: stream.submit(_spec(body, samples)))
     log.info("fine-tuning job %s queued: %s, %d samples, %d steps", job.id, body.suffix, len(samples), job.spec.total_steps)
@@ -141,6 +143,16 @@ def _inside(given: str, roots: tuple[Path, ...]) -> Path:
         if real.is_relative_to(root.resolve()):
             return real
     raise bad("training_file does not lie below a folder from which this server may read.", "training_file", "path_not_allowed")
+
+
+def _truncation(body: Create) -> Truncation:
+    """The field, or its old spelling."""
+    if body.overlong is None:
+        return body.truncation
+    if body.truncation != "auto":
+        raise bad("Give either truncation or overlong, its old spelling.", "truncation")
+    warn("The field 'overlong'", "'truncation'")
+    return OVERLONG.get(body.overlong, body.overlong)  # type: ignore[arg-type]
 
 
 def _job(request: Request, service: Service) -> FineTuningJob:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, Option
 from rankwise.train.data.collate import Collator, documents_of
 from rankwise.train.data.packing import Packed
 
 #: families and layers whose state runs along the row: no mask keeps documents apart
 _RECURRENT = ("mamba", "rwkv", "recurrent", "jamba", "zamba", "griffin", "xlstm", "lfm2", "bamba", "linear_attention", "conv")
-_ADVICE = "give packing=False (--no-packing)."
+_ADVICE = ("give ", Option("packing", False), ".")
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def check_isolation(model: nn.Module, batch: Mapping[str, Any] | int) -> None:
     kind = str(getattr(text, "model_type", ""))
     words = [kind, *(str(k) for k in getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [])]
     if getattr(config, "is_encoder_decoder", False) or any(r in w for w in words for r in _RECURRENT):
-        raise DataError(f"Rows of a {kind} model cannot hold several documents, since its state runs along the row; {_ADVICE}")
+        raise DataError(f"Rows of a {kind} model cannot hold several documents, since its state runs along the row; ", *_ADVICE)
     first, second = _documents(batch, _window(text))
     changed = [(t + 1) % (max(first + second) + 1) for t in first]
     training = model.training
@@ -44,7 +44,7 @@ def check_isolation(model: nn.Module, batch: Mapping[str, Any] | int) -> None:
         packed, moved = (_logits(model, [a, second])[at:] for a in (first, changed))
         alone = _logits(model, [second], packed=False)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise DataError(f"This model does not take a packed row ({(str(error).splitlines() or ['?'])[0]}); {_ADVICE}") from error
+        raise DataError(f"This model does not take a packed row ({(str(error).splitlines() or ['?'])[0]}); ", *_ADVICE) from error
     finally:
         model.train(training)
     scale = alone.std().item() + 1e-12
@@ -52,11 +52,11 @@ def check_isolation(model: nn.Module, batch: Mapping[str, Any] | int) -> None:
     leak, gap = ((packed - other).abs().max().item() / scale for other in (moved, alone))
     if not leak <= loose:
         raise DataError(
-            f"In this model documents of one packed row see each other (logits move by {leak:.2g} of their spread); {_ADVICE}"
+            f"In this model documents of one packed row see each other (logits move by {leak:.2g} of their spread); ", *_ADVICE
         )
     if not gap <= 100 * loose:
         raise DataError(
-            f"This model answers a document of a packed row otherwise than alone (by {gap:.2g} of the logits' spread); {_ADVICE}"
+            f"This model answers a document of a packed row otherwise than alone (by {gap:.2g} of the logits' spread); ", *_ADVICE
         )
 
 

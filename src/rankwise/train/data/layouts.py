@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from rankwise.errors import DataError, OptionError
+from rankwise.errors import DataError, Option, OptionError
 
 Kind = Literal["text", "completion", "messages", "preference"]
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -88,14 +88,16 @@ def _layout(row: Mapping[str, Any], where: str, fmt: str) -> str:
     if fmt != "auto":
         missing = sorted(LAYOUTS[fmt][1] - keys)
         if missing:
-            raise DataError(f"{where} has the keys {seen}, but fmt={fmt!r} needs {', '.join(missing)} too.")
+            raise DataError(f"{where} has the keys {seen}, but ", Option("fmt", fmt), f" needs {', '.join(missing)} too.")
         return fmt
     fits = [name for name, (_, must, _) in LAYOUTS.items() if must <= keys]
     if not fits:
         raise DataError(f"{where} has the keys {seen}; expected {EXPECTED}.")
     if len(fits) > 1:
         raise DataError(
-            f"{where} has the keys {seen}, which fit {' and '.join(fits)}; keep the columns of one, or give fmt={fits[0]!r}."
+            f"{where} has the keys {seen}, which fit {' and '.join(fits)}; keep the columns of one, or give ",
+            Option("fmt", fits[0]),
+            ".",
         )
     return fits[0]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import DataError, need
+from rankwise.errors import DataError, Option, need
 from rankwise.train.data.layouts import Kind, Record, check_format, extras, record_of, same_layout
 
 TEXT = (".txt", ".md", ".py", ".rst")
@@ -45,7 +45,7 @@ def read(source: str | Path | Iterable[Mapping[str, Any]], fmt: str = "auto", sp
     else:
         rows: Any = _split(source, split, "The data") if isinstance(source, Mapping) else source
         if split is not None and rows is source:
-            raise DataError(f"split={split!r} was given, but the data has no splits.")
+            raise DataError(Option("split", split), " was given, but the data has no splits.")
         name, records = "The data", [record_of(row, f"record {i}", fmt) for i, row in enumerate(rows, 1)]
     if not records:
         raise DataError(f"{name} holds no records; give at least one example.")
@@ -62,7 +62,9 @@ def _from_path(path: Path, fmt: str, split: str | None) -> list[Record]:
         raise DataError(f"There is no file or folder {str(path)!r}.")
     saved = path.is_dir() and any((path / n).exists() for n in ("dataset_info.json", "dataset_dict.json"))
     if split is not None and not saved:
-        raise DataError(f"split={split!r} was given, but {path} is not a dataset saved by `datasets`, so it has no splits.")
+        raise DataError(
+            Option("split", split), f" was given, but {path} is not a dataset saved by `datasets`, so it has no splits."
+        )
     if path.is_dir():
         return _from_datasets(path, fmt, split) if saved else _from_folder(path, fmt)
     suffix = path.suffix.lower()
@@ -207,7 +209,7 @@ def _from_datasets(path: Path, fmt: str, split: str | None) -> list[Record]:
     if isinstance(data, Mapping):
         data = _split(data, split, str(path))
     elif split is not None:
-        raise DataError(f"split={split!r} was given, but {path} holds one dataset without splits.")
+        raise DataError(Option("split", split), f" was given, but {path} holds one dataset without splits.")
     return [record_of(row, f"{path}:[{i}]", fmt) for i, row in enumerate(data)]
 
 
@@ -216,8 +218,10 @@ def _split(data: Mapping[str, Any], split: str | None, source: str) -> Any:
     if split is None and names == ["train"]:
         return data["train"]
     if split is None or split not in names:
-        asked = "give split=" if split is None else f"there is no {split!r}; give split="
-        raise DataError(f"{source} holds the splits {', '.join(map(str, names))}; {asked} one of them.")
+        missing = "" if split is None else f"there is no {split!r}; "
+        raise DataError(
+            f"{source} holds the splits {', '.join(map(str, names))}; {missing}give ", Option("split", ...), ", one of them."
+        )
     return data[split]
 
 

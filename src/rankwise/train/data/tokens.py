@@ -6,13 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankwise.errors import DataError, OptionError
+from rankwise._renamed import renamed_argument
+from rankwise.errors import DataError, Option, OptionError
 from rankwise.train.data.chat import IGNORED, chat_ids
 
 if TYPE_CHECKING:
     from rankwise.train.data.layouts import Record
 
-Overlong = Literal["auto", "error", "truncate", "split"]
+#: what becomes of a record longer than a row: as in transformers, True cuts it to ``max_length`` and False cuts nothing (it is
+#: refused); "split" makes windows of a text, "auto" splits texts and refuses other records
+Truncation = bool | Literal["auto", "split"]
+#: values of ``overlong``, as this was called → those of ``truncation``
+OVERLONG: dict[Any, Truncation] = {"truncate": True, "error": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +36,34 @@ class Example:
         return any(label != IGNORED for label in self.labels[1:])
 
 
-def tokenize(records: Sequence[Record], tokenizer: Any, max_length: int, *, overlong: Overlong = "auto") -> list[Example]:
+def check_truncation(value: Any) -> None:
+    """Raise OptionError for what is no :data:`Truncation`."""
+    if not (isinstance(value, bool) or value in ("auto", "split")):
+        raise OptionError(
+            f"truncation is auto, true (cut to max_length), false (refuse longer records) or split (windows of a text); it is {value!r}."
+        )
+
+
+@renamed_argument("overlong", "truncation", OVERLONG)
+def tokenize(records: Sequence[Record], tokenizer: Any, max_length: int, *, truncation: Truncation = "auto") -> list[Example]:
     """Examples of at most ``max_length`` tokens, in the order of the records.
 
     A text begins as ``tokenizer(text)`` begins (with BOS where the tokenizer puts one) and ends with one EOS; so does a
     completion.  A prompt is tokenised as it is when one generates from it.
 
     Args:
-        overlong: what becomes of a longer record; auto splits texts into windows (every token in one of them) and refuses
-            others by name, since a cut completion teaches to stop in the middle.
+        records: what :func:`~rankwise.train.data.readers.read` gave.
+        tokenizer: of transformers.
+        max_length: tokens of a row, 2 or more.
+        truncation: what becomes of a longer record; as in transformers True cuts it to ``max_length`` and False cuts
+            nothing, so it is refused.  "split" makes windows of a text (every token in one of them), "auto" does so with
+            texts and refuses others by name, since a cut completion teaches to stop in the middle.
 
     Raises:
         DataError: a record too long, or without a token to learn (with its file and line).
-        OptionError: ``max_length`` below 2, an unknown ``overlong``, or split for what is not a text.
+        OptionError: ``max_length`` below 2, an unknown ``truncation``, or split for what is not a text.
     """
-    if overlong not in ("auto", "error", "truncate", "split"):
-        raise OptionError(f"overlong is auto, error, truncate or split; it is {overlong!r}.")
+    check_truncation(truncation)
     if max_length < 2:
         raise OptionError(f"max_length is at least 2, for a token is learnt from the one before it; it is {max_length}.")
     out: list[Example] = []
@@ -54,7 +71,7 @@ def tokenize(records: Sequence[Record], tokenizer: Any, max_length: int, *, over
         example = _example(record, tokenizer)
         if not example.learns():
             raise DataError(f"{record.where} has no token to learn from: {_why(record, example)}.")
-        out += [example] if len(example) <= max_length else _shorten(example, record, max_length, overlong)
+        out += [example] if len(example) <= max_length else _shorten(example, record, max_length, truncation)
     return out
 
 
@@ -66,22 +83,34 @@ def _why(record: Record, example: Example) -> str:
     return "the prompt is all of it"
 
 
-def _shorten(example: Example, record: Record, max_length: int, overlong: Overlong) -> list[Example]:
-    how = ("split" if record.kind == "text" else "error") if overlong == "auto" else overlong
+def _shorten(example: Example, record: Record, max_length: int, truncation: Truncation) -> list[Example]:
+    how = ("split" if record.kind == "text" else False) if truncation == "auto" else truncation
+    raise_it, cut_it = Option("max_length"), Option("truncation", True)
     if how == "split" and record.kind != "text":
         raise OptionError(
-            f"overlong='split' is for texts; a {record.kind} record ({record.where}, {len(example):,} tokens) would be parted from its prompt. "
-            "Raise max_length, or give overlong='truncate' (--overlong truncate)."
+            Option("truncation", "split"),
+            f" is for texts; a {record.kind} record ({record.where}, {len(example):,} tokens) would be parted "
+            "from its prompt. Raise ",
+            raise_it,
+            ", or give ",
+            cut_it,
+            ".",
         )
-    if how == "error":
+    if how is False:
         raise DataError(
-            f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise max_length, or give overlong='truncate' (--overlong truncate)."
+            f"{record.where} has {len(example):,} tokens, more than max_length = {max_length:,}; shorten it, raise ",
+            raise_it,
+            ", or give ",
+            cut_it,
+            ".",
         )
-    if how == "truncate":
+    if how is True:
         cut = Example(example.input_ids[:max_length], example.labels[:max_length], record.where)
         if not cut.learns():
             raise DataError(
-                f"{record.where} has no token to learn from within max_length = {max_length:,}: its prompt alone is as long; shorten it or raise max_length."
+                f"{record.where} has no token to learn from within max_length = {max_length:,}: its prompt alone is as long; shorten it or raise ",
+                raise_it,
+                ".",
             )
         return [cut]
     return [Example(example.input_ids[a:b], example.labels[a:b], record.where) for a, b in _windows(len(example), max_length)]
@@ -105,7 +134,7 @@ def _example(record: Record, tokenizer: Any) -> Example:
         return Example(prompt + answer, [IGNORED] * len(prompt) + answer, record.where)
     if record.kind == "messages":
         return Example(*chat_ids(record.fields, tokenizer, record.where), record.where)
-    raise DataError(f"{record.where} is a preference pair; train it with stage='dpo'.")
+    raise DataError(f"{record.where} is a preference pair; train it with ", Option("stage", "dpo"), ".")
 
 
 def _parts(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
