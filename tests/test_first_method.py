@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import os
 import re
 import subprocess
@@ -59,8 +60,34 @@ def test_no_line_is_two(source: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+#: runs what it is told, a JSON list of commands, as a shell and its python would, but in one process: most of the time is imports
+ONE_PROCESS = """
+import json, os, runpy, shlex, sys
+import pytest
+from rankwise.cli.main import main
+os.environ["COLUMNS"] = "200"
+for folder, text in json.load(sys.stdin):
+    os.chdir(folder)
+    for command in map(shlex.split, text.splitlines()):
+        try:
+            if command[0] == "rankwise":
+                code = main(command[1:])
+            elif command[:3] == ["python", "-m", "pytest"]:
+                code = pytest.main(command[3:])
+            else:
+                code = runpy.run_path(command[1], run_name="__main__") and 0
+        except SystemExit as left:
+            code = left.code
+        if code:
+            sys.exit(f"{command}: {code}")
+    print("\\0", end="", flush=True)
+"""
+
+
 @pytest.mark.slow
-def test_the_page_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["one", pytest.param("each its own", marks=pytest.mark.soak)])
+def test_the_page_runs(processes: str, tmp_path: Path) -> None:
+    """Installed as printed; then every command, in one process or as a shell runs them."""
     project, work, installed = tmp_path / "project", tmp_path / "work", tmp_path / "installed"
     project.mkdir(), work.mkdir()
     for name, text in {"pyproject.toml": PYPROJECT, "my_form.py": FORM, "my_merge.py": MERGE}.items():
@@ -72,8 +99,8 @@ def test_the_page_runs(tmp_path: Path) -> None:
     paths = [os.path.abspath(p) for path in paths for p in path.split(os.pathsep)]
     env = os.environ | {"PATH": tools + os.pathsep + os.environ["PATH"], "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
 
-    def run(command: list[str], folder: Path) -> str:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    def run(command: list[str], folder: Path, given: str | None = None) -> str:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, input=given)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
@@ -84,13 +111,18 @@ def test_the_page_runs(tmp_path: Path) -> None:
     assert install.endswith(" .")  # as printed, but beside this environment, not in it
     shell(install.replace("pip install", f"python -m pip install --quiet --target '{installed}'", 1), project)
     assert list(installed.glob("my_adapters-*.dist-info/entry_points.txt"))
-    told = shell("\n".join(listing))
-    assert "lora_fa · form" in told and "ΔW = s·B·A" in told and "equal_norm · merge" in told
-
-    told = run([sys.executable, "use.py"], work)
-    assert "['form lora_fa', 'merge equal_norm']" in told
+    repository = Path(__file__).parents[1]
+    steps = [(work, "\n".join(listing)), (work, "python use.py"), (work, SHELL), (repository, LAWS)]
+    if processes == "one":
+        given = json.dumps([(str(folder), text) for folder, text in steps])
+        listed, used, merged, checked, end = run([sys.executable, "-c", ONE_PROCESS], work, given).split("\0")
+        assert not end
+    else:
+        listed, used, merged, checked = (shell(text, folder) for folder, text in steps)
+    assert "lora_fa · form" in listed and "ΔW = s·B·A" in listed and "equal_norm · merge" in listed
+    assert "['form lora_fa', 'merge equal_norm']" in used
     for name in ("verse", "code"):
-        losses = [float(loss) for loss in re.findall(rf"^{name} \d+: (\d+\.\d+)$", told, re.MULTILINE)]
+        losses = [float(loss) for loss in re.findall(rf"^{name} \d+: (\d+\.\d+)$", used, re.MULTILINE)]
         assert len(losses) == 12 and losses[-1] < 0.75 * losses[0], losses
         tensors = load_file(work / "run" / name / "rankwise.safetensors")
         drawn, trained = ({k: t for k, t in tensors.items() if k.endswith(end)} for end in ("A", "B"))
@@ -100,12 +132,11 @@ def test_the_page_runs(tmp_path: Path) -> None:
         "a frozen A has moved, or its draw is not seeded"
     )
 
-    told = " ".join(shell(SHELL).split())
+    told = " ".join(merged.split())
     assert "wrote run/both: 42 places, rank 16" in told and "equal_norm: 0 lost by cutting to a rank" in told
     assert "logits before and after differ by" in told
     assert (work / "run/both/rankwise.safetensors").stat().st_size > 10_000 and (work / "run/whole/model.safetensors").exists()
 
-    checked = shell(LAWS, Path(__file__).parents[1])
     assert (found := re.search(r"(\d+) passed", checked)) and int(found[1]) >= 30 and "failed" not in checked, checked[-2000:]
 
 
