@@ -41,7 +41,7 @@ class PaCA(Form):
 
     Backward needs only x[…, idx] (r of in columns); a LoRA keeps all of x.  Trains out·r parameters a weight.  Merges
     exactly; as a LoRA it has exact rank r (A = rows of I at idx, B = s·V).  The published code overwrites W's columns
-    in place and refreshes them on a step-count condition; here the change stands beside W, so W keeps its bits and
+    in place and refreshes them on a step-count condition; here ΔW is added beside W, so W keeps its bits and
     adapters mix; the maths is the same: ∂V = s·gᵀ·x[…, idx].
 
     ``choose``: columns at random (by the site's name), or those of largest or smallest norm.

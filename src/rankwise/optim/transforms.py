@@ -19,7 +19,7 @@ class ScaleByLr(GradTransform):
 
 
 class DecoupledDecay(GradTransform):
-    """Weight decay beside the step (Loshchilov & Hutter 2019); stands after ``scale_by_lr``.
+    """Weight decay beside the step (Loshchilov & Hutter 2019); comes after ``scale_by_lr`` in a chain.
 
     With u the step and λ the group's decay: ``before`` gives u − η·λ·p (AdamW: decay, then step), ``after``
     gives u − η·λ·(p + u) (GaLore: step, then decay).
