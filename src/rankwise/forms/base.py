@@ -268,13 +268,13 @@ class Form:
 
     Class attributes that a subclass sets:
         kinds: the kinds of site it can adapt.
-<<<<<<< HEAD
         provides: what other parts of a recipe may require of the form: ``fill:A``, ``fill:B`` … (an init can set that
             tensor), ``pair`` (ΔW = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
             z = A·x), ``core:diag``, ``constant`` (ΔW does not depend on x), ``lowrank``, ``weight`` (trains W itself), ``block``.
         reads: the modes of site it can adapt ("called", "read", "plain", "block").
         ranked: whether r means anything to it.
         bounded: whether a rank above min(out, in) is refused.
+        peft_fields: what PEFT's LoraConfig calls it, as fields; None: PEFT trains no such form by a LoraConfig.
 
     >>> from rankwise.catalogue import make
     >>> from rankwise.sites import find_sites
@@ -282,15 +282,6 @@ class Form:
     >>> layer = make("form", "lora").build(site, Plan(ranks={"0": 2}, scales={"0": 0.5}))
     >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}, layer.delta().kind
     ({'A': (2, 6), 'B': (4, 2)}, 'lowrank')
-=======
-        gives: words that inits, routers, budgets, optimisers and losses may need: ``fill:A``, ``fill:B`` …,
-            ``pair`` (Δ = s·B·A, both trained), ``components`` (can be masked), ``gate`` (a router may gate
-            z = A·x), ``core:diag``, ``constant`` (Δ does not depend on x), ``weight`` (trains W itself), ``block``.
-        reads: the modes of site it can be at ("called", "read", "plain", "block").
-        ranked: whether r means anything to it.
-        bounded: whether a rank above min(out, in) is refused.
-        peft_fields: what PEFT's LoraConfig calls it, as fields; None: PEFT trains no such form by a LoraConfig.
->>>>>>> trn
     """
 
     info: ClassVar[MethodInfo]

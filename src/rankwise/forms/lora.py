@@ -72,10 +72,7 @@ class LoRA(Form):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"fill:A", "fill:B", "pair", "components", "gate", "constant", "lowrank"})
-<<<<<<< HEAD
-=======
     peft_fields: ClassVar[Mapping[str, Any] | None] = {}
->>>>>>> trn
 
     def build(self, site: Site, plan: Plan) -> LoraLayer:
         return LoraLayer(site, plan.ranks[site.name], plan)

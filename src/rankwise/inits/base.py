@@ -23,17 +23,11 @@ Rule = Literal["keep", "subtract", "replace"]
 class Fill:
     """Initial values for one site.
 
-<<<<<<< HEAD
     Attributes:
         tensors: name → values, those that the init sets; the form completes the others.
         rule: what happens to W: *keep* it; *subtract* the initial s·B·A (as frozen buffers, so W itself is not written);
             *replace* it by ``weight``.
         weight: (out, in), e.g. LoftQ's quantised W.
-=======
-    ``tensors`` are those the init is about; the form completes the rest.  ``rule`` says what becomes of W:
-    *keep* it; *subtract* s·B·A (the core carries −s₀·B₀A₀ beside W, so W keeps its bits); *replace* it by
-    ``weight`` (out×in, e.g. a quantised W).
->>>>>>> trn
     """
 
     tensors: Mapping[str, Tensor]
@@ -46,11 +40,7 @@ class Init:
     """Base of all inits; dataclass fields are options."""
 
     info: ClassVar[MethodInfo]
-<<<<<<< HEAD
     #: whether it replaces the base's weight, so that it is refused on a base that others use at the same time
-=======
-    #: whether it has the base's weight replaced, so that a base others use at the same time is no place for it
->>>>>>> trn
     replaces: ClassVar[bool] = False
     #: what PEFT's LoraConfig calls it, as fields; None: PEFT has no such init
     peft_fields: ClassVar[Mapping[str, Any] | None] = None

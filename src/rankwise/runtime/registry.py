@@ -177,15 +177,10 @@ class AdapterRegistry(nn.Module):
             idle = [t.site.name for t in self.branches_of(n) if not t.was_called]
             if idle and not record.checked:
                 raise AttachError(
-<<<<<<< HEAD
                     f"Adapter {n!r}: {len(idle)} of its layers took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
-                    "their module was not called. Leave them out with exclude=[…], or feed the inputs that reach them."
-=======
-                    f"Adapter {n!r}: {len(idle)} of its places took no part in the forward ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''}): "
                     "their module was not called. Leave them out with ",
                     Option("exclude", [...]),
                     ", or feed the inputs that reach them.",
->>>>>>> trn
                 )
             record.checked = True
 

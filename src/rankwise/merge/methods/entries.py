@@ -20,14 +20,8 @@ import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
-<<<<<<< HEAD
-from rankwise.errors import OptionError
-from rankwise.merge.engine.base import Merge, at_least_one, draws, one_of, share
-=======
 from rankwise.errors import Option, OptionError
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, draws, lowered, one_of, share
-from rankwise.merge.engine.stack import FactorStack, Stack
->>>>>>> trn
+from rankwise.merge.engine.base import Merge, at_least_one, draws, one_of, share
 from rankwise.merge.methods.sparsify import RESCALES, Bernoulli, Middle, Ranked, Sparsifier, Top
 
 if TYPE_CHECKING:

@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from rankwise.catalogue import register
-<<<<<<< HEAD
-from rankwise.errors import OptionError
+from rankwise.errors import Option, OptionError
 from rankwise.merge.engine.base import Merge, at_least_one
 
 if TYPE_CHECKING:
     from rankwise.merge.engine.result import Merged
     from rankwise.merge.engine.stack import Stack
-=======
-from rankwise.errors import Option, OptionError
-from rankwise.merge.engine.base import Merge, Merged, at_least_one, truncated
-from rankwise.merge.engine.stack import FactorStack, Stack, TensorStack
->>>>>>> trn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
