@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ViewError
-from rankwise.forms.block import BlockDelta
 from rankwise.runtime.context import forward_context
 from rankwise.runtime.fast import fast_forward
 from rankwise.runtime.view import View, current
 
 if TYPE_CHECKING:
+    from rankwise.forms.block import BlockDelta
     from rankwise.runtime.module_state import AdaptedModuleState, AdapterBranch
 
 
@@ -150,8 +150,7 @@ def in_storage(branch: AdapterBranch, strength: Tensor, W: Tensor) -> Tensor:
 
 def wrapping(branch: AdapterBranch) -> BlockDelta:
     """The branch's layer, which at a block is one of block scope."""
-    assert isinstance(branch.form, BlockDelta)
-    return branch.form
+    return cast("BlockDelta", branch.form)
 
 
 class BlockWrapper:

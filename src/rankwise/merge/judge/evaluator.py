@@ -29,7 +29,7 @@ Batch = Mapping[str, Any]
 Score = Callable[[nn.Module], float]
 #: (logits, batch) → scalar
 Loss = Callable[[Tensor, Batch], Tensor]
-NAME = "__oracle"
+NAME = "__evaluator"
 
 
 class Evaluator:
