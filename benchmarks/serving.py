@@ -72,8 +72,8 @@ class RandomSource:
 
 def server(model: Any, cells: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
     return build_server(
-        copy.deepcopy(model), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, cells=cells),
-        options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
+        copy.deepcopy(model), lambda intake: RandomSource(intake.layout), sizes=Sizes(kv_tokens=16_384, max_lora_blocks=cells),
+        options=EngineOptions(max_num_seqs=BATCH, max_num_batched_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
         share_prefixes=False,
     )  # fmt: skip
 

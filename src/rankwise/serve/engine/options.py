@@ -13,19 +13,19 @@ class EngineOptions:
     """Limits of the engine.
 
     Attributes:
-        max_running: requests in a step; ``max_waiting``: in the queue, above which a request is refused.
-        step_tokens: most tokens of one step (decoding rows are never held back by it).
+        max_num_seqs: requests in a step; ``max_waiting``: in the queue, above which a request is refused.
+        max_num_batched_tokens: most tokens of one step (decoding rows are never held back by it).
         max_context: most tokens of one request, None for what the cache holds.
         eos: token ids that end a request.
         seed: of the draws of requests that bring none.
         speculate: guesses by prompt look-up that a greedy request may verify in a step (0: none).
-        step_seconds: what a step that serves may take, training beside it included (None: no limit but ``step_tokens``).
+        step_seconds: what a step that serves may take, training beside it included (None: no limit but ``max_num_batched_tokens``).
         train_tokens: training tokens beside a step that serves, where ``step_seconds`` sets no limit; ``idle_train_tokens``: alone.
     """
 
-    max_running: int = 32
+    max_num_seqs: int = 32
     max_waiting: int = 1024
-    step_tokens: int = 256
+    max_num_batched_tokens: int = 256
     max_context: int | None = None
     eos: tuple[int, ...] = ()
     seed: int = 0
@@ -35,7 +35,7 @@ class EngineOptions:
     idle_train_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "step_tokens"):
+        for name in ("max_num_seqs", "max_waiting", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
         if self.step_seconds is not None and not self.step_seconds > 0:

@@ -1,7 +1,7 @@
 """The seam of admission: in which order waiting requests are tried, and what becomes of each.
 
 A policy sees plain data and a clock, never a tensor, so it runs on a virtual clock as well.  Whether a request *fits*
-(cache blocks, adapter cells) is the engine's to say; a policy decides order, deferral, refusal and abortion.
+(cache blocks, LoRA pages) is the engine's to say; a policy decides order, deferral, refusal and abortion.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from rankwise.errors import OptionError
+
+#: policies that only the simulator follows (:mod:`rankwise.serve.simulate`) → what an engine would have to do for them
+SIMULATED = {"merge_mode": "merge an adapter into the base's weights while others wait"}
 
 
 class Verdict(enum.Enum):
@@ -160,6 +163,12 @@ def oldest_first(order: Sequence[RequestInfo], state: State, max_wait: float) ->
     aged = sorted((j for j in state.waiting if j.ready and state.now - j.arrival >= max_wait), key=lambda j: j.arrival)
     ids = {j.id for j in aged}
     return [*aged, *(j for j in order if j.id not in ids)], bool(aged)
+
+
+def refuse_unserved(name: str, unserved: str) -> None:
+    """OptionError where an engine would have to do for the policy what it does not (``unserved``; "": nothing)."""
+    if unserved:
+        raise OptionError(f"The policy {name!r} is for the simulator: it wants the engine to {unserved}; use 'default'.")
 
 
 def need(policy: str, **checks: tuple[float, bool, str]) -> None:
