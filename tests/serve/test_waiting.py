@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.serve.engine.prompt_lookup import REACH, PromptLookup, lookup
+from rankwise.serve.engine.prompt_lookup import NGRAM, REACH, PromptLookup
 from rankwise.serve.engine.sampler import SamplerState
 from rankwise.serve.engine.scheduler import SWEPT, WINDOW
 from rankwise.serve.engine.sequence import Sequence
@@ -28,10 +28,24 @@ def made(id: str, tenant: str = "", fetched: Any = None) -> Sequence:
     return Sequence(request, lambda e: None, RequestInfo(id, 0.0, 1, 1, tenant), state, [1], b"", fetched=fetched)
 
 
+def lookup(tokens: list[int], most: int, gram: int = NGRAM) -> tuple[int, ...]:
+    """Up to ``most`` tokens that followed the latest earlier occurrence of the last ``gram`` (then fewer, at least 2) tokens."""
+    n = len(tokens)
+    low = max(0, n - REACH)
+    for size in range(gram, 1, -1):
+        if n < size + 1:
+            continue
+        last = tokens[n - size :]
+        for at in range(n - size - 1, low - 1, -1):
+            if tokens[at : at + size] == last:
+                return tuple(tokens[at + size : at + size + most])
+    return ()
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_it_is_what_a_plain_list_gives(seed: int) -> None:
-    """Beside it a list in order: who comes, is put back in front, goes, and whose adapter is read late."""
+    """Beside it a list in order: who comes, is preempted, and so in front, goes, and whose adapter is read late."""
     rnd, waiting = random.Random(seed), Waiting()
     plain: list[Sequence] = []
     reading: dict[str, Future[Any]] = {}

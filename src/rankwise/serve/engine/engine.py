@@ -75,11 +75,7 @@ class Engine:
         self.pace = Pace(options.max_num_batched_tokens, options.step_seconds, options.train_tokens)
         self.observer: Observer | None = None
         self.inbox = Inbox()
-        self.scheduler = Scheduler(
-            runner.page, total_blocks, index, adapters, policy, options, base, clock, self.pace.prompt_tokens, self._finish
-        )
-        self.scheduler.copies = copies
-        self.scheduler.token_seconds = self.pace.token_seconds
+        self.scheduler = Scheduler(index, total_blocks, adapters, policy, options, base, clock, self.pace, self._finish, copies)
         self.counters: Counter[str] = self.scheduler.counters
         self.steps = self._train_faults = 0
         self.error = ""

@@ -16,13 +16,13 @@ class KVCacheManager:
     """What a request has in the key-value cache.
 
     Args:
-        index: the blocks, ``page`` tokens each.
+        index: the blocks, and which are known by prefix.
         base: fingerprint of the base, the first field of every prefix salt.
         evict: gives up one idle adapter where adapters and blocks share one budget; False where there is none.
     """
 
-    def __init__(self, index: PrefixIndex, page: int, base: str, evict: Callable[[], bool]):
-        self.index, self.page, self.base, self.evict = index, page, base, evict
+    def __init__(self, index: PrefixIndex, base: str, evict: Callable[[], bool]):
+        self.index, self.page, self.base, self.evict = index, index.page, base, evict
 
     def first_link(self, r: Request) -> bytes:
         """The salt of a request's prefix chain."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError
+
+if TYPE_CHECKING:
+    from rankwise.serve.types import Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +44,25 @@ class EngineOptions:
                 raise OptionError(f"{name} = {getattr(self, name)}; it is at least 1.")
         if self.step_seconds is not None and not self.step_seconds > 0:
             raise OptionError(f"step_seconds = {self.step_seconds}; it is above 0, or None for no limit.")
+
+    def check_length(self, r: Request, room: int, cache: int) -> None:
+        """Refuse a request that could not even run alone.
+
+        Args:
+            r: the request.
+            room: tokens that the cache can hold beside its adapter; ``cache``: beside none.
+
+        Raises:
+            OptionError: it is longer than ``room`` or ``max_context``.
+        """
+        limit = room if self.max_context is None else min(room, self.max_context)
+        wanted = len(r.prompt) + r.sampling.max_tokens
+        if wanted > limit:
+            where = " beside its adapter" if limit == room < cache else ""
+            raise OptionError(
+                f"The prompt has {len(r.prompt)} tokens and max_tokens is {r.sampling.max_tokens}: {wanted} together, "
+                f"but a request may have {limit}{where}; shorten one of them."
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

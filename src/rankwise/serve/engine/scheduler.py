@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rankwise.serve.adapters.residency import Residency
     from rankwise.serve.cache.prefix import PrefixIndex
     from rankwise.serve.engine.options import EngineOptions
+    from rankwise.serve.engine.pacing import Pace
     from rankwise.serve.model.decode_tables import RowTables
 
 WINDOW = 64  #: waiting requests that a policy is shown, at least
@@ -42,34 +43,36 @@ class Scheduler:
     """Requests between their arrival and their end.
 
     Args:
-        prompt_tokens: (load of the decoding rows, prompt tokens waiting) → how many of them join a step.
+        index: the prefix index that hands out the ``total_blocks`` of the cache.
+        adapters, policy, options, clock: the engine's.
+        base: fingerprint of the base, the first field of every prefix salt.
+        pace: how many prompt tokens join a step.
         finish: called for a request that ends here (its adapter cannot be read, a policy's verdict).
+        copies: keys and values that the runner keeps a second time, and can do without.
     """
 
     def __init__(
         self,
-        page: int,
-        total_blocks: int,
         index: PrefixIndex,
+        total_blocks: int,
         adapters: Residency,
         policy: Policy,
         options: EngineOptions,
         base: str,
         clock: Callable[[], float],
-        prompt_tokens: Callable[[StepLoad, int], int],
+        pace: Pace,
         finish: Finish,
+        copies: RowTables | None,
     ):
-        self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
-        self.policy, self.options, self.clock, self.finish = policy, options, clock, finish
-        self.prompt_tokens = prompt_tokens
+        self.page, self.total_blocks, self.index, self.adapters = index.page, total_blocks, index, adapters
+        self.policy, self.options, self.clock = policy, options, clock
+        self.pace, self.finish, self.copies = pace, finish, copies
         self.waiting = Waiting()
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
-        self.kv = KVCacheManager(index, page, base, adapters.shrink)
+        self.kv = KVCacheManager(index, base, adapters.shrink)
         self.oom_backoff = OomBackoff()
-        self.copies: RowTables | None = None  # keys and values that the runner keeps a second time, and can do without
         self.step_seconds = 0.0  # of the last step
-        self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
         self._asked = self._spare = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
@@ -122,11 +125,18 @@ class Scheduler:
         for s in shown:
             s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
             s.job.ready = s.fetched is None or s.fetched.done()
-        chunk = max(self.options.max_num_batched_tokens - self.options.max_num_seqs, 1)
         return State(
-            self.clock(), [s.job for s in self.running.values()], [s.job for s in shown],
-            self.index.available(), self.total_blocks, self.page, self.adapters.free_cells(), self.step_seconds, self.token_seconds(), chunk,
-        )  # fmt: skip
+            now=self.clock(),
+            running=[s.job for s in self.running.values()],
+            waiting=[s.job for s in shown],
+            free_blocks=self.index.available(),
+            total_blocks=self.total_blocks,
+            page=self.page,
+            free_cells=self.adapters.free_cells(),
+            step_seconds=self.step_seconds,
+            seconds_per_prompt_token=self.pace.token_seconds(),
+            chunk=max(self.options.max_num_batched_tokens - self.options.max_num_seqs, 1),
+        )
 
     def admit(self) -> None:
         """Try the first of the waiting requests in the policy's order.
@@ -228,15 +238,7 @@ class Scheduler:
         Raises:
             OptionError: it is longer than the cache, its share beside its adapter, or the options' limit.
         """
-        beside = self.adapters.most_blocks(r.adapter) * self.page
-        limit = beside if self.options.max_context is None else min(beside, self.options.max_context)
-        wanted = len(r.prompt) + r.sampling.max_tokens
-        if wanted > limit:
-            where = " beside its adapter" if limit == beside < self.total_blocks * self.page else ""
-            raise OptionError(
-                f"The prompt has {len(r.prompt)} tokens and max_tokens is {r.sampling.max_tokens}: {wanted} together, "
-                f"but a request may have {limit}{where}; shorten one of them."
-            )
+        self.options.check_length(r, self.adapters.most_blocks(r.adapter) * self.page, self.total_blocks * self.page)
 
     def _can_ever(self, seq: Sequence) -> bool:
         """Whether it could run alone, now that it is known what its adapter takes; it is ended where it could not."""
@@ -274,7 +276,7 @@ class Scheduler:
         # preemption may have taken one that is in the list already
         spans = [s for s in spans if s.request in self.running]
         waiting = sum(s.pending for s in self.running.values() if not s.decoding)
-        budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
+        budget = max(self.pace.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
         budget = self.oom_backoff.of_tokens(budget)
         for seq in [s for s in self.running.values() if not s.decoding]:
             n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was preempted for an earlier one
