@@ -77,8 +77,8 @@ class Bench:
     def __init__(self, home: Path):
         (home / "adapters").mkdir()
         self.made: Server = build_server(
-            m0(), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, lora_pages=40),
-            options=EngineOptions(max_running=128), policy="fcfs", share_prefixes=False,
+            m0(), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, max_lora_blocks=40),
+            options=EngineOptions(max_num_seqs=128), policy="fcfs", share_prefixes=False,
         )  # fmt: skip
         self.engine = self.made.engine
         self.stream: TrainStream = beside(self.made, home)

@@ -72,8 +72,8 @@ class RandomSource:
 
 def server(model: Any, pages: int, *, native: bool = False, pack: bool | None = None, loop: bool | None = None) -> Server:
     return build_server(
-        copy.deepcopy(model), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, lora_pages=pages),
-        options=EngineOptions(max_running=BATCH, step_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
+        copy.deepcopy(model), lambda adapter_loader: RandomSource(adapter_loader.layout), sizes=Sizes(kv_tokens=16_384, max_lora_blocks=pages),
+        options=EngineOptions(max_num_seqs=BATCH, max_num_batched_tokens=1024), policy="fcfs", native=native, pack=pack, loop=loop,
         share_prefixes=False,
     )  # fmt: skip
 

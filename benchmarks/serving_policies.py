@@ -18,10 +18,11 @@ from typing import Any
 
 from benchmarks.common import RESULTS, write
 from benchmarks.table import table
-from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit, split
+from rankwise.serve.cache.block_pool import ADAPTER, KV, PoolUnit
 from rankwise.serve.engine.step_time import Coefficients
 from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.pool import SharedBlockPool, split
 from rankwise.serve.simulate.score import Report
 from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator, sent
 from rankwise.serve.simulate.trace import TraceOptions, generate, setting
@@ -32,7 +33,7 @@ PAGE, ROWS, SLO = 16, 14_000, 6.0
 #: 13.5 GB of weights at 600 GB/s; 13.4 GFLOP a token at 70 TFLOP/s above the balance; a row; 2.1 MB a unit of rank; 256 launches
 STEP = Coefficients(22.5e-3 * SLOW, 0.0, 1.9e-4 * SLOW, 8.7e-7 * SLOW, 3.5e-6 * SLOW, 2e-3 * SLOW, knee=64)
 UNITS = {KV: PoolUnit(PAGE * ROW, ROWS // PAGE), ADAPTER: PoolUnit(32 * ROW, ROWS // 32)}
-OPTIONS = SimOptions(page=PAGE, max_running=256, step_tokens=2048, slo=SLO)
+OPTIONS = SimOptions(page=PAGE, max_num_seqs=256, max_num_batched_tokens=2048, slo=SLO)
 POLICIES: dict[str, Any] = {
     "fcfs": "fcfs",
     "fcfs, strict": {"name": "fcfs", "strict": True},
@@ -52,11 +53,11 @@ PUBLISHED = {("rate", 1.0): (1.0, None), ("rate", 1.5): (0.98, None), ("rate", 2
              ("cv", 1.0): (0.27, 0.86), ("cv", 4.0): (0.43, 0.74), ("cv", 8.0): (0.32, 0.64)}  # fmt: skip
 
 
-def unified() -> BlockPool:
-    return BlockPool(UNITS, ROWS * ROW)
+def unified() -> SharedBlockPool:
+    return SharedBlockPool(UNITS, ROWS * ROW)
 
 
-def play(policy: Any, requests: list[Sent], rate: float, pool: Callable[[], BlockPool] = unified) -> tuple[Report, Simulator]:
+def play(policy: Any, requests: list[Sent], rate: float, pool: Callable[[], SharedBlockPool] = unified) -> tuple[Report, Simulator]:
     sim = Simulator(make(policy), pool(), STEP, OPTIONS, PeakTest(PAGE))
     return sim.run(requests, rate), sim
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import socket
@@ -9,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import rankwise as rw
 from rankwise.cli import serve as verb
-from rankwise.cli.main import main
+from rankwise.cli.main import app, main
+from rankwise.serve.adapters.adapter_loader import AdapterLoader
+from rankwise.serve.adapters.source import FolderSource
+from tests.models import llama, move
 
 
 def run(*args: str) -> int:
@@ -29,14 +35,13 @@ def run(*args: str) -> int:
         (["--tensor-parallel", "2", "--adapter-split", "both"], "No way to split adapters is called 'both'"),
         (["--tensor-parallel", "2", "--train", "jobs"], "--train works on one device"),
         (["--adapters", "nowhere"], "'nowhere' is no folder"),
-        (["--adapters", "s3://x", "--adapters", "."], "one sort of them"),
+        (["--adapters", "s3://x", "--adapters", "nowhere"], "'nowhere' is no folder"),
         (["--api-keys", "none.json"], "cannot be read"),
         (["--port", "70000"], "65535"),
         (["--train-data", "."], "give --train FOLDER"),
         (["--train", "/dev/null/x"], "cannot be a folder"),
         (["--train", "jobs", "--train-data", "nowhere"], "'nowhere' is no folder"),
-        (["--train", "jobs", "--adapters", "s3://x"], "one sort of them"),
-        (["--max-batch", "0"], "max-batch"),
+        (["--max-num-seqs", "0"], "max-num-seqs"),
     ],
     ids=str,
 )
@@ -79,6 +84,7 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "words"),
     [
         (["--policy", "nope"], "No policy is called 'nope'"),
+        (["--policy", "merge_mode"], "it wants the engine to merge an adapter into the base's weights while others wait"),
         (["--set", "zz=3"], "has no option 'zz'"),
         (["--set", "slo"], "option=value"),
         (["--kv-tokens", "100"], "no multiple"),
@@ -101,3 +107,37 @@ def test_ends_are_of_the_generation_config_and_of_the_tokenizer() -> None:
     assert verb._ends(config([3, 4]), Has(eos_token_id=5)) == {3, 4, 5}
     assert verb._ends(config(3), Has(eos_token_id=None)) == {3}
     assert verb._ends(config(None), Has(eos_token_id=None)) == frozenset()
+
+
+@pytest.mark.parametrize(("old", "new"), verb.RENAMED.items())
+@pytest.mark.parametrize("joined", [True, False])
+def test_old_options_are_taken_with_one_line(
+    old: str, new: str, joined: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not in --help."""
+    told: list[verb.ServeOptions] = []
+    monkeypatch.setattr(verb, "serve", told.append)
+    main(["serve", "--model", "base", *([f"{old}=7"] if joined else [old, "7"])])
+    assert getattr(told[0], new[2:].replace("-", "_")) == 7
+    assert told[0] == dataclasses.replace(verb.ServeOptions(model="base"), **{new[2:].replace("-", "_"): 7})
+    err = capsys.readouterr().err
+    assert f"{old} is now {new}" in err and len(err.strip().splitlines()) == 1
+    commands: Any = typer.main.get_command(app)
+    shown = {o for p in commands.commands["serve"].params for o in p.opts}
+    assert new in shown and old not in shown
+
+
+def test_folders_and_uris_are_served_together_the_first_given_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
+    roots = [tmp_path / n for n in ("one", "far", "two")]
+    for seed, (root, names) in enumerate(zip(roots, (["a"], ["a", "b"], ["b", "c"]), strict=True)):
+        for name in names:
+            adapter = rw.attach(llama(), {"r": 2})
+            move(adapter, seed=seed)
+            adapter.save(root / name)
+    loader = AdapterLoader(llama())
+    source = verb._source([str(roots[0]), roots[1].as_uri(), str(roots[2])])(loader)
+    assert source.names() == ["a", "b", "c"]
+    for name, root in zip("abc", roots, strict=True):
+        assert source.resolve(name).digest == FolderSource(root, loader).resolve(name).digest
+    assert source.fetch(source.resolve("b")).manifest.name == "b"

@@ -105,7 +105,7 @@ def check_greedy(request: Request, ids: list[int], adapters: tuple[tuple[str, fl
 @functools.cache
 def server(page: int, blocks: int, pages: int, op: str, pack: bool, policy: str, loop: bool | None = None) -> Server:
     """A server of these sizes; one for all scenarios that ask for the same."""
-    sizes = Sizes(kv_tokens=blocks * page, page=page, lora_pages=pages)
+    sizes = Sizes(kv_tokens=blocks * page, page=page, max_lora_blocks=pages)
     return build_server(
         base_model(),
         lambda adapter_loader: FolderSource(folder(), adapter_loader),
@@ -122,8 +122,8 @@ def server(page: int, blocks: int, pages: int, op: str, pack: bool, policy: str,
 def configure(made: Server, **options: Any) -> None:
     """Other options for a server that is idle."""
     engine = made.engine
-    engine.options = engine.queue.options = chosen = EngineOptions(**options)
-    engine.pace.step_tokens, engine.pace.slo = chosen.step_tokens, chosen.step_seconds
+    engine.options = engine.scheduler.options = chosen = EngineOptions(**options)
+    engine.pace.max_num_batched_tokens, engine.pace.slo = chosen.max_num_batched_tokens, chosen.step_seconds
 
 
 @dataclasses.dataclass
@@ -162,12 +162,12 @@ def scenario(seed: int) -> tuple[Run, Server]:
     made = server(*rnd.choice(SERVERS))
     configure(
         made,
-        max_running=rnd.choice([1, 2, 4, 8]),
-        step_tokens=rnd.choice([1, 3, 8, 64]),
+        max_num_seqs=rnd.choice([1, 2, 4, 8]),
+        max_num_batched_tokens=rnd.choice([1, 3, 8, 64]),
         eos=(2,),
         speculate=rnd.choice([0, 0, 2, 5]),
     )
-    made.engine.queue.index.share = rnd.random() < 0.85
+    made.engine.scheduler.index.share = rnd.random() < 0.85
     run = Run()
     due: list[tuple[int, Request]] = []
     for k in range(rnd.randrange(2, 9)):
@@ -244,6 +244,6 @@ def check(run: Run, made: Server) -> None:
 
 def nothing_is_held(made: Server) -> None:
     """No request is known any more, no adapter pinned, and every block can be had."""
-    index = made.engine.queue.index
-    assert not made.engine._ids and not made.cache._pins and not any(s.use.pins for s in made.table.slots.values())
-    assert index.available() == made.engine.queue.total_blocks and not index.refs
+    index = made.engine.scheduler.index
+    assert not made.engine.inbox.ids and not made.cache._pins and not any(s.use.pins for s in made.table.slots.values())
+    assert index.available() == made.engine.scheduler.total_blocks and not index.refs

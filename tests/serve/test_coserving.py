@@ -26,7 +26,7 @@ def made(home: Path) -> tuple[Server, TrainStream, list[torch.Tensor]]:
     (home / "adapters").mkdir(parents=True)
     server = build_server(
         base_model(), lambda adapter_loader: FolderSource([folder(), home / "adapters"], adapter_loader), sizes=Sizes(512, 4, 24),
-        options=EngineOptions(step_tokens=24, train_tokens=64), policy="fcfs", op="reference", pack=False, base="co",
+        options=EngineOptions(max_num_batched_tokens=24, train_tokens=64), policy="fcfs", op="reference", pack=False, base="co",
     )  # fmt: skip
     stream = beside(server, home)
     seen: list[torch.Tensor] = []

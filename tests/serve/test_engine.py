@@ -13,10 +13,12 @@ import torch
 from rankwise.errors import OptionError
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.batch import Role, Span, make_plan
-from rankwise.serve.engine.engine import collect, run_until_idle
+from rankwise.serve.engine.engine import Engine
 from rankwise.serve.engine.step_time import Coefficients
 from rankwise.serve.policies.fcfs import Fcfs
 from rankwise.serve.server import Server, Sizes, build_server
+from rankwise.serve.simulate.drive import collect, run_until_idle
+from rankwise.serve.simulate.merge_mode import MergeMode
 from rankwise.serve.types import Event, Finished, Outcome, Overloaded, Request, Sampling, Token
 from tests.serve.rig import base_model, check_greedy, configure, folder, server
 
@@ -27,12 +29,12 @@ PROMPT = (5, 9, 11, 40, 3, 8, 22, 17, 30)
 def made() -> Any:
     """A server of its own size, with the options that most tests want, whole again after each."""
     made = server(4, 30, 8, "bags", False, "fcfs")
-    configure(made, max_running=4, step_tokens=16)
+    configure(made, max_num_seqs=4, max_num_batched_tokens=16)
     yield made
     made.engine.observer = None
     run_until_idle(made.engine)
-    assert made.engine.queue.index.available() == made.engine.queue.total_blocks
-    assert not any(s.use.pins for s in made.table.slots.values()) and not made.engine._ids
+    assert made.engine.scheduler.index.available() == made.engine.scheduler.total_blocks
+    assert not any(s.use.pins for s in made.table.slots.values()) and not made.engine.inbox.ids
 
 
 def put(made: Server, request: Request) -> list[Event]:
@@ -73,7 +75,7 @@ def test_a_look_counts_what_no_step_has_seen_and_the_pages_in_use(made: Server) 
 
 
 def test_a_full_queue_turns_requests_away(made: Server) -> None:
-    configure(made, max_waiting=1, max_running=1)
+    configure(made, max_waiting=1, max_num_seqs=1)
     put(made, Request("a", PROMPT))
     put(made, Request("b", PROMPT))
     with pytest.raises(Overloaded) as refused:
@@ -152,11 +154,11 @@ def test_an_adapter_that_no_slot_can_hold_ends_its_request_alone() -> None:
 def test_an_adapter_that_is_still_being_read_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where its request has waited so long that what becomes free is kept for it."""
     made = server(4, 30, 8, "bags", False, "default")
-    configure(made, max_running=4, step_tokens=16)
+    configure(made, max_num_seqs=4, max_num_batched_tokens=16)
     policy, fetched = Fcfs(max_wait=0.0), made.engine.adapters.fetch
     reading: Future[Any] = Future()
     monkeypatch.setattr(made.engine, "policy", policy)
-    monkeypatch.setattr(made.engine.queue, "policy", policy)
+    monkeypatch.setattr(made.engine.scheduler, "policy", policy)
     monkeypatch.setattr(made.engine.adapters, "fetch", lambda digest: (fetched(digest), reading)[1])
     digest = made.cache.resolve("eight").digest
     late = put(made, Request("late", PROMPT, Sampling(max_tokens=3), digest))
@@ -173,7 +175,7 @@ def test_an_adapter_that_is_still_being_read_keeps_nobody_waiting(monkeypatch: p
 def test_a_policy_sees_what_prompts_will_cost(made: Server) -> None:
     answer(made, Request("r", PROMPT, Sampling(max_tokens=3)))
     made.engine.pace.model.coefficients = Coefficients(0.1, 0.002, 0.002)
-    state = made.engine.queue._state(())
+    state = made.engine.scheduler._state(())
     assert state.chunk == 12 and state.seconds_per_prompt_token == pytest.approx(0.002)
     assert state.seconds(30) == pytest.approx(3 * state.step_seconds + 0.06)
 
@@ -257,12 +259,12 @@ def test_what_cannot_be_sampled_ends_its_own_request(made: Server) -> None:
 
 
 def test_what_cannot_be_queued_ends_alone_and_a_failing_command_nobody(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = made.engine.queue.first_link
-    monkeypatch.setattr(made.engine.queue, "first_link", lambda r: 1 / 0 if r.id == "ill" else link(r))
+    link = made.engine.scheduler.kv.first_link
+    monkeypatch.setattr(made.engine.scheduler.kv, "first_link", lambda r: 1 / 0 if r.id == "ill" else link(r))
     well, ill = put(made, Request("well", PROMPT, Sampling(max_tokens=3))), put(made, Request("ill", PROMPT))
     made.engine.call(lambda: 1 / 0)
     run_until_idle(made.engine)
-    assert collect(ill)[1].outcome is Outcome.ERROR and "ill" not in made.engine._ids  # type: ignore[union-attr]
+    assert collect(ill)[1].outcome is Outcome.ERROR and "ill" not in made.engine.inbox.ids  # type: ignore[union-attr]
     assert len(collect(well)[0]) == 3
 
 
@@ -274,19 +276,19 @@ def test_full_pages_leave_the_prefixes_alone_and_short_memory_the_adapters() -> 
         small.engine.adapters.fetch(digest).result()
         small.engine.adapters.release(digest)
     answer(small, Request("before", PROMPT, Sampling(max_tokens=2)))
-    idle = len(small.engine.queue.index.idle)
+    idle = len(small.engine.scheduler.index.idle)
     assert idle
     put(small, Request("holds", PROMPT, Sampling(max_tokens=6), a))
     put(small, Request("waits", PROMPT, Sampling(max_tokens=2), b))
     for _ in range(4):
         small.engine.step()
-    assert "waits" in small.engine.queue.waiting and len(small.engine.queue.index.idle) == idle
+    assert "waits" in small.engine.scheduler.waiting and len(small.engine.scheduler.index.idle) == idle
     run_until_idle(small.engine)
     assert small.table.find(b) is not None
     put(small, Request("long", PROMPT * 4, Sampling(max_tokens=8)))
     put(small, Request("too", PROMPT * 4, Sampling(max_tokens=8)))
     small.engine.step()
-    assert "too" in small.engine.queue.waiting and small.table.find(b) is not None
+    assert "too" in small.engine.scheduler.waiting and small.table.find(b) is not None
     run_until_idle(small.engine)
 
 
@@ -296,7 +298,7 @@ def test_guesses_that_come_true_save_steps_and_change_nothing(made: Server) -> N
     before = made.engine.steps
     answer(made, Request("q", prompt, Sampling(max_tokens=20)))
     without = made.engine.steps - before
-    configure(made, speculate=4, max_running=4, step_tokens=16)
+    configure(made, speculate=4, max_num_seqs=4, max_num_batched_tokens=16)
     before = made.engine.steps
     guessed, _ = answer(made, Request("r", prompt, Sampling(max_tokens=20)))
     assert guessed == plain
@@ -323,8 +325,8 @@ def test_a_thread_serves_what_other_threads_send(made: Server) -> None:
     made.engine.stop()
     with pytest.raises(Overloaded, match="going down"):
         put(made, Request("late", PROMPT))
-    made.engine._draining = False
-    made.engine._stopping.clear()
+    made.engine.inbox.draining = False
+    made.engine.inbox.stopping.clear()
 
 
 def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +348,7 @@ def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch
         made.engine.step()
         assert len(collect(mate)[0]) == n and not cold
     read.set()
-    made.engine.queue.waiting["cold"].fetched.result(60)  # type: ignore[union-attr]
+    made.engine.scheduler.waiting["cold"].fetched.result(60)  # type: ignore[union-attr]
     before = len(collect(mate)[0])
     made.engine.step()
     assert len(collect(mate)[0]) == before + 1 and len(collect(cold)[0]) == 1
@@ -376,13 +378,13 @@ def test_a_chunk_that_is_not_finite_is_never_shared(made: Server, monkeypatch: p
     assert answer(made, Request("again", prompt, Sampling(max_tokens=4)))[1].reused == 20  # type: ignore[union-attr]
 
 
-def test_what_was_put_back_takes_nothing_in_the_same_step(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_preempted_takes_nothing_in_the_same_step(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     allocate, left = made.pool.allocate, [None]
     monkeypatch.setattr(made.pool, "allocate", lambda *a: left.pop() if left else allocate(*a))
     old, young = (put(made, Request(n, PROMPT[4 * i :], Sampling(max_tokens=3))) for i, n in enumerate(("old", "young")))
     made.engine.step()
-    assert not left and list(made.engine.queue.running) == ["old"]
-    assert made.engine.queue.waiting["young"].blocks == []
+    assert not left and list(made.engine.scheduler.running) == ["old"]
+    assert made.engine.scheduler.waiting["young"].blocks == []
     run_until_idle(made.engine)
     for i, (name, events) in enumerate((("old", old), ("young", young))):
         check_greedy(Request(name, PROMPT[4 * i :]), collect(events)[0], ())
@@ -390,19 +392,19 @@ def test_what_was_put_back_takes_nothing_in_the_same_step(made: Server, monkeypa
 
 def test_a_request_that_comes_while_the_engine_stops_is_refused_or_ended(made: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look whether requests are taken and the queue: whoever was let in is told how it ended."""
-    do, stopping = made.engine._do, threading.Thread(target=made.engine.stop)
+    do, stopping = made.engine.inbox.put, threading.Thread(target=made.engine.stop)
 
     def late(command: Any) -> None:
         stopping.start()
         stopping.join(0.3)
         do(command)
 
-    monkeypatch.setattr(made.engine, "_do", late)
+    monkeypatch.setattr(made.engine.inbox, "put", late)
     events = put(made, Request("r", PROMPT))
     stopping.join(10)
     assert [e.outcome for e in events if isinstance(e, Finished)] == [Outcome.CANCELLED]
-    made.engine._draining = False
-    made.engine._stopping.clear()
+    made.engine.inbox.draining = False
+    made.engine.inbox.stopping.clear()
 
 
 def test_faults_of_training_beside_end_no_request_and_lasting_ones_the_training(
@@ -461,7 +463,7 @@ def test_training_fills_what_a_limit_leaves_and_yields_where_there_is_none(made:
     assert one(1.0) == [(1000, 1.0)] * 4 + [(alone, None)], "more than a window's worth"
 
 
-def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
+def test_a_policy_that_only_the_simulator_can_follow_is_refused(made: Server) -> None:
     for policy in ("merge_mode", {"name": "chain", "rules": ["fcfs", "merge_mode"]}):
         with pytest.raises(OptionError, match="is for the simulator: it wants the engine to merge an adapter"):
             build_server(
@@ -471,3 +473,6 @@ def test_a_policy_that_only_the_simulator_can_follow_is_refused() -> None:
                 op="reference",
                 policy=policy,
             )
+    e = made.engine
+    with pytest.raises(OptionError, match="is for the simulator"):
+        Engine(e.runner, e.scheduler.index, e.adapters, MergeMode(), total_blocks=8)

@@ -114,7 +114,7 @@ def backlog(weights: dict[str, float], long: int = 60) -> tuple[list[tuple[float
 def test_the_service_of_two_tenants_that_always_wait_stays_within_a_constant() -> None:
     seen, _ = backlog({})
     assert len(seen) > 200
-    bound = 2 * max(60, 2 * OPTIONS.max_running * 30)  # the largest prompt, or what a batch makes until it ends
+    bound = 2 * max(60, 2 * OPTIONS.max_num_seqs * 30)  # the largest prompt, or what a batch makes until it ends
     assert max(abs(a - b) for a, b, _ in seen) <= bound
     early, late = (max(abs(a - b) for a, b, _ in part) for part in (seen[: len(seen) // 2], seen[len(seen) // 2 :]))
     assert late < 2 * early + 60, "the difference grows with time"

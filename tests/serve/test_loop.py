@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def _served(model: Any, **options: Any) -> Any:
     return build_server(
-        copy.deepcopy(model), lambda _: None, sizes=Sizes(kv_tokens=1024, page=8, lora_pages=2), op="reference", **options
+        copy.deepcopy(model), lambda _: None, sizes=Sizes(kv_tokens=1024, page=8, max_lora_blocks=2), op="reference", **options
     ).runner  # type: ignore[arg-type,return-value]
 
 

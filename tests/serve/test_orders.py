@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rankwise.errors import OptionError
 from rankwise.serve.policies.base import State, Verdict
 from rankwise.serve.policies.chain import ChainPolicy
 from rankwise.serve.policies.cluster import Cluster
@@ -179,6 +180,8 @@ def test_switching_costs_at_most_three_times_the_best_plan(costs: list[tuple[int
 
 
 def test_a_hot_adapter_is_merged_and_those_held_back_take_it_back() -> None:
+    with pytest.raises(OptionError, match="price = 0"):
+        MergeMode(price=0)
     policy = MergeMode(delta=0.5, price=3.0, credit=6.0)
     hot = [job(f"h{i}", adapter="H") for i in range(4)]
     policy.order(state([], hot))

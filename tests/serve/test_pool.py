@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rankwise.errors import OptionError, UnknownName
-from rankwise.serve.cache.block_pool import ADAPTER, KV, TRAIN_ACTIVATION, BlockPool, PoolUnit, split
+from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
 from rankwise.serve.ops.base import Group, LoraPages
+from rankwise.serve.simulate.pool import SharedBlockPool, split
 
-UNITS = {KV: PoolUnit(16, 12), ADAPTER: PoolUnit(40, 5), TRAIN_ACTIVATION: PoolUnit(24, 6)}
-FLOORS = {ADAPTER: 80, TRAIN_ACTIVATION: 30}
+TRAIN = "train"  # any third tag
+UNITS = {KV: PoolUnit(16, 12), ADAPTER: PoolUnit(40, 5), TRAIN: PoolUnit(24, 6)}
+FLOORS = {ADAPTER: 80, TRAIN: 30}
 BUDGET = 300
 TAGS = st.sampled_from(sorted(UNITS))
 OWNERS = st.sampled_from(["a", "b", "c", ""])
@@ -28,7 +30,7 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(floors=st.booleans(), shuffled=st.booleans())
     def start(self, floors: bool, shuffled: bool) -> None:
         self.floors = FLOORS if floors else {}
-        self.pool = BlockPool(UNITS, BUDGET, self.floors, random.Random(0) if shuffled else None)
+        self.pool = SharedBlockPool(UNITS, BUDGET, self.floors, random.Random(0) if shuffled else None)
         self.held: Counter[tuple[str, str, int]] = Counter()
 
     def units(self, tag: str) -> set[int]:
@@ -128,7 +130,7 @@ TestPool = PoolMachine.TestCase
 
 
 def test_owners_are_named() -> None:
-    pool = BlockPool({KV: PoolUnit(1, 3)})
+    pool = SharedBlockPool({KV: PoolUnit(1, 3)})
     (i,) = pool.allocate(1, KV, "request") or ()
     pool.share([i], KV, "index")
     assert set(pool.owners(i, KV)) == {"request", "index"}
@@ -137,7 +139,7 @@ def test_owners_are_named() -> None:
 
 def test_a_unified_pool_holds_what_a_split_one_cannot() -> None:
     units = {KV: PoolUnit(10, 100), ADAPTER: PoolUnit(10, 100)}
-    unified, halves = BlockPool(units, 1000), split(units, {KV: 0.5, ADAPTER: 0.5}, 1000)
+    unified, halves = SharedBlockPool(units, 1000), split(units, {KV: 0.5, ADAPTER: 0.5}, 1000)
     assert unified.allocate(80, KV) is not None and halves.allocate(80, KV) is None
     assert halves.allocate(50, KV) is not None and halves.room(ADAPTER) == 50
     assert unified.room(ADAPTER) == 20
@@ -148,7 +150,7 @@ def test_adapters_read_back_bit_for_bit_wherever_their_pages_lie() -> None:
     for seed in range(5):
         rng = random.Random(seed)
         pages = LoraPages([group], 12)
-        pool = BlockPool({ADAPTER: PoolUnit(pages.page_bytes, 12)}, shuffle=rng)
+        pool = SharedBlockPool({ADAPTER: PoolUnit(pages.page_bytes, 12)}, shuffle=rng)
         written: dict[str, tuple[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         for n in range(60):
             if written and rng.random() < 0.4:
@@ -171,15 +173,28 @@ def test_adapters_read_back_bit_for_bit_wherever_their_pages_lie() -> None:
     ("make", "error", "says"),
     [
         (lambda: PoolUnit(0, 3), OptionError, "at least 1 byte"),
-        (lambda: BlockPool(UNITS, 100, {KV: 90, ADAPTER: 80}), OptionError, "170 bytes, more than the budget of 100"),
-        (lambda: BlockPool(UNITS, 1000, {KV: 1000}), OptionError, "12 units are 192"),
-        (lambda: BlockPool(UNITS, 1000, {"kw": 1}), UnknownName, "did you mean 'kv'"),
-        (lambda: BlockPool(UNITS).allocate(1, "adaptor"), UnknownName, "did you mean 'adapter'"),
-        (lambda: BlockPool(UNITS).allocate(-1, KV), OptionError, "0 or more"),
-        (lambda: BlockPool(UNITS).share([0], KV), OptionError, "held by nobody"),
+        (lambda: SharedBlockPool(UNITS, 100, {KV: 90, ADAPTER: 80}), OptionError, "170 bytes, more than the budget of 100"),
+        (lambda: SharedBlockPool(UNITS, 1000, {KV: 1000}), OptionError, "12 units are 192"),
+        (lambda: SharedBlockPool(UNITS, 1000, {"kw": 1}), UnknownName, "did you mean 'kv'"),
+        (lambda: SharedBlockPool(UNITS).allocate(1, "adaptor"), UnknownName, "did you mean 'adapter'"),
+        (lambda: SharedBlockPool(UNITS).allocate(-1, KV), OptionError, "0 or more"),
+        (lambda: SharedBlockPool(UNITS).share([0], KV), OptionError, "held by nobody"),
         (lambda: split(UNITS, {KV: 1.0}, 100), OptionError, "add up to 1"),
     ],
 )
 def test_wrong_input_is_one_sentence(make, error, says) -> None:
     with pytest.raises(error, match=says):
         make()
+
+
+def test_the_pool_of_a_server_takes_back_what_it_gave_and_nothing_else() -> None:
+    """It counts no references: an id is taken or free."""
+    pool = BlockPool({KV: PoolUnit(8, 4), ADAPTER: PoolUnit(8, 4)}, 40)
+    ids = pool.allocate(3, KV)
+    assert ids == (0, 1, 2) and pool.room(ADAPTER) == 2 and pool.allocate(2, KV) is None
+    for wrong in ([3], [0, 0]):
+        with pytest.raises(OptionError, match="gives back kv"):
+            pool.free(wrong, KV)
+    assert pool.used(KV) == 3
+    pool.free(ids[::-1], KV)
+    assert pool.used_bytes == 0 and pool.room(KV) == 4 and pool.peak == 24

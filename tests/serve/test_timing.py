@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from rankwise.errors import OptionError
 from rankwise.serve.engine.step_time import (
     Coefficients,
-    ReplicaLoad,
     StepBudget,
     StepLoad,
     StepTime,
     nonnegative,
-    route,
-    routing_cost,
 )
+from rankwise.serve.simulate.routing import ReplicaLoad, route, routing_cost
 
 TRUE = Coefficients(4e-3, 2e-5, 3e-4, 1e-6, 5e-6, 8e-4, knee=32)
 
@@ -84,7 +82,7 @@ def test_nonnegative_least_squares_agree_with_scipy(seed: int, k: int, n: int) -
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 40), st.integers(0, 300), st.integers(0, 300), st.floats(1e-3, 0.1))
 def test_a_split_is_the_largest_that_fits(rows: int, prefill: int, train: int, slo: float) -> None:
-    budget = StepBudget(TRUE.seconds, step_tokens=200, least_prefill=8)
+    budget = StepBudget(TRUE.seconds, max_num_batched_tokens=200, least_prefill=8)
     decode = StepLoad(rows, rows * 50, 8)
 
     def most(load: StepLoad, limit: int) -> int:
@@ -100,7 +98,7 @@ def test_a_split_is_the_largest_that_fits(rows: int, prefill: int, train: int, s
 
 
 def test_prompts_go_on_however_tight_the_limit_and_training_yields() -> None:
-    budget = StepBudget(TRUE.seconds, step_tokens=64, least_prefill=16)
+    budget = StepBudget(TRUE.seconds, max_num_batched_tokens=64, least_prefill=16)
     assert budget.split(StepLoad(10, 500), 100, 100, 1e-9) == (16, 0)
     assert budget.split(StepLoad(64, 500), 100, 100, 1.0) == (0, 0)
     assert budget.split(StepLoad(0), 0, 100, 1.0) == (0, 64)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.serve.engine.engine import collect, run_until_idle
-from rankwise.serve.engine.prompt_lookup import REACH, PromptLookup, lookup
+from rankwise.serve.engine.prompt_lookup import NGRAM, REACH, PromptLookup
 from rankwise.serve.engine.sampler import SamplerState
 from rankwise.serve.engine.scheduler import SWEPT, WINDOW
 from rankwise.serve.engine.sequence import Sequence
 from rankwise.serve.engine.waiting import Waiting
 from rankwise.serve.policies.base import RequestInfo, Rule
+from rankwise.serve.simulate.drive import collect, run_until_idle
 from rankwise.serve.types import Event, Outcome, Request, Sampling, UnknownAdapter
 from tests.serve.rig import configure, server
 
@@ -28,10 +28,24 @@ def made(id: str, tenant: str = "", fetched: Any = None) -> Sequence:
     return Sequence(request, lambda e: None, RequestInfo(id, 0.0, 1, 1, tenant), state, [1], b"", fetched=fetched)
 
 
+def lookup(tokens: list[int], most: int, gram: int = NGRAM) -> tuple[int, ...]:
+    """Up to ``most`` tokens that followed the latest earlier occurrence of the last ``gram`` (then fewer, at least 2) tokens."""
+    n = len(tokens)
+    low = max(0, n - REACH)
+    for size in range(gram, 1, -1):
+        if n < size + 1:
+            continue
+        last = tokens[n - size :]
+        for at in range(n - size - 1, low - 1, -1):
+            if tokens[at : at + size] == last:
+                return tuple(tokens[at + size : at + size + most])
+    return ()
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_it_is_what_a_plain_list_gives(seed: int) -> None:
-    """Beside it a list in order: who comes, is put back in front, goes, and whose adapter is read late."""
+    """Beside it a list in order: who comes, is preempted, and so in front, goes, and whose adapter is read late."""
     rnd, waiting = random.Random(seed), Waiting()
     plain: list[Sequence] = []
     reading: dict[str, Future[Any]] = {}
@@ -114,13 +128,13 @@ class Counting(Rule):
 def work(waiting: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int, int]:
     """(most that a policy was shown, verdicts, looks at adapters, looks at blocks) in 20 steps behind a long queue."""
     one = server(4, 20, 8, "bags", False, "fcfs")
-    configure(one, max_running=6, max_waiting=3000, step_tokens=16)
+    configure(one, max_num_seqs=6, max_waiting=3000, max_num_batched_tokens=16)
     policy, looks, matched = Counting(), Counter[str](), Counter[str]()
-    resident, match = one.engine.adapters.resident, one.engine.queue.index.match
+    resident, match = one.engine.adapters.resident, one.engine.scheduler.index.match
     monkeypatch.setattr(one.engine, "policy", policy)
-    monkeypatch.setattr(one.engine.queue, "policy", policy)
+    monkeypatch.setattr(one.engine.scheduler, "policy", policy)
     monkeypatch.setattr(one.engine.adapters, "resident", lambda d: (looks.update("x"), resident(d))[1])
-    monkeypatch.setattr(one.engine.queue.index, "match", lambda links: (matched.update("x"), match(links))[1])
+    monkeypatch.setattr(one.engine.scheduler.index, "match", lambda links: (matched.update("x"), match(links))[1])
     digest = one.cache.resolve("one").digest
     one.cache.fetch(digest).result(60)
     events: list[list[Event]] = [[] for _ in range(waiting)]
@@ -129,7 +143,7 @@ def work(waiting: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int, 
         one.engine.submit(request, mine.append)
     for _ in range(20):
         one.engine.step()
-    assert len(one.engine.queue.waiting) > waiting - 30
+    assert len(one.engine.scheduler.waiting) > waiting - 30
     for i in range(waiting):
         one.engine.cancel(f"r{i}")
     run_until_idle(one.engine)
@@ -144,7 +158,7 @@ def test_a_steps_work_does_not_grow_with_the_queue(monkeypatch: pytest.MonkeyPat
 
 def test_who_waits_out_of_sight_is_told_when_it_is_too_late_or_its_adapter_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     one = server(4, 30, 8, "bags", False, "default")
-    configure(one, max_running=1, max_waiting=3000, step_tokens=16)
+    configure(one, max_num_seqs=1, max_waiting=3000, max_num_batched_tokens=16)
     fetched, reading = one.engine.adapters.fetch, Future[Any]()
     digest = one.cache.resolve("eight").digest
     for i in range(300):
@@ -158,7 +172,7 @@ def test_who_waits_out_of_sight_is_told_when_it_is_too_late_or_its_adapter_is_lo
     reading.set_exception(UnknownAdapter("It is gone."))
     for _ in range(2 + 302 // SWEPT):
         one.engine.step()
-    assert len(one.engine.queue.waiting) >= 298
+    assert len(one.engine.scheduler.waiting) >= 298
     assert [getattr(e, "outcome", None) for e in late] == [Outcome.ABORTED]
     assert [getattr(e, "outcome", None) for e in lost] == [Outcome.REJECTED]
     for i in range(300):

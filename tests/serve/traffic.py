@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
+from rankwise.serve.cache.block_pool import ADAPTER, KV, PoolUnit
 from rankwise.serve.engine.step_time import Coefficients
 from rankwise.serve.policies.base import Policy, RequestInfo, State
 from rankwise.serve.policies.chain import ChainPolicy
 from rankwise.serve.simulate.admission import PeakTest
+from rankwise.serve.simulate.pool import SharedBlockPool
 from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator
 from rankwise.serve.simulate.trace import TraceOptions, generate
 
 TRUE = Coefficients(8e-3, 2e-4, 3e-4, 2e-7, 2e-5, 8e-4, knee=16)
-OPTIONS = SimOptions(page=8, max_running=8, step_tokens=64, slo=2.0)
+OPTIONS = SimOptions(page=8, max_num_seqs=8, max_num_batched_tokens=64, slo=2.0)
 
 
-def make_pool(blocks: int = 200, pages: int = 200, budget: int | None = None) -> BlockPool:
+def make_pool(blocks: int = 200, pages: int = 200, budget: int | None = None) -> SharedBlockPool:
     """A block and a page of one byte each."""
-    return BlockPool({KV: PoolUnit(1, blocks), ADAPTER: PoolUnit(1, pages)}, budget)
+    return SharedBlockPool({KV: PoolUnit(1, blocks), ADAPTER: PoolUnit(1, pages)}, budget)
 
 
 class Spy(ChainPolicy):
@@ -37,7 +38,7 @@ class Spy(ChainPolicy):
 
 def simulator(
     policy: Policy,
-    pool: BlockPool | None = None,
+    pool: SharedBlockPool | None = None,
     options: SimOptions = OPTIONS,
     *,
     peak: bool = True,

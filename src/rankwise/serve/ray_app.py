@@ -35,7 +35,7 @@ class Replica:
     """One server process, watched by Ray.
 
     Args:
-        model, adapters: as for ``rankwise serve``; ``options``: its other options (``{"max-batch": 16}``).
+        model, adapters: as for ``rankwise serve``; ``options``: its other options (``{"max-num-seqs": 16}``).
     """
 
     def __init__(self, model: str, adapters: str | None, options: Mapping[str, Any]):

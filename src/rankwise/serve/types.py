@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from rankwise.errors import OptionError, RankwiseError
@@ -158,3 +158,5 @@ class Finished:
 
 
 Event = Token | Finished
+#: name, value, labels: the engine reports a timing, a size or a count.  Called on the engine's thread, so quick, and never raises
+Observer = Callable[[str, float, Mapping[str, str]], None]

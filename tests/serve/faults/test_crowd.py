@@ -21,7 +21,7 @@ LONGEST = 6
 @pytest.mark.parametrize("count", [256, pytest.param(2_000, marks=pytest.mark.soak), pytest.param(20_000, marks=pytest.mark.soak)])
 def test_a_crowd_of_which_a_fifth_goes_away(count: int) -> None:
     rnd, made = random.Random(count), server(4, 24, 5, "bags", True, "default")
-    configure(made, max_running=8, max_waiting=30, step_tokens=24)
+    configure(made, max_num_seqs=8, max_waiting=30, max_num_batched_tokens=24)
     engine, seen = made.engine, Counter[str]()
     digests = [digest_of(made, k) for k in KINDS]
     events: dict[str, list[Event]] = {}

@@ -93,7 +93,7 @@ def failing(made: Server, what: str, fails: FailingAt, how: str = "error") -> It
 @pytest.fixture(scope="module")
 def made() -> Server:
     made = server(4, 14, 3, "bags", True, "fcfs")
-    configure(made, max_running=3, step_tokens=8)
+    configure(made, max_num_seqs=3, max_num_batched_tokens=8)
     logging.getLogger("rankwise.serve").setLevel(logging.ERROR)
     return made
 
@@ -104,7 +104,7 @@ def mixed(names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
 
 def requests(made: Server) -> list[Request]:
     """All work, each time under the same ids; what earlier runs left in memory is freed first."""
-    made.engine.queue.index.shrink(10**6)
+    made.engine.scheduler.index.shrink(10**6)
     while made.table.shrink():
         pass
     made.cache.relieve()
@@ -128,8 +128,8 @@ def served(made: Server, fails: FailingAt, what: str, how: str = "error") -> lis
         for request, mine in zip(todo, events, strict=True):
             made.engine.submit(request, mine.append)
         while not made.engine.idle():
-            made.engine._drain_commands()
-            for s in list(made.engine.queue.waiting.values()):
+            made.engine.inbox.run_all()
+            for s in list(made.engine.scheduler.waiting.values()):
                 if s.fetched is not None:  # it is read by another thread; waited for, so that every run is the same
                     s.fetched.exception(60)
             made.engine.step()

@@ -25,7 +25,7 @@ def shared(blocks: int, pages: int, **sizes: Any) -> Server:
     page = server(4, 14, 3, "bags", True, "fcfs").table._pages.page_bytes
     return build_server(
         base_model(), lambda intake: FolderSource(folder(), intake), op="bags", pack=True, policy="fcfs",
-        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * page, **sizes), options=EngineOptions(max_running=3, step_tokens=16),
+        sizes=Sizes(kv_tokens=160, page=4, memory=blocks * BLOCK + pages * page, **sizes), options=EngineOptions(max_num_seqs=3, max_num_batched_tokens=16),
     )  # fmt: skip
 
 
@@ -69,12 +69,12 @@ def test_an_adapter_larger_than_its_header_said_ends_its_request(monkeypatch: py
 
 def test_copies_of_decoding_rows_are_told_and_bounded() -> None:
     for tokens, some in ((None, True), (3 * 64, True), (3 * 64 - 1, False), (0, False)):
-        made = shared(40, 1, row_tokens=tokens)
+        made = shared(40, 1, decode_cache_tokens=tokens)
         events: list[Event] = []
         made.engine.submit(Request("r", PROMPT, Sampling(max_tokens=5)), events.append)
         run_until_idle(made.engine)
         check_greedy(Request("r", PROMPT), collect(events)[0], ())
         held = made.engine.stats().copies_bytes
         assert held == (3 * 64 * BLOCK // 4 if some else 0)
-    with pytest.raises(OptionError, match="row_tokens = -1"):
-        Sizes(row_tokens=-1)
+    with pytest.raises(OptionError, match="decode_cache_tokens = -1"):
+        Sizes(decode_cache_tokens=-1)

@@ -100,7 +100,7 @@ class Live:
         self, root: Path, keys: Keys | None = None, options: dict[str, Any] | None = None, registry: Path | None = None, **more: Any
     ):
         behind = build_server(
-            copy.deepcopy(base()[0]), lambda adapter_loader: FolderSource(root, adapter_loader), sizes=Sizes(kv_tokens=BLOCKS * PAGE, page=PAGE, lora_pages=16),
+            copy.deepcopy(base()[0]), lambda adapter_loader: FolderSource(root, adapter_loader), sizes=Sizes(kv_tokens=BLOCKS * PAGE, page=PAGE, max_lora_blocks=16),
             options=EngineOptions(eos=(1,), **(options or {})), op="bags", pack=False, registry=registry,
         )  # fmt: skip
         self.root, self.engine, self.cache, self.table = root, behind.engine, behind.cache, behind.table

@@ -179,7 +179,7 @@ def test_slow_senders_do_not_slow_the_others(live: Live) -> None:
 
 
 def test_a_full_queue_is_a_429_with_a_time(live: Live) -> None:
-    with serving(live.root, options={"max_waiting": 1, "max_running": 1}) as small:
+    with serving(live.root, options={"max_waiting": 1, "max_num_seqs": 1}) as small:
         small.slow.seconds = 0.05
         r = post(small, GOOD | {"n": 3})
         refused(r, 429, "overloaded")
@@ -208,7 +208,7 @@ def test_a_reader_who_stops_is_bounded(live: Live, bounds: dict[str, Any]) -> No
 
 
 def test_a_deadline_that_cannot_be_kept_is_a_504(live: Live) -> None:
-    with serving(live.root, options={"max_running": 1}) as small:
+    with serving(live.root, options={"max_num_seqs": 1}) as small:
         small.slow.seconds = 0.05
         first = threading.Thread(target=lambda: post(small, GOOD | {"max_tokens": 30, "ignore_eos": True}))
         first.start()

@@ -281,14 +281,14 @@ def test_no_memory_for_a_request_is_a_429_and_for_an_adapter_too(client: Any, li
 
 
 def test_a_fault_outside_the_forward_ends_requests_and_not_the_engine(client: Any, live: Live) -> None:
-    plain = live.engine.queue.policy
-    live.engine.queue.policy = None  # type: ignore[assignment]
+    plain = live.engine.scheduler.policy
+    live.engine.scheduler.policy = None  # type: ignore[assignment]
     try:
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model="ada", prompt=PROMPT, max_tokens=4)
         assert not live.engine.stats().healthy
     finally:
-        live.engine.queue.policy = plain
+        live.engine.scheduler.policy = plain
     assert client.completions.create(model="ada", prompt=PROMPT, max_tokens=4).choices[0].text
     assert live.engine.stats().healthy
     wait(live.empty)

@@ -17,13 +17,13 @@ from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.adapters.non_lora_changes import Constant, Offset, Weighted
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.batch import BASE, Role, Span, make_plan
-from rankwise.serve.engine.engine import run_until_idle
 from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
 from rankwise.serve.parallel.device import DevicePages
 from rankwise.serve.parallel.non_lora_changes import local
 from rankwise.serve.parallel.shares import shares
 from rankwise.serve.server import Sizes, build_server
+from rankwise.serve.simulate.drive import run_until_idle
 from rankwise.serve.types import AdapterRefused, Outcome
 from tests.serve import rig
 from tests.serve.parallel.team import Threads
@@ -34,8 +34,8 @@ SERVED = ("one", "three", "eight", "nine", "rs", "dora")
 
 def made(team: Any, split: str, **more: Any) -> Any:
     return build_server(
-        rig.base_model(), lambda adapter_loader: FolderSource(rig.folder(), adapter_loader), sizes=Sizes(kv_tokens=160, page=4, lora_pages=8), policy="fcfs",
-        base="rig", team=team, adapter_split=split, options=EngineOptions(max_running=6, step_tokens=8, speculate=2), pack=False, **more,
+        rig.base_model(), lambda adapter_loader: FolderSource(rig.folder(), adapter_loader), sizes=Sizes(kv_tokens=160, page=4, max_lora_blocks=8), policy="fcfs",
+        base="rig", team=team, adapter_split=split, options=EngineOptions(max_num_seqs=6, max_num_batched_tokens=8, speculate=2), pack=False, **more,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def plan_of(ids: tuple[int, ...], slot: int) -> Any:
 def test_a_device_holds_its_part_of_pages_and_cache() -> None:
     """Of pages, an N-th where the sides divide; of keys and values its heads'; all of both with one device."""
     alone = build_server(
-        rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, lora_pages=8), pack=False
+        rig.base_model(), lambda i: FolderSource(rig.folder(), i), sizes=Sizes(kv_tokens=160, page=4, max_lora_blocks=8), pack=False
     )
     team = Threads(rig.base_model, 2)
     server = made(team, "split")

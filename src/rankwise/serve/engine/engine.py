@@ -1,4 +1,4 @@
-"""The step loop: one thread owns every tensor; requests enter by a queue and leave as events.
+"""The step loop: one thread owns every tensor; requests come through :class:`~rankwise.serve.engine.inbox.Inbox` and leave as events.
 
 A step: commands → admission → plan → forward → sample → publish → training in what is left.  Decoding rows are in every
 step; prompts fill the rest of its token budget in chunks (:mod:`rankwise.serve.engine.scheduler`).
@@ -10,40 +10,37 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from rankwise.errors import OptionError, RankwiseError
+from rankwise.errors import RankwiseError
 from rankwise.host import release_workers
 from rankwise.serve.batch import Role, Span, TokenPlan, make_plan
 from rankwise.serve.engine.inbox import Inbox
-from rankwise.serve.engine.options import EngineOptions
+from rankwise.serve.engine.options import EngineOptions, EngineStats
 from rankwise.serve.engine.pacing import Pace, TrainingWork
 from rankwise.serve.engine.prompt_lookup import verified
-from rankwise.serve.engine.sampler import Drawn, SamplerState, sample
+from rankwise.serve.engine.sampler import Drawn, sample
 from rankwise.serve.engine.scheduler import Scheduler
-from rankwise.serve.engine.sequence import Sequence
 from rankwise.serve.memory import no_memory
-from rankwise.serve.policies.base import Policy, RequestInfo
-from rankwise.serve.types import Event, Finished, Outcome, Request, ServeError, Token
+from rankwise.serve.policies.base import Policy, refuse_unserved
+from rankwise.serve.types import Event, Finished, Observer, Outcome, Request, Token
 
 if TYPE_CHECKING:
+    from rankwise.serve.adapters.residency import Residency
     from rankwise.serve.cache.prefix import PrefixIndex
-    from rankwise.serve.engine.interfaces import Copies, Residency
+    from rankwise.serve.engine.sequence import Sequence
+    from rankwise.serve.model.decode_tables import RowTables
     from rankwise.serve.model.runner import Runner
 
 TRAIN_FAULTS = 3  #: in a row, after which training beside serving is ended
 log = logging.getLogger("rankwise.serve")
-Observer = Callable[[str, float, Mapping[str, str]], None]
 
 
-class Engine(Inbox):
-    """Serves requests over one runner.
-
-    Raises:
-        OptionError: a policy that only the simulator can follow.
+class Engine:
+    """Serves requests over one runner.  What has no underscore may be called from any thread, :meth:`step` aside.
 
     Args:
         runner, index, adapters, policy: see their modules.
@@ -52,6 +49,9 @@ class Engine(Inbox):
         clock: seconds; a virtual one makes every test instant.
         copies: what the runner keeps a second time and can do without.
         stream: training beside serving, within what :class:`~rankwise.serve.engine.pacing.Pace` leaves it.
+
+    Raises:
+        OptionError: a policy that only the simulator can follow.
     """
 
     def __init__(
@@ -66,27 +66,66 @@ class Engine(Inbox):
         base: str = "",
         clock: Callable[[], float] = time.monotonic,
         stream: TrainingWork | None = None,
-        copies: Copies | None = None,
+        copies: RowTables | None = None,
     ):
-        super().__init__()
-        if policy.unserved:
-            raise OptionError(
-                f"The policy {policy.name!r} is for the simulator: it wants the engine to {policy.unserved}; use 'default'."
-            )
+        refuse_unserved(policy.name, policy.unserved)
         options = options or EngineOptions()
         self.runner, self.adapters, self.policy, self.options, self.clock = runner, adapters, policy, options, clock
         self.stream = stream
-        self.pace = Pace(options.step_tokens, options.step_seconds, options.train_tokens)
+        self.pace = Pace(options.max_num_batched_tokens, options.step_seconds, options.train_tokens)
         self.observer: Observer | None = None
-        self.queue = Scheduler(
-            runner.page, total_blocks, index, adapters, policy, options, base, clock, self.pace.prompt_tokens, self._finish
-        )
-        self.queue.copies = copies
-        self.queue.token_seconds = self.pace.token_seconds
-        self.counters: Counter[str] = self.queue.counters
+        self.inbox = Inbox()
+        self.scheduler = Scheduler(index, total_blocks, adapters, policy, options, base, clock, self.pace, self._finish, copies)
+        self.counters: Counter[str] = self.scheduler.counters
         self.steps = self._train_faults = 0
         self.error = ""
         self._thread: threading.Thread | None = None
+
+    # --- from any thread ------------------------------------------------------------------------------------------
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
+        """Queue a request; its events come on the engine's thread, :class:`~rankwise.serve.types.Finished` last.
+
+        Raises:
+            OptionError: longer than a request may be; an id that is in use.
+            Overloaded: the queue is full, or the engine is going down.
+        """
+        self.scheduler.check_length(request)
+        most = self.options.max_waiting + self.options.max_num_seqs
+        self.inbox.submit(request.id, lambda: self._add(request, on_event), most)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within a step; nothing happens where it has ended already."""
+        self.inbox.put(lambda: self._cancel(request_id))
+
+    def call(self, fn: Callable[[], object]) -> None:
+        """Run ``fn`` on the engine's thread between two steps; what it raises is logged and concerns no request."""
+        self.inbox.put(lambda: self._call(fn))
+
+    def wanted(self) -> bool:
+        """Whether anything has come in since this step began."""
+        return self.inbox.wake.is_set()
+
+    def idle(self) -> bool:
+        """Nothing runs, nothing waits, nothing has come in."""
+        return not self.scheduler.running and not self.scheduler.waiting and self.inbox.commands.empty()
+
+    def stats(self) -> EngineStats:
+        """A look at the engine; what was submitted and not yet seen by a step is waiting too."""
+        s, (lora_pages_used, lora_pages_total) = self.scheduler, self.adapters.lora_pages_held()
+        return EngineStats(
+            running=(running := len(s.running)),
+            waiting=max(len(self.inbox.ids) - running, 0),
+            kv_used=s.total_blocks - s.index.available(),
+            kv_total=s.total_blocks,
+            steps=self.steps,
+            step_seconds=s.step_seconds,
+            healthy=not self.error,
+            error=self.error,
+            counters=dict(self.counters),
+            lora_pages_used=lora_pages_used,
+            lora_pages_total=lora_pages_total,
+            copies_bytes=0 if s.copies is None else s.copies.nbytes,
+        )
 
     # --- life -----------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -97,21 +136,19 @@ class Engine(Inbox):
 
     def stop(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Take no more requests; ``drain``: finish those that are here, for up to ``timeout`` seconds; cancel the rest."""
-        with self._lock:
-            self._draining = True
+        self.inbox.drain()
         end = time.monotonic() + timeout
-        while drain and self._ids and time.monotonic() < end and self._thread is not None and self._thread.is_alive():
+        while drain and self.inbox.ids and time.monotonic() < end and self._thread is not None and self._thread.is_alive():
             time.sleep(0.005)
-        self._stopping.set()
-        self._wake.set()
+        self.inbox.stop()
         if self._thread is not None:
             self._thread.join(timeout)
-        self._drain_commands()
-        for seq in [*self.queue.running.values(), *self.queue.waiting.values()]:
+        self.inbox.run_all()
+        for seq in [*self.scheduler.running.values(), *self.scheduler.waiting.values()]:
             self._finish(seq, Outcome.CANCELLED, "The server is going down.")
 
     def _loop(self) -> None:
-        while not self._stopping.is_set():
+        while not self.inbox.stopping.is_set():
             try:
                 busy = self.step()
             except Exception as error:  # outside the forward it is not known whom it concerns: nobody is left waiting
@@ -119,14 +156,14 @@ class Engine(Inbox):
                 self._fail(error)
             if not busy:
                 # adapters being read wake the loop when they are there; the wait bounds what a lost wake costs
-                self._wake.wait(0.05)
+                self.inbox.wake.wait(0.05)
 
     def _fail(self, error: Exception) -> None:
         """End every request with an error, and go on."""
         log.error("the engine failed outside a forward", exc_info=error)
         self.error = f"{type(error).__name__}: {error}"
         self.counters["faults"] += 1
-        for seq in [*self.queue.running.values(), *self.queue.waiting.values()]:
+        for seq in [*self.scheduler.running.values(), *self.scheduler.waiting.values()]:
             try:
                 self._finish(seq, Outcome.ERROR, "The engine failed; the request was not completed.")
             except Exception:
@@ -135,82 +172,54 @@ class Engine(Inbox):
     # --- one step -------------------------------------------------------------------------------------------------
     def step(self) -> bool:
         """Everything of one step; True where there was something to compute."""
-        self._drain_commands()
-        self.queue.admit()
-        for seconds in self.queue.take_queued():
+        self.inbox.run_all()
+        self.scheduler.admit()
+        for seconds in self.scheduler.take_queued():
             self._observe("queue_seconds", seconds)
-        spans = self.queue.spans()
+        spans = self.scheduler.spans()
         if spans:
             self._serve(spans)
         return self._beside(bool(spans)) or bool(spans)
 
-    def _take(self, request: Request, emit: Callable[[Event], None]) -> None:
-        """Queue a request, or end it alone where that fails."""
-        job = RequestInfo(
-            request.id, self.clock(), len(request.prompt), request.sampling.max_tokens, request.tenant, request.adapter,
-            deadline=request.deadline,
-        )  # fmt: skip
-        seq: Sequence | None = None
+    def _add(self, request: Request, emit: Callable[[Event], None]) -> None:
+        seq = self.scheduler.add_request(request, emit)
+        if seq is not None and seq.fetched is not None:
+            # after the waiting queue's own callback, so that the step it wakes finds the adapter
+            seq.fetched.add_done_callback(lambda _: self.inbox.wake.set())
+
+    def _call(self, fn: Callable[[], object]) -> None:
         try:
-            first = self.queue.first_link(request)
-            state = SamplerState.of(request.sampling, self.options.seed, request.id)
-            seq = Sequence(request, emit, job, state, list(request.prompt), first)
-            self._fetch(seq)
+            fn()
         except Exception as error:
-            # it may not have come so far as to be one
-            self._untaken(seq or Sequence(request, emit, job, None, list(request.prompt), b""), error)  # type: ignore[arg-type]
-        else:
-            self.queue.waiting.push(seq)
-            if seq.fetched is not None:
-                seq.fetched.add_done_callback(
-                    lambda _: self._wake.set()
-                )  # after the queue's own, so that the step it wakes finds it
-
-    def _fetch(self, seq: Sequence) -> None:
-        """Have its adapter read."""
-        digest = seq.request.adapter
-        if digest is not None:
-            seq.fetched = self.adapters.fetch(digest)
-            seq.job.lora_pages = self.adapters.lora_pages(digest)
-
-    def _untaken(self, seq: Sequence, error: Exception) -> None:
-        """End a request that could not be queued, by why it could not."""
-        self.queue.waiting.push(seq)
-        if isinstance(error, ServeError):
-            self._finish(seq, Outcome.REJECTED, str(error), error)
-        elif no_memory(error):
-            self.queue.turn_away(seq)
-        else:
-            log.error("request %s could not be queued", seq.request.id, exc_info=error)
             self.counters["faults"] += 1
-            self._finish(seq, Outcome.ERROR, "The engine could not queue the request.")
+            log.error("a command between two steps failed", exc_info=error)
 
     def _cancel(self, request_id: str) -> None:
-        seq = self.queue.running.get(request_id) or self.queue.waiting.get(request_id)
+        seq = self.scheduler.running.get(request_id) or self.scheduler.waiting.get(request_id)
         if seq is not None:
             self._finish(seq, Outcome.CANCELLED)
 
     # --- the forward ----------------------------------------------------------------------------------------------
     def _serve(self, spans: list[Span]) -> None:
-        start, load = self.clock(), self.queue.load(spans)
+        start, load = self.clock(), self.scheduler.load(spans)
         try:
             plan = make_plan(spans, self.runner.page)
-            seqs = [self.queue.running[s.request] for s in plan.spans]
+            seqs = [self.scheduler.running[s.request] for s in plan.spans]
             finite, drawn = self._drawn(plan, seqs)
         except Exception as error:
-            self._failed([self.queue.running[s.request] for s in spans], load.tokens, error)
+            self._failed([self.scheduler.running[s.request] for s in spans], load.tokens, error)
             return
         self.error = ""
         self._advance(plan, seqs, finite, drawn)
-        self.queue.shortage.went_well(self.options.max_running, self.options.step_tokens)
+        self.scheduler.oom_backoff.went_well(self.options.max_num_seqs, self.options.max_num_batched_tokens)
         self.steps += 1
-        self.queue.step_seconds = self.clock() - start
-        self._report_step(plan, self.pace.served(load, self.queue.step_seconds))
+        self.scheduler.step_seconds = self.clock() - start
+        self._report_step(plan, self.pace.served(load, self.scheduler.step_seconds))
 
     def _failed(self, seqs: list[Sequence], tokens: int, error: Exception) -> None:
         """A step did not come to its end, so none of its requests has moved."""
         if no_memory(error):
-            self.queue.make_way(seqs, tokens)
+            self.scheduler.make_way(seqs, tokens)
             return
         # a fault of the model or a kernel: these requests end, the others go on
         log.error("a step failed: %s", error, exc_info=None if isinstance(error, RankwiseError) else error)
@@ -244,35 +253,24 @@ class Engine(Inbox):
             seq.short = 0
             seq.computed += len(span.tokens) - max(span.samples - 1, 0) + max(len(right) - 1, 0)
             if span.samples and span.role is not Role.VERIFY:
-                self._complete(seq)  # not before logits that hang on all of its tokens have been seen to be finite
+                self.scheduler.kv.enter_full(seq)  # not before logits that hang on all of its tokens have been seen to be finite
             for token in right:
-                if seq.request.id in self.queue.running:
+                if seq.request.id in self.scheduler.running:
                     self._publish(seq, token)
                     produced[seq.request.id] = produced.get(seq.request.id, 0) + 1
             if span.role is Role.VERIFY:
                 self.counters["guesses"] += span.samples - 1
                 self.counters["guesses_right"] += len(right) - 1
-                if seq.request.id in self.queue.running:
-                    self._complete(seq)
+                if seq.request.id in self.scheduler.running:
+                    self.scheduler.kv.enter_full(seq)
         self.policy.stepped(produced, [s.job for s in seqs], self.clock())
-
-    def _complete(self, seq: Sequence) -> None:
-        """Enter the blocks that have become full."""
-        page = self.runner.page
-        while (seq.full + 1) * page <= seq.computed:
-            at = seq.full * page
-            seq.chain = self.queue.index.complete(seq.blocks[seq.full], seq.chain, seq.tokens[at : at + page])
-            seq.full += 1
 
     def _publish(self, seq: Sequence, token: Drawn) -> None:
         now = self.clock()
-        self._observe(
-            *(
-                ("time_to_first_token_seconds", now - seq.job.arrival)
-                if seq.last is None
-                else ("inter_token_seconds", now - seq.last)
-            )
-        )
+        if seq.last is None:
+            self._observe("time_to_first_token_seconds", now - seq.job.arrival)
+        else:
+            self._observe("inter_token_seconds", now - seq.last)
         seq.last = now
         index = seq.generated
         seq.tokens.append(token.id)
@@ -294,14 +292,13 @@ class Engine(Inbox):
 
     def _finish(self, seq: Sequence, outcome: Outcome, message: str = "", error: RankwiseError | None = None) -> None:
         r = seq.request
-        was_running = self.queue.running.pop(r.id, None) is not None
-        if not was_running and self.queue.waiting.pop(r.id) is None:
+        was_running = self.scheduler.running.pop(r.id, None) is not None
+        if not was_running and self.scheduler.waiting.pop(r.id) is None:
             return
-        self.queue.let_go(seq)
+        self.scheduler.free(seq)
         if r.adapter is not None and seq.fetched is not None:
             self.adapters.release(r.adapter)
-        with self._lock:
-            self._ids.discard(r.id)
+        self.inbox.forget(r.id)
         self.counters[f"requests_{outcome.value}"] += 1
         self.counters["prompt_tokens"] += seq.prompt if seq.generated else 0
         self._observe("request_seconds", self.clock() - seq.job.arrival)
@@ -328,8 +325,8 @@ class Engine(Inbox):
         """Training in what this step left; True where some was done."""
         if self.stream is None or not self.stream.ready():
             return False
-        share = self.pace.training_tokens(self.queue.step_seconds) if served else self.options.idle_train_tokens
-        left = self.pace.slo - self.queue.step_seconds if served and self.pace.slo is not None else None
+        share = self.pace.training_tokens(self.scheduler.step_seconds) if served else self.options.idle_train_tokens
+        left = self.pace.slo - self.scheduler.step_seconds if served and self.pace.slo is not None else None
         start = self.clock()
         # within a limit of its own a step keeps nobody waiting for longer, and taking newcomers in one by one costs a step each
         done = self.stream.run(share, left) if share > 0 else 0
@@ -342,7 +339,7 @@ class Engine(Inbox):
         if self.observer is None:
             return
         kind = "mixed" if any(s.role is Role.PREFILL for s in plan.spans) else "decode"
-        self._observe("step_seconds", self.queue.step_seconds, kind=kind)
+        self._observe("step_seconds", self.scheduler.step_seconds, kind=kind)
         self._observe("step_tokens", plan.T)
         self._observe("step_time_model_error_ratio", error)
         self._observe("distinct_adapters_per_step", len({s.slot for s in plan.segments}))
@@ -350,23 +347,3 @@ class Engine(Inbox):
     def _observe(self, name: str, value: float, **labels: str) -> None:
         if self.observer is not None:
             self.observer(name, value, labels)
-
-
-def run_until_idle(engine: Engine, most: int = 100_000) -> int:
-    """Step an engine without a thread until nothing is left; the number of steps.
-
-    Raises:
-        RankwiseError: still busy after ``most`` steps.
-    """
-    for n in range(most):
-        if engine.idle():
-            return n
-        engine.step()
-    raise RankwiseError(f"The engine is still busy after {most} steps.")
-
-
-def collect(events: Iterable[Event]) -> tuple[list[int], Finished | None]:
-    """(token ids, the last event) of one request's events."""
-    ids = [e.id for e in events if isinstance(e, Token)]
-    done = [e for e in events if isinstance(e, Finished)]
-    return ids, done[-1] if done else None

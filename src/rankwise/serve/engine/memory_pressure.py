@@ -1,8 +1,8 @@
-"""When the computer's memory runs out: how it is told, and how much smaller the next steps are.
+"""When the computer's memory runs out: how much smaller the next steps are.
 
-What is reserved (cache blocks, LoRA pages) is the scheduler's to share out and never runs out unforeseen.  What a
-step allocates beside it may: then idle adapters go, the younger requests wait, and a request that finds no memory even alone is
-told to come back.  Steps grow again as they go well.
+What is reserved (cache blocks, LoRA pages) is the scheduler's to share out and never runs out unforeseen.  What a step
+allocates beside it may: then idle adapters are let go, recent requests are preempted, and a request that finds no memory even
+alone is answered 429 with Retry-After.  Steps grow again as they go well.
 """
 
 from __future__ import annotations

@@ -33,11 +33,11 @@ class Pace:
     """The budget of each step.
 
     Attributes:
-        step_tokens: most tokens of a step; ``slo``: seconds a serving step may take, training included (None: no limit).
+        max_num_batched_tokens: most tokens of a step; ``slo``: seconds a serving step may take, training included (None: no limit).
         train_tokens: training tokens beside a serving step where there is no ``slo``.
     """
 
-    step_tokens: int
+    max_num_batched_tokens: int
     slo: float | None = None
     train_tokens: int = 32
     model: StepTime = dataclasses.field(default_factory=StepTime)
@@ -45,12 +45,12 @@ class Pace:
 
     def prompt_tokens(self, decode: StepLoad, waiting: int) -> int:
         """Prompt tokens beside the decoding rows, so that the step stays within the limit; some always move."""
-        budget = StepBudget(self.model.predict, self.step_tokens)
+        budget = StepBudget(self.model.predict, self.max_num_batched_tokens)
         return budget.split(decode, waiting, 0, self.slo)[0]
 
     def token_seconds(self) -> float:
         """Predicted seconds of one prompt token more, the mean over a full step; 0 before the first step."""
-        more = max(self.step_tokens - 1, 1)
+        more = max(self.max_num_batched_tokens - 1, 1)
         return (self.model.predict(StepLoad(1 + more)) - self.model.predict(StepLoad(1))) / more
 
     def training_tokens(self, spent: float) -> int:

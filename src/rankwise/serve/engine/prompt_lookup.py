@@ -1,4 +1,4 @@
-"""Guesses by prompt look-up: what followed the last tokens when they stood earlier in the same request is tried again."""
+"""Speculative tokens by prompt look-up (n-grams): what followed the last tokens when they stood earlier in the same request is tried again."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ if TYPE_CHECKING:
     from rankwise.serve.batch import Span
     from rankwise.serve.engine.sampler import Drawn
 
-GRAM = 3  #: tokens that must recur; shorter runs are tried where this one does not
+NGRAM = 3  #: tokens that must recur; shorter runs are tried where this one does not
 REACH = 1024  #: how far back is looked
 
 
 class PromptLookup:
-    """Where each run of 2 … :data:`GRAM` tokens of one request stood last, kept up as tokens come: a guess is a look-up a run.
-
-    The same guesses as :func:`lookup`, the definition.
-    """
+    """Where each run of 2 … :data:`NGRAM` tokens of one request stood last, kept up as tokens come: a guess is one look-up."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}
@@ -28,28 +25,14 @@ class PromptLookup:
         n = len(tokens)
         start = max(0, n - REACH) if self._seen is None else self._seen
         for at in range(start, n - 2):
-            for size in range(2, min(GRAM, n - 1 - at) + 1):
+            for size in range(2, min(NGRAM, n - 1 - at) + 1):
                 self._last[tuple(tokens[at : at + size])] = at
-        self._seen = max(start, n - GRAM)  # the last runs of all but the shortest were not whole yet
-        for size in range(min(GRAM, n - 1), 1, -1):
+        self._seen = max(start, n - NGRAM)  # the last runs of all but the shortest were not whole yet
+        for size in range(min(NGRAM, n - 1), 1, -1):
             at = self._last.get(tuple(tokens[n - size :]), -1)
             if at >= max(0, n - REACH):
                 return tuple(tokens[at + size : at + size + most])
         return ()
-
-
-def lookup(tokens: Sequence[int], most: int, gram: int = GRAM) -> tuple[int, ...]:
-    """Up to ``most`` tokens that followed the latest earlier occurrence of the last ``gram`` (then fewer, at least 2) tokens."""
-    n = len(tokens)
-    low = max(0, n - REACH)
-    for size in range(gram, 1, -1):
-        if n < size + 1:
-            continue
-        last = list(tokens[n - size :])
-        for at in range(n - size - 1, low - 1, -1):
-            if list(tokens[at : at + size]) == last:
-                return tuple(tokens[at + size : at + size + most])
-    return ()
 
 
 def verified(span: Span, drawn: list[Drawn]) -> list[Drawn]:

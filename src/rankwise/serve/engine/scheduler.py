@@ -1,7 +1,7 @@
 """Who runs: waiting and running requests, their blocks and slots, and the spans of the next step.
 
-What does not fit waits; where a running request must grow and nothing is left, the youngest is put back (its tokens are
-kept, their keys and values found or computed again), so a step never fails for want of room.
+What does not fit waits; where a running request must grow and nothing is left, the most recent one is preempted: its tokens are
+kept, their keys and values found or computed again later.  So a step never fails for want of room.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError, RankwiseError
 from rankwise.serve.batch import BASE, Role, Span
-from rankwise.serve.cache.prefix import PrefixIndex, salt
+from rankwise.serve.engine.kv_cache_manager import KVCacheManager
 from rankwise.serve.engine.memory_pressure import TRIES, OomBackoff
 from rankwise.serve.engine.prompt_lookup import PromptLookup
+from rankwise.serve.engine.sampler import SamplerState
 from rankwise.serve.engine.sequence import Sequence
 from rankwise.serve.engine.step_time import StepLoad
 from rankwise.serve.engine.waiting import Waiting
 from rankwise.serve.memory import no_memory
 from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, tried
-from rankwise.serve.types import Outcome, Overloaded, Request
+from rankwise.serve.types import Event, Outcome, Overloaded, Request, ServeError
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
-    from rankwise.serve.engine.interfaces import Copies, Residency
+    from rankwise.serve.adapters.residency import Residency
+    from rankwise.serve.cache.prefix import PrefixIndex
     from rankwise.serve.engine.options import EngineOptions
+    from rankwise.serve.engine.pacing import Pace
+    from rankwise.serve.model.decode_tables import RowTables
 
 WINDOW = 64  #: waiting requests that a policy is shown, at least
 SWEPT = 32  #: waiting requests that are looked at in a step whether or not there is a place
@@ -39,33 +43,36 @@ class Scheduler:
     """Requests between their arrival and their end.
 
     Args:
-        prompt_tokens: (load of the decoding rows, prompt tokens waiting) → how many of them join a step.
+        index: the prefix index that hands out the ``total_blocks`` of the cache.
+        adapters, policy, options, clock: the engine's.
+        base: fingerprint of the base, the first field of every prefix salt.
+        pace: how many prompt tokens join a step.
         finish: called for a request that ends here (its adapter cannot be read, a policy's verdict).
+        copies: keys and values that the runner keeps a second time, and can do without.
     """
 
     def __init__(
         self,
-        page: int,
-        total_blocks: int,
         index: PrefixIndex,
+        total_blocks: int,
         adapters: Residency,
         policy: Policy,
         options: EngineOptions,
         base: str,
         clock: Callable[[], float],
-        prompt_tokens: Callable[[StepLoad, int], int],
+        pace: Pace,
         finish: Finish,
+        copies: RowTables | None,
     ):
-        self.page, self.total_blocks, self.index, self.adapters = page, total_blocks, index, adapters
-        self.policy, self.options, self.base, self.clock, self.finish = policy, options, base, clock, finish
-        self.prompt_tokens = prompt_tokens
+        self.page, self.total_blocks, self.index, self.adapters = index.page, total_blocks, index, adapters
+        self.policy, self.options, self.clock = policy, options, clock
+        self.pace, self.finish, self.copies = pace, finish, copies
         self.waiting = Waiting()
         self.running: dict[str, Sequence] = {}
         self.counters: Counter[str] = Counter()
-        self.shortage = OomBackoff()
-        self.copies: Copies | None = None
+        self.kv = KVCacheManager(index, base, adapters.shrink)
+        self.oom_backoff = OomBackoff()
         self.step_seconds = 0.0  # of the last step
-        self.token_seconds: Callable[[], float] = lambda: 0.0  # predicted time of one prompt token more in a step
         self._asked = self._spare = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
@@ -74,6 +81,43 @@ class Scheduler:
         taken, self.queued = self.queued, []
         return taken
 
+    # --- arrival --------------------------------------------------------------------------------------------------
+    def add_request(self, request: Request, emit: Callable[[Event], None]) -> Sequence | None:
+        """Have its adapter read and let it wait; None where that fails, which ends it alone."""
+        job = RequestInfo(
+            request.id,
+            self.clock(),
+            len(request.prompt),
+            request.sampling.max_tokens,
+            request.tenant,
+            request.adapter,
+            deadline=request.deadline,
+        )
+        seq = Sequence(request, emit, job, None, list(request.prompt), b"")  # type: ignore[arg-type]  # what may fail comes below
+        try:
+            seq.chain = self.kv.first_link(request)
+            seq.sampler = SamplerState.of(request.sampling, self.options.seed, request.id)
+            if request.adapter is not None:
+                seq.fetched = self.adapters.fetch(request.adapter)
+                job.lora_pages = self.adapters.lora_pages(request.adapter)
+        except Exception as error:
+            self._refuse(seq, error)
+            return None
+        self.waiting.push(seq)
+        return seq
+
+    def _refuse(self, seq: Sequence, error: Exception) -> None:
+        """End a request that could not be queued, by why it could not."""
+        self.waiting.push(seq)
+        if isinstance(error, ServeError):
+            self.finish(seq, Outcome.REJECTED, str(error), error)
+        elif no_memory(error):
+            self.turn_away(seq)
+        else:
+            log.error("request %s could not be queued", seq.request.id, exc_info=error)
+            self.counters["faults"] += 1
+            self.finish(seq, Outcome.ERROR, "The engine could not queue the request.", None)
+
     # --- admission ------------------------------------------------------------------------------------------------
     def _state(self, shown: Iterable[Sequence]) -> State:
         """What a policy sees; ``shown``: of those that wait."""
@@ -81,11 +125,18 @@ class Scheduler:
         for s in shown:
             s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
             s.job.ready = s.fetched is None or s.fetched.done()
-        chunk = max(self.options.step_tokens - self.options.max_running, 1)
         return State(
-            self.clock(), [s.job for s in self.running.values()], [s.job for s in shown],
-            self.index.available(), self.total_blocks, self.page, self.adapters.free_lora_pages(), self.step_seconds, self.token_seconds(), chunk,
-        )  # fmt: skip
+            now=self.clock(),
+            running=[s.job for s in self.running.values()],
+            waiting=[s.job for s in shown],
+            free_blocks=self.index.available(),
+            total_blocks=self.total_blocks,
+            page=self.page,
+            free_lora_pages=self.adapters.free_lora_pages(),
+            step_seconds=self.step_seconds,
+            seconds_per_prompt_token=self.pace.token_seconds(),
+            chunk=max(self.options.max_num_batched_tokens - self.options.max_num_seqs, 1),
+        )
 
     def admit(self) -> None:
         """Try the first of the waiting requests in the policy's order.
@@ -99,7 +150,7 @@ class Scheduler:
         if len(self.running) >= self._places() and self._asked % 16:
             return
         self._spare = self._spared()
-        state = self._state(self.waiting.window(max(WINDOW, 2 * self.options.max_running)))
+        state = self._state(self.waiting.window(max(WINDOW, 2 * self.options.max_num_seqs)))
         for job, verdict in tried(self.policy, state, self._fits):
             if verdict is not Verdict.ADMIT:
                 self._let_go(self.waiting[job.id], verdict)
@@ -137,15 +188,15 @@ class Scheduler:
             return False
         served = None if seq.fetched is None else seq.fetched.result()
         if not seq.blocks:
-            self._match(seq)
-        fits = self._room(self._lacking(seq) + self._spare)
+            self.kv.match(seq)
+        fits = self.kv.room(self.kv.lacking(seq) + self._spare)
         slot: int | None = BASE
         if fits and served is not None:
             slot = self._slot(seq, served)
             if seq.request.id not in self.waiting:
                 return False
         if not fits or slot is None:
-            self._unmatch(seq)
+            self.kv.reset(seq)
             return False
         seq.slot = slot
         now = self.clock()
@@ -159,11 +210,11 @@ class Scheduler:
         return True
 
     def _spared(self) -> int:
-        """Blocks that running requests have yet to take, and one more for each, so that one newly let in is not put back at once."""
-        return sum(self._lacking(s) + 1 for s in self.running.values())
+        """Blocks that running requests have yet to take, and one more for each, so that one newly let in is not preempted at once."""
+        return sum(self.kv.lacking(s) + 1 for s in self.running.values())
 
     def _places(self) -> int:
-        return self.shortage.of_requests(self.options.max_running)
+        return self.oom_backoff.of_requests(self.options.max_num_seqs)
 
     def _slot(self, seq: Sequence, served: LoadedAdapter) -> int | None:
         """Its adapter's slot, or None where there is no room now; the request may have ended."""
@@ -181,25 +232,13 @@ class Scheduler:
                 self.finish(seq, Outcome.ERROR, "The engine failed to place its adapter.", None)
         return None
 
-    def _lacking(self, seq: Sequence) -> int:
-        """Blocks that a request takes for the tokens it has and the next one."""
-        return max(-(-(len(seq.tokens) + 1) // self.page) - len(seq.blocks), 0)
-
     def check_length(self, r: Request) -> None:
         """Refuse a request that could not even run alone.
 
         Raises:
             OptionError: it is longer than the cache, its share beside its adapter, or the options' limit.
         """
-        beside = self.adapters.most_blocks(r.adapter) * self.page
-        limit = beside if self.options.max_context is None else min(beside, self.options.max_context)
-        wanted = len(r.prompt) + r.sampling.max_tokens
-        if wanted > limit:
-            where = " beside its adapter" if limit == beside < self.total_blocks * self.page else ""
-            raise OptionError(
-                f"The prompt has {len(r.prompt)} tokens and max_tokens is {r.sampling.max_tokens}: {wanted} together, "
-                f"but a request may have {limit}{where}; shorten one of them."
-            )
+        self.options.check_length(r, self.adapters.most_blocks(r.adapter) * self.page, self.total_blocks * self.page)
 
     def _can_ever(self, seq: Sequence) -> bool:
         """Whether it could run alone, now that it is known what its adapter takes; it is ended where it could not."""
@@ -227,51 +266,22 @@ class Scheduler:
             self.finish(seq, Outcome.REJECTED if kind else Outcome.ERROR, str(error), kind)
         return error is not None
 
-    def _match(self, seq: Sequence) -> None:
-        if len(seq.links) * self.page + self.page < len(seq.tokens):
-            seq.links = self.index.chain(self.first_link(seq.request), seq.tokens)
-        seq.blocks = self.index.match(seq.links)
-        seq.full = len(seq.blocks)
-        seq.computed = seq.reused = seq.full * self.page
-        seq.chain = seq.links[seq.full - 1] if seq.full else seq.chain
-
-    def _unmatch(self, seq: Sequence) -> None:
-        """Back to before :meth:`_match`: what waits holds no block."""
-        self.index.release(seq.blocks)
-        self._reset(seq)
-
-    def _reset(self, seq: Sequence) -> None:
-        seq.blocks, seq.computed, seq.full, seq.reused = [], 0, 0, 0
-        seq.chain = self.first_link(seq.request)
-
-    def first_link(self, r: Request) -> bytes:
-        """The salt of a request's prefix chain."""
-        return salt({"base": self.base, "adapter": r.adapter or "", "tenant": r.tenant, "salt": r.salt})
-
-    def _room(self, blocks: int) -> bool:
-        """Whether ``blocks`` can be taken; idle adapters make way for them where both live on one budget."""
-        if self.index.ids() < blocks:
-            return False  # ids are short, which no adapter's memory makes more
-        while self.index.available() < blocks:
-            if not self.adapters.shrink():
-                return False
-        return True
-
     # --- the plan -------------------------------------------------------------------------------------------------
     def spans(self) -> list[Span]:
         """The spans of the next step: every decoding row (with its guesses, where there is room), then prompts in chunks."""
         spans: list[Span] = []
         for seq in [s for s in self.running.values() if s.decoding]:
-            if seq.request.id in self.running and self._grow(seq, len(seq.tokens), preempt=True):
+            if seq.request.id in self.running and self._grow(seq, len(seq.tokens)):
                 spans.append(self._span(seq, 1, self._guesses(seq)))
-        # putting a request back may have taken one that is in the list already
+        # preemption may have taken one that is in the list already
         spans = [s for s in spans if s.request in self.running]
         waiting = sum(s.pending for s in self.running.values() if not s.decoding)
-        budget = max(self.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
-        budget = self.shortage.of_tokens(budget)
+        budget = max(self.pace.prompt_tokens(self.load(spans), waiting), 0 if spans else 1) if waiting else 0
+        budget = self.oom_backoff.of_tokens(budget)
         for seq in [s for s in self.running.values() if not s.decoding]:
-            n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was put back for an earlier one
-            if n and self._grow(seq, seq.computed + n, preempt=not spans):
+            n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was preempted for an earlier one
+            grow = self.kv.grow if spans else self._grow  # a prompt preempts nobody in a step that has work already
+            if n and grow(seq, seq.computed + n):
                 spans.append(self._span(seq, n))
                 budget -= n
         return [s for s in spans if s.request in self.running]
@@ -287,9 +297,9 @@ class Scheduler:
         most = min(self.options.speculate, seq.request.sampling.max_tokens - seq.generated - 1)
         if most < 1 or not seq.sampler.plain:
             return ()
-        seq.grams = seq.grams or PromptLookup()
-        guesses = seq.grams.guess(seq.tokens, most)
-        return guesses if guesses and self._grow(seq, len(seq.tokens) + len(guesses), preempt=False) else ()
+        seq.prompt_lookup = seq.prompt_lookup or PromptLookup()
+        guesses = seq.prompt_lookup.guess(seq.tokens, most)
+        return guesses if guesses and self.kv.grow(seq, len(seq.tokens) + len(guesses)) else ()
 
     def _span(self, seq: Sequence, n: int, guesses: tuple[int, ...] = ()) -> Span:
         at = seq.computed
@@ -298,53 +308,42 @@ class Scheduler:
         samples = 1 + len(guesses) if n == seq.pending else 0
         return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples, seq.serial)
 
-    def _grow(self, seq: Sequence, tokens: int, *, preempt: bool) -> bool:
-        """Blocks for ``tokens`` tokens of ``seq``; ``preempt``: the youngest request is put back where there is no room."""
-        wanted = -(-tokens // self.page) - len(seq.blocks)
-        while wanted > 0:
-            if self._room(wanted):
-                taken = self.index.take(wanted)
-                if taken is not None:
-                    seq.blocks += taken
-                    return True
-            if not preempt:
-                return False
-            youngest = self._youngest()
-            self._put_back(youngest)
-            if youngest is seq:
+    def _grow(self, seq: Sequence, tokens: int) -> bool:
+        """Blocks for ``tokens`` tokens of ``seq``; the most recent requests are preempted for them, ``seq`` last (False)."""
+        while not self.kv.grow(seq, tokens):
+            if self._preempt_last() is seq:
                 return False
         return True
 
-    def _youngest(self) -> Sequence:
-        return max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
-
-    def _put_back(self, seq: Sequence) -> None:
-        """From running to waiting: its tokens stay, their keys and values will be computed (or found) again."""
+    def _preempt_last(self) -> Sequence:
+        """The request that began last goes from running to waiting; its keys and values will be computed (or found) again."""
+        seq = max(self.running.values(), key=lambda s: (s.job.started or 0.0, s.job.arrival))
         self.counters["preemptions"] += 1
         del self.running[seq.request.id]
-        self.let_go(seq)
-        self._reset(seq)
+        self.free(seq)
+        self.kv.reset(seq)
         self.waiting.push(seq, front=True)
+        return seq
 
-    def let_go(self, seq: Sequence) -> None:
-        self.index.release(seq.blocks)
-        seq.blocks = []
+    def free(self, seq: Sequence) -> None:
+        """Let go of its blocks and of its adapter's slot."""
+        self.kv.release(seq)
         if seq.slot != BASE:
             self.adapters.leave(seq.slot)
             seq.slot = BASE
 
     # --- when memory runs out -------------------------------------------------------------------------------------
     def make_way(self, seqs: Iterable[Sequence], tokens: int) -> None:
-        """A step of ``seqs`` and ``tokens`` found no memory: what is idle goes, the younger half waits, and steps are smaller."""
+        """A step of ``seqs`` and ``tokens`` found no memory: what is idle goes, the more recent half is preempted, and steps are smaller."""
         seqs = list(seqs)
         log.warning("memory ran out in a step of %d requests and %d tokens; the next are smaller", len(seqs), tokens)
-        self.shortage.failed(len(seqs), tokens)
+        self.oom_backoff.failed(len(seqs), tokens)
         if len(seqs) == 1:
             self._found_none(seqs[0], True)
         else:
             self._relieve(copies=True)
         while len(self.running) > self._places():
-            self._put_back(self._youngest())
+            self._preempt_last()
 
     def _found_none(self, seq: Sequence, alone: bool) -> None:
         """A request found no memory; it is tried again, unless it was ``alone`` and that often enough."""
@@ -361,6 +360,6 @@ class Scheduler:
             self.copies.relieve()
 
     def turn_away(self, seq: Sequence) -> None:
-        """End a request for which there is no memory, with the word to come back."""
+        """End a request for which there is no memory: 429 with Retry-After."""
         error = Overloaded("The server has no memory left for this request; try again later.", 5.0)
         self.finish(seq, Outcome.REJECTED, str(error), error)

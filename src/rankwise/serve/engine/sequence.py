@@ -30,7 +30,7 @@ class Sequence:
         fetched: the adapter's numbers, while they are being read and after.
         reused: tokens found in the index when it entered; ``links``: the hashes they are looked up by.
         short: times in a row that it found no memory, alone;
-        grams: where its runs of tokens stand, once guesses are made from them;
+        prompt_lookup: its n-grams, once guesses are made from them;
         last: when its last token came; ``serial``: a number that no other request ever has.
     """
 
@@ -48,7 +48,7 @@ class Sequence:
     reused: int = 0
     links: list[bytes] = dataclasses.field(default_factory=list)
     short: int = 0
-    grams: PromptLookup | None = None
+    prompt_lookup: PromptLookup | None = None
     last: float | None = None
     serial: int = dataclasses.field(default_factory=_serials.__next__)
 

@@ -149,12 +149,12 @@ class StepBudget:
 
     Attributes:
         seconds: the time of a step by its load (:meth:`StepTime.predict`).
-        step_tokens: most tokens of a step, decoding rows among them.
+        max_num_batched_tokens: most tokens of a step, decoding rows among them.
         least_prefill: prompt tokens that always may join where a prompt waits, so that a tight limit cannot starve prompts.
     """
 
     seconds: Callable[[StepLoad], float]
-    step_tokens: int = 256
+    max_num_batched_tokens: int = 256
     least_prefill: int = 16
 
     def split(self, decode: StepLoad, prefill_waiting: int, train_waiting: int, slo: float | None) -> tuple[int, int]:
@@ -162,7 +162,7 @@ class StepBudget:
 
         Training takes what then is left, s = max{s : t(c + s) ≤ slo}; it gets nothing of a step that is late already.
         """
-        room = max(self.step_tokens - decode.tokens, 0)
+        room = max(self.max_num_batched_tokens - decode.tokens, 0)
         least = min(prefill_waiting, self.least_prefill, max(room, 1 if decode.tokens == 0 else 0))
         prefill = max(self._most(decode, min(prefill_waiting, room), slo), least)
         train = self._most(decode.joined(prefill), min(train_waiting, max(room - prefill, 0)), slo)
@@ -177,35 +177,3 @@ class StepBudget:
             middle = (low + high) // 2
             low, high = (middle, high) if self.seconds(load.joined(middle)) <= slo else (low, middle)
         return low
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaLoad:
-    """A server as a router sees it: the ranks of its running requests, and the step-time limit each has (seconds)."""
-
-    ranks: tuple[int, ...]
-    slos: tuple[float, ...]
-    room: bool = True
-
-
-def routing_cost(
-    replica: ReplicaLoad, rank: int, slo: float, alpha: float, beta: float, *, padded: bool = False
-) -> tuple[int, float]:
-    """(limits broken, seconds a step added over all requests) if a request of ``rank`` and ``slo`` joined ``replica``.
-
-    CaraServe's step time: β + α·Σr, or β + α·b·max r where kernels pad to the largest rank.  A limit that is broken
-    already is not counted again.
-    """
-
-    def step(ranks: tuple[int, ...]) -> float:
-        return beta + alpha * (len(ranks) * max(ranks, default=0) if padded else sum(ranks))
-
-    before, after = step(replica.ranks), step((*replica.ranks, rank))
-    broken = sum(before <= s < after for s in replica.slos) + (after > slo)
-    return broken, (after - before) * len(replica.ranks) + after
-
-
-def route(replicas: Sequence[ReplicaLoad], rank: int, slo: float, alpha: float, beta: float, *, padded: bool = False) -> int | None:
-    """Index of the replica that breaks fewest limits, then adds least time; None where none has room."""
-    able = [i for i, r in enumerate(replicas) if r.room]
-    return min(able, key=lambda i: (*routing_cost(replicas[i], rank, slo, alpha, beta, padded=padded), i), default=None)

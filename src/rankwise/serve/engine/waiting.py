@@ -22,7 +22,7 @@ Place = tuple[int, str]  # (position, id)
 
 
 class Waiting:
-    """Requests by id, each with a position: the order of arrival, or before all others where it was put back."""
+    """Requests by id, each with a position: the order of arrival, or before all others where it was preempted."""
 
     def __init__(self) -> None:
         self._all: OrderedDict[str, Sequence] = OrderedDict()  # in the order of the last look

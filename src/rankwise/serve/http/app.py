@@ -22,8 +22,9 @@ from rankwise.serve.http.settings import HEADER_BYTES, Settings
 from rankwise.serve.http.stream import ClientGone
 
 if TYPE_CHECKING:
+    from rankwise.serve.adapters.cache import AdapterCache
+    from rankwise.serve.engine.engine import Engine
     from rankwise.serve.finetune.queue import TrainStream
-    from rankwise.serve.http.face import AdapterCache, Engine
 
 Handler = Callable[[Request, Service, Caller], Awaitable[Response]]
 

@@ -13,16 +13,20 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import need
-from rankwise.serve.http.face import AdapterCache, Engine, Listed
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 except ImportError as error:  # pragma: no cover
     raise need("prometheus_client", "serve", "Metrics") from error
+
+if TYPE_CHECKING:
+    from rankwise.serve.adapters.cache import AdapterCache, Listed
+    from rankwise.serve.engine.engine import Engine
+    from rankwise.serve.engine.options import EngineStats
 
 log = logging.getLogger("rankwise.serve")
 
@@ -31,8 +35,6 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
-
-Adapters = Sequence[Listed]
 
 
 class Labels:
@@ -79,7 +81,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._labels = Labels(labels, self._drop)
         self._made: dict[str, Any] = {}
-        self._sources: tuple[Callable[[], Any], AdapterCache] | None = None
+        self._sources: tuple[Callable[[], EngineStats], AdapterCache] | None = None
         counter = lambda name, text, *more: Counter(f"rankwise_{name}", text, ("model", "adapter", *more), registry=self.registry)
         self._requests = counter("requests", "Sequences that ended, by how.", "outcome")
         self._prompt = counter("prompt_tokens", "Tokens of prompts, counted once for each sequence.")
@@ -170,7 +172,7 @@ class Metrics:
         metric.add_metric([self.model], value)
         return metric  # type: ignore[no-any-return]
 
-    def _state(self, stats: Any) -> Iterable[Metric]:
+    def _state(self, stats: EngineStats) -> Iterable[Metric]:
         rows = (
             ("requests_running", "Sequences in the batch.", stats.running),
             ("requests_waiting", "Sequences that wait.", stats.waiting),
@@ -185,7 +187,7 @@ class Metrics:
             yield self._one(GaugeMetricFamily, name, text, value)
         yield self._one(CounterMetricFamily, "steps", "Steps of the engine.", stats.steps)
 
-    def _adapters(self, adapters: Adapters) -> Iterable[Metric]:
+    def _adapters(self, adapters: Sequence[Listed]) -> Iterable[Metric]:
         resident = GaugeMetricFamily(
             "rankwise_adapter_resident", "Adapters in a tier (labelled ones, and how many others).", labels=["model", "tier", "adapter", "pinned"]
         )  # fmt: skip
@@ -202,7 +204,7 @@ class Metrics:
             held.add_metric([self.model, tier], size)
         yield from (resident, held)
 
-    def _gateway(self, stats: Any, adapters: Adapters) -> Iterable[Metric]:
+    def _gateway(self, stats: EngineStats, adapters: Sequence[Listed]) -> Iterable[Metric]:
         """The names by which Kubernetes' inference gateways choose a server."""
         rows = (
             ("num_requests_running", stats.running),

@@ -20,9 +20,10 @@ from rankwise.serve.types import Overloaded, Request, UnknownAdapter
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import AdapterMetadata
+    from rankwise.serve.adapters.cache import AdapterCache
+    from rankwise.serve.engine.engine import Engine
     from rankwise.serve.finetune.queue import TrainStream
     from rankwise.serve.http.auth import Caller, Keys
-    from rankwise.serve.http.face import AdapterCache, Engine
     from rankwise.serve.http.schemas import Generate
     from rankwise.serve.http.settings import Settings
 

@@ -14,7 +14,7 @@ from rankwise.serve.http.errors import EngineFault
 from rankwise.serve.types import Event, Finished, Request, ServeError
 
 if TYPE_CHECKING:
-    from rankwise.serve.http.face import Engine
+    from rankwise.serve.engine.engine import Engine
 
 
 class ClientGone(Exception):

@@ -13,6 +13,9 @@ from typing import Protocol
 
 from rankwise.errors import OptionError
 
+#: policies that only the simulator follows (:mod:`rankwise.serve.simulate`) → what an engine would have to do for them
+SIMULATED = {"merge_mode": "merge an adapter into the base's weights while others wait"}
+
 
 class Verdict(enum.Enum):
     """What a policy says of a waiting request now.  ``REJECT``: never served; ``ABORT``: too late to be of use."""
@@ -160,6 +163,12 @@ def oldest_first(order: Sequence[RequestInfo], state: State, max_wait: float) ->
     aged = sorted((j for j in state.waiting if j.ready and state.now - j.arrival >= max_wait), key=lambda j: j.arrival)
     ids = {j.id for j in aged}
     return [*aged, *(j for j in order if j.id not in ids)], bool(aged)
+
+
+def refuse_unserved(name: str, unserved: str) -> None:
+    """OptionError where an engine would have to do for the policy what it does not (``unserved``; "": nothing)."""
+    if unserved:
+        raise OptionError(f"The policy {name!r} is for the simulator: it wants the engine to {unserved}; use 'default'.")
 
 
 def need(policy: str, **checks: tuple[float, bool, str]) -> None:

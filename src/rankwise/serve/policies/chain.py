@@ -9,7 +9,7 @@ from typing import Any
 from rankwise import catalogue
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.serve.policies.base import Policy, RequestInfo, Rule, State, Verdict
+from rankwise.serve.policies.base import SIMULATED, Policy, RequestInfo, Rule, State, Verdict, refuse_unserved
 
 
 @register("policy", "chain", title="Policies composed, innermost first")
@@ -62,15 +62,16 @@ def make(policy: str | Mapping[str, Any] | Policy) -> Policy:
     """A policy from its name, from a mapping with ``name`` and options, or as it is.
 
     Raises:
-        UnknownName, OptionError: no such policy or option; the message has the nearest names.
+        UnknownName, OptionError: no such policy or option (the message has the nearest names); one for the simulator alone.
     """
-    if isinstance(policy, str):
-        return catalogue.make("policy", policy)
-    if isinstance(policy, Mapping):
-        if "name" not in policy:
-            raise OptionError(f"A policy was given as {dict(policy)!r}; give its name under 'name'.")
-        return catalogue.make("policy", policy["name"], **{k: v for k, v in policy.items() if k != "name"})
-    return policy
+    if not isinstance(policy, str | Mapping):
+        return policy
+    options = {"name": policy} if isinstance(policy, str) else dict(policy)
+    if "name" not in options:
+        raise OptionError(f"A policy was given as {options!r}; give its name under 'name'.")
+    name = options.pop("name")
+    refuse_unserved(name, SIMULATED.get(name, ""))
+    return catalogue.make("policy", name, **options)
 
 
 def names() -> Iterable[str]:

@@ -18,7 +18,7 @@ from rankwise.serve.policies.base import RequestInfo, Rule, State, need
 class VirtualTokenCounter(Rule):
     """Each tenant u has a counter c_u of service over weight w_u; the waiting tenant with the least goes next.
 
-    Letting in adds ``prompt_price``·prompt/w_u (once, also where a request is put back), each new token ``token_price``/w_u.
+    Letting in adds ``prompt_price``·prompt/w_u (once, also where a request is preempted), each new token ``token_price``/w_u.
     A tenant whose queue fills again starts at no less than the least counter of the tenants that wait, or than the one
     that left last: idle time earns no credit.  Two tenants that always wait, of equal weight, differ in service by at most
     2·max(prompt price, what the batch makes), at all times.  Within a tenant the order given is kept.

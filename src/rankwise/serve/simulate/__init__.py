@@ -1,1 +1,1 @@
-"""Run by no server: the engine's simulator, traffic generators, and references that tests hold the real parts to."""
+"""Run by no server: the simulator with its pool, admission test, scores and traces, merge_mode, replica routing, and references for tests."""

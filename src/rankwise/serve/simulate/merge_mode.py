@@ -6,8 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import SIMULATED, RequestInfo, Rule, State, need
 
 
 @dataclasses.dataclass
@@ -31,10 +30,9 @@ class ModeSwitch:
         return True
 
 
-@register("policy", "merge_mode", title="Merged or not, with credits for those held back", paper="dLoRA, OSDI 2024")
 @dataclasses.dataclass
 class MergeMode(Rule):
-    """Says in ``mode`` which adapter to merge (None: none), and holds the others back while one is.
+    """dLoRA (OSDI 2024): says in ``mode`` which adapter to merge (None: none), and holds the others back while one is.
 
     Costs in steps of the plain base: unmerged 1 + ``delta``; merged(n) serves n's requests alone at cost 1, so giving all q
     requests a token costs q/q_n.  The hottest adapter is merged, or the merged one taken out, when :class:`ModeSwitch` at
@@ -50,7 +48,7 @@ class MergeMode(Rule):
     price: float = 20.0
     credit: float = 200.0
     name = "merge_mode"
-    unserved = "merge an adapter into the base's weights while others wait"
+    unserved = SIMULATED["merge_mode"]
     mode: str | None = dataclasses.field(default=None, init=False)
     credits: Counter[str] = dataclasses.field(default_factory=Counter, init=False)
     _hot: str | None = dataclasses.field(default=None, init=False, repr=False)

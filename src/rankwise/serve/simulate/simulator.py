@@ -2,7 +2,7 @@
 
 Each step takes what :class:`~rankwise.serve.engine.step_time.Coefficients` say, so a minute of traffic takes a fraction of a second
 and gives the same figures on every machine.  A step is the engine's: arrivals, admission, decoding rows, prompts and training in
-what is left; where the cache has no room the youngest request is put back and computed again.
+what is left; where the cache has no room the most recent request is preempted and computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError, RankwiseError
-from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool
+from rankwise.serve.cache.block_pool import ADAPTER, KV
 from rankwise.serve.engine.step_time import Coefficients, StepBudget, StepLoad, StepTime
 from rankwise.serve.ops.base import WIDTH
 from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, tried
@@ -23,6 +23,7 @@ from rankwise.serve.types import Outcome
 
 if TYPE_CHECKING:
     from rankwise.serve.simulate.admission import PeakTest
+    from rankwise.serve.simulate.pool import SharedBlockPool
     from rankwise.serve.simulate.trace import Arrival
 
 
@@ -58,7 +59,7 @@ class SimOptions:
     """Limits of the simulated engine.
 
     Attributes:
-        page: tokens of a block; ``max_running``: requests in a step; ``step_tokens``: most tokens of a step.
+        page: tokens of a block; ``max_num_seqs``: requests in a step; ``max_num_batched_tokens``: most tokens of a step.
         slo: seconds to the first token, for the figures (a request's own deadline comes first).
         step_slo: seconds of a step that prompts and training are cut to, None for no limit.
         admit_every: steps between admissions where nobody has come or gone since the last.
@@ -67,8 +68,8 @@ class SimOptions:
     """
 
     page: int = 16
-    max_running: int = 32
-    step_tokens: int = 256
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 256
     slo: float = 6.0
     step_slo: float | None = None
     admit_every: int = 8
@@ -77,7 +78,7 @@ class SimOptions:
     train: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page", "max_running", "step_tokens", "admit_every"):
+        for name in ("page", "max_num_seqs", "max_num_batched_tokens", "admit_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"The simulator got {name} = {getattr(self, name)}; it is at least 1.")
 
@@ -113,7 +114,7 @@ class Simulator:
     def __init__(
         self,
         policy: Policy,
-        pool: BlockPool,
+        pool: SharedBlockPool,
         true: Coefficients,
         options: SimOptions = SimOptions(),
         peak: PeakTest | None = None,
@@ -121,7 +122,7 @@ class Simulator:
     ):
         self.policy, self.pool, self.true, self.options, self.peak, self.on_step = policy, pool, true, options, peak, on_step
         self.model = StepTime()
-        self.budget = StepBudget(self.model.predict, options.step_tokens)
+        self.budget = StepBudget(self.model.predict, options.max_num_batched_tokens)
         self.now = 0.0
         self.waiting: dict[str, _Live] = {}
         self.running: dict[str, _Live] = {}
@@ -220,7 +221,7 @@ class Simulator:
         return State(
             self.now, [x.job for x in self.running.values()], [x.job for x in self.waiting.values()],
             self.pool.room(KV), self.pool.units[KV].count, self.options.page, self.pool.room(ADAPTER) + idle, step,
-            (self.model.predict(load.joined(64)) - step) / 64, max(self.options.step_tokens - self.options.max_running, 1),
+            (self.model.predict(load.joined(64)) - step) / 64, max(self.options.max_num_batched_tokens - self.options.max_num_seqs, 1),
         )  # fmt: skip
 
     def _admit(self) -> None:
@@ -235,8 +236,8 @@ class Simulator:
                 self._end(self.waiting.pop(job.id), Outcome.ABORTED if verdict is Verdict.ABORT else Outcome.REJECTED)
 
     def _enter(self, job: RequestInfo) -> bool:
-        """Let it in if there is room: its adapter's LoRA pages, and blocks for its tokens."""
-        if len(self.running) >= self.options.max_running or not job.ready:
+        """Let it in if there is room: its adapter's pages, and blocks for its tokens."""
+        if len(self.running) >= self.options.max_num_seqs or not job.ready:
             return False
         new = 0 if job.adapter is None or self.pool.count(job.adapter, ADAPTER) else job.lora_pages
         if not self._fits(job, self._blocks_without_idle(job.adapter, new)):
@@ -271,7 +272,7 @@ class Simulator:
             return False
         if self.peak is None:
             return True
-        chunk = max(self.options.step_tokens - self.options.max_running, 1)
+        chunk = max(self.options.max_num_batched_tokens - self.options.max_num_seqs, 1)
         return self.peak.fits([x.job for x in self.running.values()], job, self.pool.used(KV) + blocks, chunk)
 
     def _blocks(self, job: RequestInfo) -> int:
@@ -304,7 +305,7 @@ class Simulator:
                 self._grow(x)
         rows = [x for x in self.running.values() if x.decoding]
         pending = [x for x in self.running.values() if not x.decoding]
-        wanted = self.options.step_tokens if self.options.train else 0
+        wanted = self.options.max_num_batched_tokens if self.options.train else 0
         prefill, train = self.budget.split(self._load(rows, {}), sum(x.pending for x in pending), wanted, self.options.step_slo)
         chunks = {}
         for x in pending:
@@ -367,7 +368,7 @@ class Simulator:
             self.idle[adapter] = None
 
     def _grow(self, x: _Live) -> None:
-        """A block for its next token; the youngest is put back where there is none."""
+        """A block for its next token; the most recent request is preempted where there is none."""
         key = self._key(x.job)
         while self.pool.count(key, KV) * self.options.page < x.job.prompt + x.job.generated:
             if self._take(1, KV, key, keep=None):
@@ -385,7 +386,7 @@ class Simulator:
 def simulate(
     policy: Policy,
     requests: Sequence[Sent],
-    pool: BlockPool,
+    pool: SharedBlockPool,
     true: Coefficients,
     options: SimOptions = SimOptions(),
     peak: PeakTest | None = None,
