@@ -26,9 +26,9 @@ from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.model.runner import NativeRunner
 from rankwise.serve.ops.base import WIDTH, LoraPages
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.parallel.leader import SharedPages, Team, lead
-from rankwise.serve.parallel.messages import Build
-from rankwise.serve.parallel.non_lora_changes import check
+from rankwise.serve.parallel.experimental.leader import SharedPages, Team, lead
+from rankwise.serve.parallel.experimental.messages import Build
+from rankwise.serve.parallel.experimental.non_lora_changes import check
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import AdapterSource

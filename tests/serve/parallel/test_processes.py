@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from rankwise.serve.engine.engine import run_until_idle
-from rankwise.serve.parallel.comm import PeerLost
-from rankwise.serve.parallel.processes import Processes
+from rankwise.serve.parallel.experimental.comm import PeerLost
+from rankwise.serve.parallel.experimental.processes import Processes
 from rankwise.serve.types import Outcome
 from tests.serve import rig
 from tests.serve.http.live import base, greedy, merged, write_adapter

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import need
-from rankwise.serve.adapters.adapter_loader import AdapterLoader, Locks
+from rankwise.serve.adapters.locks import Locks
 from rankwise.serve.adapters.read import refusing
 from rankwise.serve.adapters.source import FolderSource, no_adapter, shown, valid
 from rankwise.serve.types import AdapterRefused, UnknownAdapter
@@ -23,6 +23,7 @@ from rankwise.store.atomic import write_folder
 from rankwise.store.peft.config import CONFIG
 
 if TYPE_CHECKING:
+    from rankwise.serve.adapters.adapter_loader import AdapterLoader
     from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 
 #: what tells one version of a remote file from another, as file systems call it

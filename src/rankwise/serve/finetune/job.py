@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +17,13 @@ from rankwise.errors import ArtefactError, OptionError
 from rankwise.recipe import Recipe
 from rankwise.seeds import generator
 from rankwise.serve.finetune.chunked_backward import Sample
-from rankwise.serve.finetune.training import Task, Training, refuse_recipe
+from rankwise.serve.finetune.recipes import refuse_recipe
 from rankwise.store.atomic import replace_file
 from rankwise.store.names import check_name
 from rankwise.train.session import factor
+
+if TYPE_CHECKING:
+    from rankwise.serve.finetune.training import Task, Training
 
 FILE = "job.json"
 

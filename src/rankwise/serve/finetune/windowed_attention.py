@@ -1,14 +1,13 @@
 """Attention of one window of a training sample: its queries over the keys and values of earlier windows and its own.
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; what
-lies before the window is found in :data:`HERE`, which also keeps the window's own keys and values, with their graph.
+lies before the window is found in ``forward_context.window``, which also keeps the window's own keys and values, with their graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.runtime.context import forward_context
 
 NAME = "rankwise_window"
 
@@ -33,21 +33,14 @@ class Before:
     own: tuple[Tensor, Tensor] | None = None
 
 
-class _Here(threading.local):
-    before: Before | None = None
-
-
-HERE = _Here()
-
-
 @contextlib.contextmanager
 def attending(before: Before) -> Iterator[Before]:
     """Set what the next layer's attention on this thread reads."""
-    held, HERE.before = HERE.before, before
+    held, forward_context.window = forward_context.window, before
     try:
         yield before
     finally:
-        HERE.before = held
+        forward_context.window = held
 
 
 def window_attention(
@@ -62,7 +55,7 @@ def window_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query: (1, heads, w, d), key, value: (1, kv heads, w, d) → ((1, w, heads, d), None)."""
-    before = HERE.before
+    before = forward_context.window
     if before is None or before.own is not None:
         raise AttachError("Windowed attention serves one layer at a time; this model attends outside its decoder layers.")
     if kwargs.get("s_aux") is not None:

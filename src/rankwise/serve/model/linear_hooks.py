@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rankwise.forms.packed import PACKED, packable, probe
-from rankwise.serve.batch import HERE, Segment
+from rankwise.runtime.context import forward_context
 from rankwise.serve.ops.base import DeltaOp, Group
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import NonLoraChange
+    from rankwise.serve.batch import Segment
 
 
 @dataclasses.dataclass(slots=True)
@@ -147,7 +148,7 @@ class Hook:
 
     def __call__(self, x: Tensor) -> Tensor:
         bundle = self.bundle
-        if HERE.plan is None or not x.numel():  # the head, in a step that ends no prompt
+        if forward_context.step is None or not x.numel():  # the head, in a step that ends no prompt
             return bundle.plain[self.j](x)
         y = bundle.product(x, self.j)
         changes = self.acting.head if self.head else self.acting.body
@@ -200,7 +201,7 @@ class EmbeddingHook:
     def __call__(self, ids: Tensor) -> Tensor:
         y = self.plain(ids)
         changes = self.acting.body
-        if HERE.plan is None or changes is NOTHING:
+        if forward_context.step is None or changes is NOTHING:
             return y
         flat, out = ids.reshape(-1), y.reshape(-1, y.shape[-1])
         added = []

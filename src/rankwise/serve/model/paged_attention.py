@@ -1,7 +1,7 @@
 """Attention of a packed step over a paged cache, under transformers' own modelling code.
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; the
-plan and the cache are found in :data:`HERE`.  One KV slot holds one token's keys (or values) of one layer, heads × d;
+plan and the cache are found in ``forward_context.attention``.  One KV slot holds one token's keys (or values) of one layer, heads × d;
 a block is ``page`` KV slots.  Decoding rows read their copies side by side (:mod:`rankwise.serve.model.decode_tables`), or are
 gathered from their pages within buckets of like length, with the query heads of one key head folded into the query's
 length, so no head is repeated; each chunk of a prompt is one call of its own.  :func:`naive` is the reference: request by request, softmax written out.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.runtime.context import forward_context
 from rankwise.serve.model.decode_tables import RowTables, Turn, kv_slots_of, seen_keys
 
 if TYPE_CHECKING:
@@ -126,22 +126,14 @@ def _bucket(plan: TokenPlan, which: list[int]) -> Bucket:
     return Bucket(torch.tensor([plan.cu_q[i] for i in which]), kv_slots.reshape(-1), lengths, C)
 
 
-class _Here(threading.local):
-    step: AttentionStep | None = None
-    store: KvStore | None = None
-
-
-HERE = _Here()
-
-
 @contextlib.contextmanager
 def attending(step: AttentionStep, store: KvStore) -> Iterator[None]:
     """Set what this thread's attention layers read and write."""
-    before, (HERE.step, HERE.store) = (HERE.step, HERE.store), (step, store)
+    before, forward_context.attention = forward_context.attention, (step, store)
     try:
         yield
     finally:
-        HERE.step, HERE.store = before
+        forward_context.attention = before
 
 
 def paged_attention(
@@ -167,9 +159,9 @@ def attend(
     layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
     """q: (T, heads, d), k, v: (T, kv heads, d) of the running step → (T, heads, d); writes the cache first."""
-    step, store = HERE.step, HERE.store
-    if step is None or store is None:
+    if forward_context.attention is None:
         raise AttachError("Paged attention runs inside the serving engine only; load the model afresh to use it elsewhere.")
+    step, store = forward_context.attention
     K, V = store.of(layer, k, v)
     K.index_copy_(0, step.plan.kv_slots, k.to(K.dtype))
     V.index_copy_(0, step.plan.kv_slots, v.to(V.dtype))

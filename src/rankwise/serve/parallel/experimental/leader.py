@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from rankwise.serve.model.runner import NativeRunner, RunnerSlot, own_logits
 from rankwise.serve.ops.base import Pairs, check_pairs
-from rankwise.serve.parallel.device import DevicePages, slices
-from rankwise.serve.parallel.follower import SlotCopy, device_of
-from rankwise.serve.parallel.messages import Acts, Build, StepMessage, Write
-from rankwise.serve.parallel.non_lora_changes import local
-from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.parallel.experimental.device import DevicePages, SlotCopy, device_of, slices
+from rankwise.serve.parallel.experimental.messages import Acts, Build, StepMessage, Write
+from rankwise.serve.parallel.experimental.non_lora_changes import local
+from rankwise.serve.parallel.experimental.shares import Share, shares
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
     from rankwise.serve.adapters.layout import Layout
     from rankwise.serve.batch import TokenPlan
-    from rankwise.serve.parallel.comm import Communicator
+    from rankwise.serve.parallel.experimental.comm import Communicator
 
 
 class Team(Protocol):

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rankwise.serve.adapters.values import Shadow
+from rankwise.runtime.shared_copy import shared_copy
 
 if TYPE_CHECKING:
     from rankwise.serve.ops.base import Pairs
-    from rankwise.serve.parallel.shares import Share
+    from rankwise.serve.parallel.experimental.shares import Share
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def cut_model(model: nn.Module, share: Share) -> nn.Module:
 
     Its plain forward gives partial sums at o and down: whoever runs it adds them up over the devices.
     """
-    local = Shadow(model).model
+    local = shared_copy(model)
     for path, cut in share.cuts.items():
         m = local.get_submodule(path)
         W, b = m.get_parameter("weight"), m._parameters.get("bias")
