@@ -17,7 +17,7 @@ from rankwise.errors import OptionError
 from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.cache import AdapterCache
 from rankwise.serve.adapters.kinds import Limits
-from rankwise.serve.adapters.residency import PoolPages, Residency
+from rankwise.serve.adapters.residency import AdapterResidency, PoolPages
 from rankwise.serve.adapters.slots import PageStore, SlotTable
 from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
 from rankwise.serve.cache.prefix import PrefixIndex
@@ -140,7 +140,7 @@ def build_server(
     cache = AdapterCache(source(adapter_loader), layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
     if isinstance(lora_pages, SharedPages):
         cache.accept = functools.partial(check, share=lora_pages.shares[0], head=runner.head_path or "")
-    residency = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
+    residency = AdapterResidency(cache, table, pool, lambda: index.shrink(1) > 0)
     named = {"name": policy} if isinstance(policy, str) else dict(policy)
     engine = Engine(
         runner, index, residency, make("policy", named.pop("name"), **named), options,
