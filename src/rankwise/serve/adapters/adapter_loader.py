@@ -59,6 +59,10 @@ class AdapterLoader:
         Identity needs every byte once: a first look reads the files, checks all there is to check, and keeps what it
         made for a :meth:`fetch` that follows soon.
 
+        Args:
+            folder, at: its path, and a descriptor of it, through which all is read.
+            name, source: how it was asked for, and where it comes from, for the manifest and messages.
+
         Raises:
             AdapterRefused: what :func:`~rankwise.serve.adapters.read.read_adapter` and ``prepare`` refuse, another base, too large.
         """

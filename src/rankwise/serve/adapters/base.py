@@ -59,7 +59,13 @@ class LoadedAdapter:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Listed:
-    """One name: ``manifest`` None until it was first resolved; ``tier`` ``host`` or ``disk``; ``loaded`` at run time."""
+    """One name in a listing.
+
+    Attributes:
+        manifest: None until it was first resolved.
+        tier: ``host`` or ``disk``; ``pins``: who holds it.
+        loaded: at run time.
+    """
 
     name: str
     manifest: AdapterMetadata | None

@@ -115,7 +115,12 @@ class TrainSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Note:
-    """One event of a job: seconds since 1970, ``level`` info or error, a sentence, and numbers where there are some."""
+    """One event of a job.
+
+    Attributes:
+        at: seconds since 1970; ``level``: info or error.
+        message, data: a sentence, and numbers where there are some.
+    """
 
     at: float
     level: str
@@ -125,6 +130,11 @@ class Note:
 
 class FineTuningJob:
     """A job as others see it.  Written by the engine's thread (and by the stream's helper), read by any.
+
+    Args:
+        id, spec: its name here, and what it is told.
+        home: folder of its own.
+        created: seconds since 1970 (default: now).
 
     Attributes:
         notes: its events, in order; a record of each step (loss, lr, grad_norm, tokens) is one.

@@ -77,7 +77,14 @@ class LayerwiseModel:
             self._calls = self._first = None
 
     def layer(self, i: int, h: Tensor, call: Call, before: Before) -> Tensor:
-        """What layer ``i`` makes of h: 1×w×h, after the tokens of ``before``."""
+        """What one layer makes of a window.
+
+        Args:
+            i: the layer.
+            h: 1×w×h, what enters it.
+            call: its other arguments, of :meth:`enter`.
+            before: keys and values of the tokens before the window; the window's own are left there.
+        """
         with attending(before):
             out = self.layers[i](h, *call[0], **call[1])
         self._tuples[i] = isinstance(out, tuple)

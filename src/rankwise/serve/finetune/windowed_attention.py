@@ -54,7 +54,15 @@ def window_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, w, d), key, value: (1, kv heads, w, d) → ((1, w, heads, d), None)."""
+    """What transformers calls: attention of one window, as ((1, w, heads, d), None).
+
+    Args:
+        module: not read.
+        query: (1, heads, w, d); ``key``, ``value``: (1, kv heads, w, d).
+        attention_mask: not read: a window is causal after what is before it.
+        scaling: of the scores (default: d^−½).
+        sliding_window: keys that a query sees at most; ``softcap``: s → softcap·tanh(s/softcap) on the scaled scores.
+    """
     before = forward_context.window
     if before is None or before.own is not None:
         raise AttachError("Windowed attention serves one layer at a time; this model attends outside its decoder layers.")

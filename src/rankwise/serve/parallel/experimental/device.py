@@ -69,7 +69,7 @@ class SplitBags(Bags):
         return gathered(parts, WIDTH).reshape(v.shape[0], m * WIDTH)
 
 
-class Both:
+class Both(DeltaOp):
     """Two operators on two stores, each of which leaves the other's pages alone."""
 
     name: ClassVar[str] = "parallel"
@@ -171,7 +171,18 @@ class SlotCopy:
 def device_of(
     model: nn.Module, share: Share, comm: Communicator, build: Build, runner: Callable[..., R], expected: Tensor
 ) -> tuple[DevicePages, R]:
-    """One device's pages and its runner, made by ``runner`` (a :class:`NativeRunner`).  Raises AttachError, OptionError."""
+    """One device's pages and its runner.
+
+    Args:
+        model, share: the whole base, which stays as it is, and this device's slices of it.
+        comm: this device's end of the collectives.
+        build: sizes and choices, the same on all devices.
+        runner: makes a :class:`~rankwise.serve.model.runner.NativeRunner`.
+        expected: the whole model's logits of the probe.
+
+    Raises:
+        AttachError, OptionError: as the runner and the operators say.
+    """
     local = cut_model(model, share)
     dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
     pages = DevicePages(share, comm, build.lora_pages, dtype, build.split, build.op, build.native)
