@@ -62,7 +62,7 @@ def test_too_many_devices_are_refused_before_one_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each would be a process that reads the base: ninety-eight of them take the machine down."""
-    from rankwise.serve.parallel.processes import Processes
+    from rankwise.serve.parallel.experimental.processes import Processes
 
     monkeypatch.setattr(Processes, "start", lambda self: pytest.fail("processes were started"))
     assert run("--port", "0", "--tensor-parallel", "99") == 2

@@ -333,7 +333,7 @@ def test_an_adapter_that_is_being_read_holds_nobody_up(made: Server, monkeypatch
     """While it is read the others get a token in every step; it enters when it is there, and answers as it should."""
     digest, warm = (made.cache.resolve(n).digest for n in ("xs", "eight"))
     made.cache.fetch(warm).result(60)
-    made.cache._host.pop(digest, None)
+    made.cache._host.kept.pop(digest, None)
     read, fetch = threading.Event(), made.cache.source.fetch
 
     def slow(manifest: Any) -> Any:

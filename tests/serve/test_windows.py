@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.errors import AttachError, DataError, TrainingError
 from rankwise.runtime.registry import registry_of
+from rankwise.runtime.shared_copy import shared_copy
 from rankwise.runtime.view import View
 from rankwise.serve.finetune.chunked_backward import ChunkedBackward, Sample, run
-from rankwise.serve.finetune.layerwise import LayerwiseModel, shadow
+from rankwise.serve.finetune.layerwise import LayerwiseModel
 from rankwise.serve.model import paged_attention as paged
 from tests.models import FAMILIES, VOCAB, llama
 
@@ -158,7 +159,7 @@ def test_a_piece_fits_its_budget() -> None:
     assert work.saved_bytes() == 0
 
 
-def test_a_shadow_shares_every_number_and_leaves_the_served_model_alone() -> None:
+def test_a_copy_shares_every_number_and_leaves_the_served_model_alone() -> None:
     base = llama()
     plain = copy.deepcopy(base)
     before = {n: p.clone() for n, p in base.named_parameters()}
@@ -168,9 +169,10 @@ def test_a_shadow_shares_every_number_and_leaves_the_served_model_alone() -> Non
     hook = base.model.layers[0].mlp.forward
     base.model.layers[0].mlp.forward = lambda x: hook(x)  # as serving does
     paged.install(base)
-    made = shadow(base)
+    made = shared_copy(base, keep_forward=False)
     ours, theirs = dict(made.named_parameters()), dict(base.named_parameters())
-    assert ours.keys() == theirs.keys() and all(ours[n] is p for n, p in theirs.items())
+    assert ours.keys() == theirs.keys() and all(ours[n].data_ptr() == p.data_ptr() for n, p in theirs.items())
+    assert not any(p.requires_grad for p in ours.values()) and all(p.requires_grad for p in theirs.values())
     assert all(a is b for a, b in zip(made.buffers(), base.buffers(), strict=True))
     assert "forward" not in vars(made.model.layers[0].mlp) and "forward" in vars(base.model.layers[0].mlp)
     net = LayerwiseModel(base, check=True)
@@ -186,7 +188,7 @@ def test_a_shadow_shares_every_number_and_leaves_the_served_model_alone() -> Non
         assert torch.equal(base(ids).logits, logits)
 
 
-def test_a_dropped_shadow_is_gone() -> None:
+def test_a_dropped_copy_is_gone() -> None:
     base = llama()
     net = LayerwiseModel(base)
     adapter = rw.attach(net.model, {"r": 2}, name="a")

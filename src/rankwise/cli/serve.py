@@ -103,11 +103,14 @@ class ServeOptions:
         float | None, typer.Option(min=0.001, help="What a step may take, with prompts and training filling what decoding leaves.")
     ] = None
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Processes that share the base, its cache and the adapters, each a slice of every layer.")
+        int,
+        typer.Option(min=1, help="Experimental: processes that share the base, its cache and the adapters, a slice of each layer."),
     ] = 1
     adapter_split: Annotated[
         str,
-        typer.Option(help="With several: adapters are cut like the base (split), by one side only (replicate), or by rank (auto)."),
+        typer.Option(
+            help="Experimental, with several: adapters are cut like the base (split), on one side (replicate), or by rank (auto)."
+        ),
     ] = "auto"
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields rather than list them in a header.")] = False
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Also name metrics as inference gateways do.")] = False
@@ -236,7 +239,7 @@ def _listen(
 
 def _check_devices(size: int, split: str, train: str | None) -> None:
     """Raises UnknownName, OptionError: options that several devices do not take, or one."""
-    from rankwise.serve.parallel.device import SPLITS
+    from rankwise.serve.parallel.experimental.device import SPLITS
 
     if split not in SPLITS:
         raise unknown("way to split adapters", split, SPLITS)
@@ -250,7 +253,7 @@ def _team(model: str, size: int, ending: contextlib.ExitStack) -> Any:
     """The other devices' processes, to be ended with ``ending``; None for one device."""
     if size == 1:
         return None
-    from rankwise.serve.parallel.processes import Processes
+    from rankwise.serve.parallel.experimental.processes import Processes
 
     team = Processes(functools.partial(_base, model), size)
     ending.callback(team.close)

@@ -23,6 +23,9 @@ class ForwardContext(threading.local):
         rows: the batch row of each row of x, inside a block that expanded its rows.
         decisions: block → what its linears need to know of the rows they see.
         padding: (B, T) which tokens of the running root forward are real, for routers.
+        step: the :class:`~rankwise.serve.batch.TokenPlan` of the packed step that serving runs; None outside one.
+        attention: of that step, (its :class:`~rankwise.serve.model.paged_attention.AttentionStep`, the key-value store).
+        window: of a fine-tuning pass beside serving, the :class:`~rankwise.serve.finetune.windowed_attention.Before` of the layer that runs.
     """
 
     view: Any = None
@@ -30,6 +33,9 @@ class ForwardContext(threading.local):
     rows: Tensor | None = None
     decisions: dict[str, Any] | None = None
     padding: Tensor | None = None
+    step: Any = None
+    attention: Any = None
+    window: Any = None
 
 
 forward_context = ForwardContext()

@@ -1,7 +1,7 @@
 """What one step computes: the tokens of many owners in one row, made once by the engine, read by every layer.
 
 Requests are ordered by adapter slot before they are packed, so the tokens of one slot lie together and no
-permutation is needed.  Layers find the plan in :data:`HERE`, set around the model's call; nothing of a step is
+permutation is needed.  Layers find the plan in ``forward_context.step``, set around the model's call; nothing of a step is
 kept in a layer.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from rankwise.runtime.context import forward_context
 
 BASE = -1  #: the slot of a token that no adapter acts on
 
@@ -125,18 +126,11 @@ def _segments(spans: Sequence[Span], cu: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(out)
 
 
-class _Here(threading.local):
-    plan: TokenPlan | None = None
-
-
-HERE = _Here()
-
-
 @contextlib.contextmanager
 def planned(plan: TokenPlan | None) -> Iterator[None]:
     """Make ``plan`` the one this thread's layers read."""
-    before, HERE.plan = HERE.plan, plan
+    before, forward_context.step = forward_context.step, plan
     try:
         yield
     finally:
-        HERE.plan = before
+        forward_context.step = before

@@ -16,7 +16,7 @@ from rankwise.errors import OptionError
 from rankwise.serve.adapters.adapter_loader import AdapterLoader
 from rankwise.serve.adapters.cache import AdapterCache
 from rankwise.serve.adapters.kinds import Limits
-from rankwise.serve.adapters.residency import PoolPages, Residency
+from rankwise.serve.adapters.residency import AdapterResidency, PoolPages
 from rankwise.serve.adapters.slots import SlotTable
 from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
 from rankwise.serve.cache.prefix import PrefixIndex
@@ -25,9 +25,9 @@ from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.model.runner import NativeRunner
 from rankwise.serve.ops.base import WIDTH, LoraPages
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.parallel.leader import SharedPages, Team, lead
-from rankwise.serve.parallel.messages import Build
-from rankwise.serve.parallel.non_lora_changes import check
+from rankwise.serve.parallel.experimental.leader import SharedPages, Team, lead
+from rankwise.serve.parallel.experimental.messages import Build
+from rankwise.serve.parallel.experimental.non_lora_changes import check
 from rankwise.serve.policies.chain import make as make_policy
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def build_server(
     cache = AdapterCache(source(loader), loader.layout, nbytes=sizes.host_bytes, limits=limits, registry=registry, clock=clock)
     if isinstance(pages, SharedPages):
         cache.accept = functools.partial(check, share=pages.shares[0], head=runner.head_path or "")
-    adapters = Residency(cache, table, pool, lambda: index.shrink(1) > 0)
+    adapters = AdapterResidency(cache, table, pool, lambda: index.shrink(1) > 0)
     engine = Engine(
         runner, index, adapters, make_policy(policy), options, total_blocks=counts[KV], base=base, clock=clock, copies=runner.rows
     )

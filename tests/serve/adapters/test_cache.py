@@ -135,7 +135,7 @@ def test_budget_evicts_what_was_longest_out_of_use_for_its_cost(tmp_path: Path) 
     clock = Clock()
     cache = cache_of(model, root, nbytes=1, clock=clock)
     size = cache.resolve("a0").nbytes
-    cache.budget = 2 * size + 10
+    cache._host.budget = 2 * size + 10
     d = {n: cache.resolve(n).digest for n in names}
     for n in ("a0", "a1"):
         clock.now += 1
@@ -145,19 +145,19 @@ def test_budget_evicts_what_was_longest_out_of_use_for_its_cost(tmp_path: Path) 
     clock.now += 1
     cache.fetch(d["a2"]).result()
     assert [n for n in names if cache.get(d[n])] == ["a0", "a2"] and cache.tally.evictions == {"host": 1}
-    cache._host[d["a0"]].use.cost *= 1000  # dear to bring back: stays though older
+    cache._host.kept[d["a0"]].use.cost *= 1000  # dear to bring back: stays though older
     clock.now += 5
     cache.get(d["a2"])
     clock.now += 1
     cache.fetch(d["a3"]).result()
-    assert [n for n in names if cache.get(d[n])] == ["a0", "a3"] and cache.nbytes <= cache.budget
+    assert [n for n in names if cache.get(d[n])] == ["a0", "a3"] and cache.nbytes <= cache._host.budget
 
 
 def test_pins_hold_and_what_does_not_fit_is_turned_away(tmp_path: Path) -> None:
     model, root = folder_of(tmp_path, "a", "b", "c")
     cache = cache_of(model, root)
     a, b = cache.resolve("a"), cache.resolve("b")
-    cache.budget = a.nbytes + 1
+    cache._host.budget = a.nbytes + 1
     cache.acquire(a.digest)
     cache.fetch(a.digest).result()
     with pytest.raises(Overloaded, match="leave no room") as raised:
@@ -165,7 +165,7 @@ def test_pins_hold_and_what_does_not_fit_is_turned_away(tmp_path: Path) -> None:
     assert raised.value.status == 429 and cache.get(a.digest) is not None
     cache.release(a.digest)
     assert cache.fetch(b.digest).result().manifest.digest == b.digest and cache.get(a.digest) is None
-    cache.budget = 10
+    cache._host.budget = 10
     with pytest.raises(AdapterRefused, match="the host tier holds 10"):
         cache.fetch(a.digest).result()
     assert cache.tally.loads == {("native", "ok"): 2, ("native", "error"): 1, ("native", "refused"): 1}
@@ -337,7 +337,7 @@ def test_ten_thousand_steps_of_churn_never_serve_another_adapter(tmp_path: Path)
     cache = cache_of(model, root, workers=1)
     size = max(cache.resolve(n).nbytes for n in names)
     truth = {cache.resolve(n).digest: cache.source.fetch(cache.resolve(n)).pairs for n in names}
-    cache.budget = 3 * size + 1
+    cache._host.budget = 3 * size + 1
     rng, held, module = random.Random(2), [], "model.layers.0.self_attn#0:32"
     for _ in range(10_000):
         what = rng.random()
@@ -360,7 +360,7 @@ def test_ten_thousand_steps_of_churn_never_serve_another_adapter(tmp_path: Path)
             if served is not None:
                 assert served.manifest.digest == digest
                 assert torch.equal(served.pairs[module][0][0], truth[digest][module][0][0])  # type: ignore[index]
-        assert cache.nbytes <= cache.budget and all(cache.get(d) is not None for d in held)
+        assert cache.nbytes <= cache._host.budget and all(cache.get(d) is not None for d in held)
     assert cache.tally.evictions["host"] > 20
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.ops.base import Pairs
-from rankwise.serve.parallel.cutting import cut_model
-from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.parallel.experimental.cutting import cut_model
+from rankwise.serve.parallel.experimental.shares import Share, shares
 from rankwise.serve.simulate.reference import install
 from rankwise.serve.simulate.ring import Ring
 from tests.models import _IDS, _LLAMA, FAMILIES, _text

@@ -9,14 +9,14 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rankwise.serve.parallel.comm import Whose
-from rankwise.serve.parallel.follower import follow
-from rankwise.serve.parallel.messages import Stop, hear, tell
+from rankwise.serve.parallel.experimental.comm import Whose
+from rankwise.serve.parallel.experimental.follower import follow
+from rankwise.serve.parallel.experimental.messages import Stop, hear, tell
 from rankwise.serve.simulate.ring import Ring, RingDevice
 
 
 class Threads:
-    """See :class:`rankwise.serve.parallel.leader.Team`; ``failures`` are what the others' programs raised."""
+    """See :class:`rankwise.serve.parallel.experimental.leader.Team`; ``failures`` are what the others' programs raised."""
 
     def __init__(self, model: Callable[[], Any], size: int):
         self.ring, self.size = Ring(size), size

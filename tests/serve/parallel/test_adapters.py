@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.parallel.comm import PeerLost, attention_traffic, ring_all_gather, ring_all_reduce
-from rankwise.serve.parallel.shares import shares
+from rankwise.serve.parallel.experimental.comm import PeerLost, attention_traffic, ring_all_gather, ring_all_reduce
+from rankwise.serve.parallel.experimental.shares import shares
 from rankwise.serve.simulate.ring import Ring
 from tests.models import _LLAMA, _text, llama
 from tests.serve.parallel.rig import forward, merge, pairs_for, wide
@@ -86,7 +86,7 @@ def test_a_device_that_fails_is_told_to_the_others_at_once() -> None:
 
 def test_slices_of_an_adapter_add_up_to_it() -> None:
     """Each device of ``split`` holds an N-th of A at q, k, v and of B at o, and all slices together are the adapter."""
-    from rankwise.serve.parallel.cutting import cut_pairs
+    from rankwise.serve.parallel.experimental.cutting import cut_pairs
 
     model = llama(layers=1)
     pairs, made = pairs_for(model, 8), shares(model, Layout(model), 4)

@@ -18,10 +18,10 @@ from rankwise.serve.adapters.non_lora_changes import Constant, Offset, Weighted
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.batch import BASE, Role, Span, make_plan
 from rankwise.serve.engine.options import EngineOptions
-from rankwise.serve.parallel.comm import Alone, PeerLost, attention_traffic
-from rankwise.serve.parallel.device import DevicePages
-from rankwise.serve.parallel.non_lora_changes import local
-from rankwise.serve.parallel.shares import shares
+from rankwise.serve.parallel.experimental.comm import Alone, PeerLost, attention_traffic
+from rankwise.serve.parallel.experimental.device import DevicePages
+from rankwise.serve.parallel.experimental.non_lora_changes import local
+from rankwise.serve.parallel.experimental.shares import shares
 from rankwise.serve.server import Sizes, build_server
 from rankwise.serve.simulate.drive import run_until_idle
 from rankwise.serve.types import AdapterRefused, Outcome
@@ -60,7 +60,9 @@ def ask(server: Any, seed: int, names: tuple[str, ...], n: int = 8) -> rig.Run:
 @pytest.mark.parametrize("split", ["split", "replicate", "auto"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_answer_is_that_of_the_merged_model_alone(size: int, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.serve.parallel.device.SPLIT_FROM", 8)  # so that "auto" holds adapters both ways in one step
+    monkeypatch.setattr(
+        "rankwise.serve.parallel.experimental.device.SPLIT_FROM", 8
+    )  # so that "auto" holds adapters both ways in one step
     team = Threads(rig.base_model, size)
     server = made(team, split)
     rig.check(ask(server, 3 * size, SERVED), server)
@@ -138,7 +140,7 @@ def test_a_loose_change_of_the_head_is_the_first_devices_alone() -> None:
 
 
 def test_a_refusal_reaches_the_one_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.serve.parallel.non_lora_changes.is_affine", lambda change: False)
+    monkeypatch.setattr("rankwise.serve.parallel.experimental.non_lora_changes.is_affine", lambda change: False)
     team = Threads(rig.base_model, 2)
     server = made(team, "auto")
     run = rig.Run()

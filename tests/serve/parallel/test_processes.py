@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from rankwise.serve.parallel.comm import PeerLost
-from rankwise.serve.parallel.processes import Processes
+from rankwise.serve.parallel.experimental.comm import PeerLost
+from rankwise.serve.parallel.experimental.processes import Processes
 from rankwise.serve.simulate.drive import run_until_idle
 from rankwise.serve.types import Outcome
 from tests.serve import rig

@@ -9,8 +9,8 @@ import torch
 
 from rankwise.errors import AttachError, OptionError
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.parallel.cutting import cut_model
-from rankwise.serve.parallel.shares import heads_of, shares
+from rankwise.serve.parallel.experimental.cutting import cut_model
+from rankwise.serve.parallel.experimental.shares import heads_of, shares
 from tests.models import FAMILIES, llama
 from tests.serve.parallel.rig import forward, wide
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -16,32 +14,11 @@ from rankwise.errors import ArtefactError
 from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.kinds import Limits, Options, prepare
 from rankwise.serve.adapters.layout import Layout
+from rankwise.serve.adapters.locks import Locks
 from rankwise.serve.adapters.read import AdapterFile, Key, is_plain, kind_of, plain_served, read_adapter, refusing, state_key
-from rankwise.serve.adapters.values import Shadow
+from rankwise.serve.adapters.values import ValueReader
 from rankwise.serve.types import AdapterRefused
 from rankwise.store.fingerprint import compare, fingerprint
-
-
-class Locks:
-    """A lock for each key, made when asked for and gone when nobody holds or awaits it."""
-
-    def __init__(self) -> None:
-        self._all: dict[Hashable, tuple[threading.Lock, list[int]]] = {}
-        self._guard = threading.Lock()
-
-    @contextlib.contextmanager
-    def __call__(self, key: Hashable) -> Iterator[None]:
-        with self._guard:
-            lock, users = self._all.setdefault(key, (threading.Lock(), [0]))
-            users[0] += 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._guard:
-                users[0] -= 1
-                if not users[0]:
-                    del self._all[key]
 
 
 class AdapterLoader:
@@ -66,7 +43,7 @@ class AdapterLoader:
     ):
         self.layout = layout or Layout(model)
         self.options, self.limits = options or Options(), limits or Limits()
-        self.shadow = Shadow(model)
+        self.reader = ValueReader(model)
         self.config = getattr(model, "config", None)
         self.base = fingerprint(model, content=check_base)
         self.check_base = check_base
@@ -81,6 +58,10 @@ class AdapterLoader:
 
         Identity needs every byte once: a first look reads the files, checks all there is to check, and keeps what it
         made for a :meth:`fetch` that follows soon.
+
+        Args:
+            folder, at: its path, and a descriptor of it, through which all is read.
+            name, source: how it was asked for, and where it comes from, for the manifest and messages.
 
         Raises:
             AdapterRefused: what :func:`~rankwise.serve.adapters.read.read_adapter` and ``prepare`` refuse, another base, too large.
@@ -138,7 +119,7 @@ class AdapterLoader:
             if is_plain(kind, read.head, self.layout):
                 served = plain_served(read, self.layout, manifest, self.options)
             else:
-                values = self.shadow.values(read.head, read.tensors, name)
+                values = self.reader.values(read.head, read.tensors, name)
                 served = prepare(self.layout, values, manifest, self.options)
             self.limits.check(served.manifest)
             return served

@@ -57,6 +57,23 @@ class LoadedAdapter:
     full_params: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """One name in a listing.
+
+    Attributes:
+        manifest: None until it was first resolved.
+        tier: ``host`` or ``disk``; ``pins``: who holds it.
+        loaded: at run time.
+    """
+
+    name: str
+    manifest: AdapterMetadata | None
+    tier: str
+    pins: int
+    loaded: bool
+
+
 class AdapterSource(Protocol):
     """Where adapters come from (a folder of folders, a hub, an object store, memory)."""
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError
 from rankwise.host import Helpers
+from rankwise.serve.adapters.base import Listed
+from rankwise.serve.adapters.host_tier import HostTier
 from rankwise.serve.adapters.kinds import Limits
 from rankwise.serve.adapters.mix import mix_manifest, mix_served
 from rankwise.serve.adapters.registry import Registry
 from rankwise.serve.adapters.source import Lately, no_adapter, shown, valid
-from rankwise.serve.adapters.usage import Tally, Use, stalest
+from rankwise.serve.adapters.usage import Tally
 from rankwise.serve.memory import no_memory
 from rankwise.serve.types import AdapterRefused, Overloaded, UnknownAdapter
 
@@ -31,23 +33,6 @@ if TYPE_CHECKING:
     from rankwise.serve.adapters.layout import Layout
 
 log = logging.getLogger("rankwise.serve")
-
-
-@dataclasses.dataclass(slots=True)
-class _Kept:
-    served: LoadedAdapter
-    use: Use
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Listed:
-    """One name: ``manifest`` None until it was first resolved; ``tier`` ``host`` or ``disk``; ``loaded`` at run time."""
-
-    name: str
-    manifest: AdapterMetadata | None
-    tier: str
-    pins: int
-    loaded: bool
 
 
 #: manifests of mixes and older versions that are remembered although nothing uses them
@@ -80,7 +65,7 @@ class AdapterCache:
         clock: Callable[[], float] = time.monotonic,
         on_load: Callable[[str, str, float], None] | None = None,
     ):
-        self.source, self.layout, self.budget, self.limits = source, layout, nbytes, limits or Limits()
+        self.source, self.layout, self.limits = source, layout, limits or Limits()
         self.tally = Tally()
         self._registry = Registry(registry)
         self._lately = Lately(self.names)
@@ -93,7 +78,7 @@ class AdapterCache:
         self._writing = threading.Lock()  # names change one at a time; the disk is written under this one alone
         self._known: dict[str, AdapterMetadata] = {}  # by digest
         self._led: dict[str, str] = {}  # name → the digest it last led to
-        self._host: dict[str, _Kept] = {}
+        self._host = HostTier(nbytes, clock, self.tally)
         self._pins: Counter[str] = Counter()
         self._loading: dict[str, Future[LoadedAdapter]] = {}
         self._leaving: set[str] = set()  # digests whose name was unloaded: they go with their last pin
@@ -141,8 +126,7 @@ class AdapterCache:
         with self._writing:
             self._registry.set({**self._registry.names, name: path}, self._registry.hidden - {name})
             with self._lock:
-                before = self._led.get(name)
-                manifest = self._note(name, manifest)
+                before, manifest = self._led.get(name), self._note(name, manifest)
                 if before is not None and before != manifest.digest:
                     self._part(before)
         return manifest
@@ -192,15 +176,12 @@ class AdapterCache:
         """
         with self._lock:
             manifest = self._manifest(digest)
-            kept = self._host.get(digest)
-            if kept is not None:
-                kept.use.last = self._clock()
+            if (served := self._host.get(digest)) is not None:
                 done: Future[LoadedAdapter] = Future()
-                done.set_result(kept.served)
+                done.set_result(served)
                 return done
             if digest not in self._loading:
-                future: Future[LoadedAdapter] = Future()
-                self._loading[digest] = future
+                future = self._loading[digest] = Future()
                 try:
                     self._threads.submit(self._load, manifest, future)
                 except BaseException:  # no thread to be had: nobody may wait for it
@@ -221,10 +202,7 @@ class AdapterCache:
     def get(self, digest: str) -> LoadedAdapter | None:
         """The numbers, where they are in memory."""
         with self._lock:
-            kept = self._host.get(digest)
-            if kept is not None:
-                kept.use.last = self._clock()
-            return None if kept is None else kept.served
+            return self._host.get(digest)
 
     def acquire(self, digest: str) -> None:
         """Hold a digest: while held it stays in memory once it is there."""
@@ -250,15 +228,13 @@ class AdapterCache:
     def relieve(self) -> None:
         """Let go of all numbers in memory that nobody holds."""
         with self._lock:
-            for digest in [d for d, kept in self._host.items() if not kept.use.pins]:
-                del self._host[digest]
-                self.tally.evictions["host"] += 1
+            self._host.relieve()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the host tier."""
         with self._lock:
-            return sum(k.served.manifest.nbytes for k in self._host.values())
+            return self._host.nbytes
 
     def close(self) -> None:
         """Stop the threads, after the loads that run."""
@@ -313,22 +289,10 @@ class AdapterCache:
         return served
 
     def _keep(self, served: LoadedAdapter, seconds: float) -> None:
-        """Into the host tier, evicting what was longest out of use for its cost.
-
-        Raises:
-            AdapterRefused, Overloaded: larger than the tier; what is in use leaves no room.
-        """
-        digest, size = served.manifest.digest, served.manifest.nbytes
-        if size > self.budget:
-            raise AdapterRefused(f"The adapter {served.manifest.name!r} takes {size:,} bytes; the host tier holds {self.budget:,}.")
+        """Into the host tier; see :meth:`.host_tier.HostTier.put` for what it raises."""
+        digest = served.manifest.digest
         with self._lock:
-            while self.nbytes + size > self.budget:
-                gone = stalest(self._host, self._clock(), lambda key, _: key != digest)
-                if gone is None:
-                    raise Overloaded(f"Adapters in use leave no room for {served.manifest.name!r} ({size:,} bytes); try again.")
-                del self._host[gone]
-                self.tally.evictions["host"] += 1
-            self._host[digest] = _Kept(served, Use(self._clock(), max(seconds, 1e-3), self._pins[digest]))
+            self._host.put(served, seconds, self._pins[digest])
             self._known[digest] = served.manifest
 
     def _note(self, name: str, manifest: AdapterMetadata) -> AdapterMetadata:
@@ -342,7 +306,7 @@ class AdapterCache:
     def _forget(self) -> None:
         """Forget the oldest manifests that nothing leads to or uses: callers can make up mixes without end."""
         if len(self._known) >= 2 * MANIFESTS:
-            used = {*self._led.values(), *self._host, *self._pins, *self._loading}
+            used = {*self._led.values(), *self._host.kept, *self._pins, *self._loading}
             parts = {d for k in used if k in self._known for d, _ in self._known[k].parts}
             idle = [d for d in self._known if d not in used and d not in parts]
             for digest in idle[:-MANIFESTS]:
@@ -356,12 +320,12 @@ class AdapterCache:
             self._leaving.add(digest)
         else:
             self._leaving.discard(digest)
-            self._host.pop(digest, None)
+            self._host.kept.pop(digest, None)
 
     def _pin(self, digest: str, n: int) -> None:
         self._pins[digest] += n
-        if digest in self._host:
-            self._host[digest].use.pins = self._pins[digest]
+        if digest in self._host.kept:
+            self._host.kept[digest].use.pins = self._pins[digest]
 
     def _manifest(self, digest: str) -> AdapterMetadata:
         if digest not in self._known:
@@ -369,16 +333,11 @@ class AdapterCache:
         return self._known[digest]
 
     def _listed(self, name: str) -> Listed:
-        digest = self._led.get(name)
-        known = self._known.get(digest) if digest is not None else None
+        digest = self._led.get(name, "")
+        known = self._known.get(digest)
         manifest = None if known is None else dataclasses.replace(known, name=name)
-        return Listed(
-            name,
-            manifest,
-            "host" if digest in self._host else "disk",
-            self._pins[digest] if digest else 0,
-            name in self._registry.names,
-        )
+        tier = "host" if digest in self._host.kept else "disk"
+        return Listed(name, manifest, tier, self._pins[digest] if digest else 0, name in self._registry.names)
 
     def _resolve_path(self, path: str, name: str) -> AdapterMetadata:
         if not hasattr(self.source, "resolve_path"):

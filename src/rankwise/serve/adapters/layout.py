@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Spot:
-    """Module ``j`` of a group; a part of a fused projection has its ``rows`` of the module's ``out`` (None: all of them)."""
+    """Where a site's low-rank pair goes.
+
+    Attributes:
+        group, j: the module, by its place in the group; ``module``: its path.
+        out: the module's output width; ``rows``: a part of a fused projection's of these (None: all of them).
+    """
 
     group: str
     j: int

@@ -37,7 +37,13 @@ Key = tuple[tuple[str, int, int, int], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class AdapterFile:
-    """An adapter as native fields and tensors by our names; ``digest`` covers both and how they will be prepared."""
+    """An adapter as native fields and tensors by our names.
+
+    Attributes:
+        format: native, peft or foreign.
+        head, tensors: its header and its tensors.
+        digest: of both and of how they will be prepared.
+    """
 
     format: str
     head: Mapping[str, Any]
@@ -151,6 +157,10 @@ def is_plain(kind: str, head: Mapping[str, Any], layout: Layout) -> bool:
 
 def plain_served(read: AdapterFile, layout: Layout, manifest: AdapterMetadata, options: Options) -> LoadedAdapter:
     """A plain LoRA's tensors as pairs; what the general way gives of it, without attaching it to anything.
+
+    Args:
+        read, manifest: the adapter, and what is known of it already.
+        layout, options: where its pairs go, and how they are prepared.
 
     Raises:
         AdapterRefused: a tensor missing, superfluous or of another shape; numbers that are not finite once scaled.

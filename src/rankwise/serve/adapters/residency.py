@@ -32,7 +32,7 @@ class PoolPages:
         self.pool.free(ids, ADAPTER)
 
 
-class Residency:
+class AdapterResidency:
     """A cache (host) and a table of slots (device) behind the scheduler's questions.
 
     Args:

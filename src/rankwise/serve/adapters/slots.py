@@ -54,7 +54,13 @@ class PageStore(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Slot:
-    """One resident adapter: its number, digest, pages, and what is no pair of it."""
+    """One resident adapter.
+
+    Attributes:
+        number, digest: of the slot, and of the adapter in it.
+        pages: where its pairs are; ``served``: the adapter, for what is no pair.
+        use: when it was last used, and by how many.
+    """
 
     number: int
     digest: str

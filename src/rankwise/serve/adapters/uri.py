@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import need
-from rankwise.serve.adapters.adapter_loader import AdapterLoader, Locks
+from rankwise.serve.adapters.locks import Locks
 from rankwise.serve.adapters.read import refusing
 from rankwise.serve.adapters.source import FolderSource, no_adapter, shown, valid
 from rankwise.serve.types import AdapterRefused, UnknownAdapter
@@ -23,6 +23,7 @@ from rankwise.store.atomic import write_folder
 from rankwise.store.peft.config import CONFIG
 
 if TYPE_CHECKING:
+    from rankwise.serve.adapters.adapter_loader import AdapterLoader
     from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 
 #: what tells one version of a remote file from another, as file systems call it
@@ -30,12 +31,18 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", 
 
 
 class UriSource:
-    """Sub-folders of ``roots``; a version is copied once into ``cache``, under a name made of what the store says of its files.
+    """Adapters behind URLs; a version is copied once into ``cache``, under a name made of what the store says of its files.
 
-    Only plain files of one folder are copied, all of them together within the adapter loader's byte limit, whatever the store says of them.  A store is asked at most every ``refresh``
-    seconds whether an adapter is still what it was.  All copies together take at most ``keep_bytes`` of the disk (one alone may be
-    larger): those longest out of use go first, and are copied again when they are asked for.  Credentials are the file system's own affair
-    (its environment variables, or ``storage_options``).
+    Only plain files of one folder are copied, all of them together within the adapter loader's byte limit, whatever the
+    store says of them.  Copies longest out of use go first, and are copied again when they are asked for.
+
+    Args:
+        roots: URLs whose sub-folders are the adapters.
+        adapter_loader: reads the copies.
+        cache: folder of the copies.
+        refresh: seconds before a store is asked again whether an adapter is still what it was.
+        keep_bytes: of the disk that all copies together take at most; one alone may be larger.
+        storage_options: for fsspec, where environment variables do not say enough (credentials).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The values of any kind of adapter, by site: attached for a moment to a shadow of the base, which shares its tensors."""
+"""The values of any kind of adapter, by site: attached for a moment to a copy of the base that shares its tensors."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from rankwise.adapter import Adapter, rebuild
 from rankwise.errors import OptionError
 from rankwise.forms.base import AdapterLayer
 from rankwise.recipe import Part, Recipe, build
+from rankwise.runtime.shared_copy import shared_copy
 from rankwise.serve.types import AdapterRefused
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from rankwise.delta.base import Delta
 
 _FULL = "it trains the base's own weights (form 'full'), which all rows share; train a 'lora', 'dora' or 'dense' one instead"
 _REPLACED = "it puts another weight in the base's place (a base rule 'replace'), which all rows share"
 
 
-class Shadow:
-    """Modules of their own around the base's parameters and buffers: attaching here leaves the serving model alone."""
+class ValueReader:
+    """Attaches adapters to a copy of the base that shares its tensors: the serving model is left alone."""
 
     def __init__(self, model: nn.Module):
         if "rankwise" in model._modules:
             raise OptionError("Adapters are attached to this model; serving needs the plain base: detach() them first.")
-        shared: dict[int, Any] = {id(b): b for b in model.buffers()}
-        for p in model.parameters():
-            shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False) if type(p) is nn.Parameter else p
-        self.model: nn.Module = copy.deepcopy(model, shared)
+        self.model = shared_copy(model)
         self._lock = threading.Lock()
 
     def values(self, head: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> dict[str, Delta | AdapterLayer]:

@@ -29,7 +29,7 @@ from rankwise.serve.policies.base import Policy, refuse_unserved
 from rankwise.serve.types import Event, Finished, Observer, Outcome, Request, Token
 
 if TYPE_CHECKING:
-    from rankwise.serve.adapters.residency import Residency
+    from rankwise.serve.adapters.residency import AdapterResidency
     from rankwise.serve.cache.prefix import PrefixIndex
     from rankwise.serve.engine.sequence import Sequence
     from rankwise.serve.model.decode_tables import RowTables
@@ -58,7 +58,7 @@ class Engine:
         self,
         runner: Runner,
         index: PrefixIndex,
-        adapters: Residency,
+        adapters: AdapterResidency,
         policy: Policy,
         options: EngineOptions | None = None,
         *,

@@ -26,7 +26,7 @@ from rankwise.serve.types import Event, Outcome, Overloaded, Request, ServeError
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
-    from rankwise.serve.adapters.residency import Residency
+    from rankwise.serve.adapters.residency import AdapterResidency
     from rankwise.serve.cache.prefix import PrefixIndex
     from rankwise.serve.engine.options import EngineOptions
     from rankwise.serve.engine.pacing import Pace
@@ -55,7 +55,7 @@ class Scheduler:
         self,
         index: PrefixIndex,
         total_blocks: int,
-        adapters: Residency,
+        adapters: AdapterResidency,
         policy: Policy,
         options: EngineOptions,
         base: str,

@@ -61,9 +61,12 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkPiece:
-    """One piece of work: ``kind`` forward, loss, backward (of ``layer``) or embed, on tokens [start, end).
+    """One piece of work.
 
-    ``cost``: passes of one token through all layers, the measure of a budget.
+    Attributes:
+        kind: forward, loss, backward (of ``layer``) or embed.
+        start, end: the tokens [start, end) that it is done on.
+        cost: passes of one token through all layers, the measure of a budget.
     """
 
     kind: str

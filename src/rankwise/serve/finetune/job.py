@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,10 +16,13 @@ from rankwise.errors import ArtefactError, OptionError
 from rankwise.recipe import Recipe
 from rankwise.seeds import generator
 from rankwise.serve.finetune.chunked_backward import Sample
-from rankwise.serve.finetune.training import Task, Training, refuse_recipe
+from rankwise.serve.finetune.recipes import refuse_recipe
 from rankwise.store.atomic import replace_file
 from rankwise.store.names import check_name
 from rankwise.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rankwise.serve.finetune.training import Task, Training
 
 FILE = "job.json"
 
@@ -102,7 +105,12 @@ class TrainSpec(TrainSettings):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Note:
-    """One event of a job: seconds since 1970, ``level`` info or error, a sentence, and numbers where there are some."""
+    """One event of a job.
+
+    Attributes:
+        at: seconds since 1970; ``level``: info or error.
+        message, data: a sentence, and numbers where there are some.
+    """
 
     at: float
     level: str
@@ -112,6 +120,11 @@ class Note:
 
 class FineTuningJob:
     """A job as others see it.  Written by the engine's thread (and by the stream's helper), read by any.
+
+    Args:
+        id, spec: its name here, and what it is told.
+        home: folder of its own.
+        created: seconds since 1970 (default: now).
 
     Attributes:
         notes: its events, in order; a record of each step (loss, lr, grad_norm, tokens) is one.

@@ -1,4 +1,4 @@
-"""A second body for a served model: modules of its own over the very same parameters, run layer by layer.
+"""A served model run layer by layer, for training: modules of its own over the very same memory.
 
 The served model's linears and attention are taken over for good; training beside it works on a :class:`LayerwiseModel`, whose
 modules are plain again and may be adapted, trained and dropped without a trace in what serves.  Any causal language
@@ -8,7 +8,6 @@ model of transformers whose decoder layers pass one hidden state on, and mix tok
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.runtime.shared_copy import shared_copy
 from rankwise.serve.finetune import windowed_attention as window
 from rankwise.serve.finetune.windowed_attention import Before, attending
 
@@ -23,26 +23,11 @@ from rankwise.serve.finetune.windowed_attention import Before, attending
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def shadow(model: nn.Module) -> Any:
-    """A copy of ``model`` that shares every parameter, buffer and quantisation constant; without hooks of serving."""
-    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    for module in model.modules():
-        for value in vars(module).values():
-            held = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) else ()
-            memo |= {id(t): t for t in (value, *held) if isinstance(t, Tensor)}
-        if "forward" in vars(module):  # serving's hook: shared for the copy's sake, then left out
-            memo[id(vars(module)["forward"])] = vars(module)["forward"]
-    made = copy.deepcopy(model, memo)
-    for module in made.modules():
-        vars(module).pop("forward", None)
-    return made
-
-
 class LayerwiseModel:
-    """The shadow of a causal language model, its decoder layers called one at a time.
+    """A copy (:func:`~rankwise.runtime.shared_copy.shared_copy`) of a causal language model, its decoder layers called one at a time.
 
     Attributes:
-        model: the shadow, in evaluation mode, every parameter frozen; attach adapters here.
+        model: the copy, in evaluation mode, every parameter frozen; attach adapters here.
         layers: its decoder layers; ``hidden`` their width.
         layer_cost: of a pass through one layer, and ``head_cost`` of one through the head, in passes through all layers.
 
@@ -53,9 +38,9 @@ class LayerwiseModel:
     def __init__(self, model: nn.Module, *, check: bool = False):
         _layers(model)  # refused before anything is copied
         expected = _own_logits(model) if check else None
-        self.model = shadow(model).eval()
+        self.model = shared_copy(model, keep_forward=False).eval()
         for p in self.model.parameters():
-            p.requires_grad_(False)  # shared: the served model is only ever read
+            p.requires_grad_(False)  # quantised ones are shared: the served model is only ever read
         self.layers = _layers(self.model)
         self.backbone: nn.Module = self.model.base_model
         self._calls: list[Call] | None = None  # filled while layers are passed over
@@ -92,7 +77,14 @@ class LayerwiseModel:
             self._calls = self._first = None
 
     def layer(self, i: int, h: Tensor, call: Call, before: Before) -> Tensor:
-        """What layer ``i`` makes of h: 1×w×h, after the tokens of ``before``."""
+        """What one layer makes of a window.
+
+        Args:
+            i: the layer.
+            h: 1×w×h, what enters it.
+            call: its other arguments, of :meth:`enter`.
+            before: keys and values of the tokens before the window; the window's own are left there.
+        """
         with attending(before):
             out = self.layers[i](h, *call[0], **call[1])
         self._tuples[i] = isinstance(out, tuple)
@@ -108,7 +100,7 @@ class LayerwiseModel:
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
-        """In this block the shadow runs whole sequences, as transformers does (calibration)."""
+        """In this block the copy runs whole sequences, as transformers does (calibration)."""
         self.model.set_attn_implementation("sdpa")
         try:
             yield
@@ -189,7 +181,7 @@ def _probe_ids(model: Any, n: int) -> Tensor:
 
 @torch.no_grad()
 def _own_logits(model: Any, n: int = 13) -> Tensor:
-    """The plain model's logits of a probe; a model that is being served is asked through a plain shadow of it."""
-    plain = shadow(model).eval()
+    """The plain model's logits of a probe; a model that is being served is asked through a plain copy of it."""
+    plain = shared_copy(model, keep_forward=False).eval()
     plain.set_attn_implementation("eager")
     return plain(input_ids=_probe_ids(model, n)[None], use_cache=False).logits[0].float()

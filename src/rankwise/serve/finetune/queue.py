@@ -270,7 +270,11 @@ class TrainStream:
 def beside(server: Server, home: str | Path, *, context: int = 2048, most: int = 256) -> TrainStream:
     """A stream in ``server``'s engine, over its model; what is finished is loaded under its name.  See :class:`TrainStream`.
 
-    The server's source of adapters must be able to open ``home/adapters``.
+    Args:
+        server: its source of adapters must be able to open ``home/adapters``.
+        home: folder of the jobs and their adapters.
+        context: tokens of the longest sample.
+        most: tokens of the largest window.
     """
 
     def load(name: str, folder: Path) -> object:

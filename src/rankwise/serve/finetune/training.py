@@ -19,41 +19,21 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import attach
-from rankwise.errors import OptionError, RecipeError
-from rankwise.recipe import Recipe, build
+from rankwise.errors import OptionError
 from rankwise.runtime.view import entered
 from rankwise.serve.engine.sampler import SamplerState
 from rankwise.serve.engine.sampler import sample as draw
 from rankwise.serve.finetune.chunked_backward import ChunkedBackward, Sample
 from rankwise.serve.finetune.layerwise import LayerwiseModel, joined
+from rankwise.serve.finetune.recipes import refuse_recipe
 from rankwise.serve.finetune.windowed_attention import Before
 from rankwise.store.atomic import replace_file
 from rankwise.train.checkpoint import RUN_STATE, begin, publish, restore_adapter
 from rankwise.train.session import Session, rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from rankwise.recipe import Recipe
     from rankwise.serve.types import Sampling
-
-
-def refuse_recipe(recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe cannot be trained window by window, or would write to the base that serves."""
-    for part in recipe.all_parts():
-        form = build("form", part.form)
-        why = None
-        if part.dropout:
-            why = f"dropout = {part.dropout}, whose mask a window that is computed twice would draw twice; set it to 0"
-        elif part.router:
-            why = "a router, whose decisions are recorded over whole forwards; leave it out"
-        elif "weight" in form.provides:
-            why = f"the form {form.info.name!r}, which moves the base's own weights; choose one that adds to them"
-        elif part.init and build("init", part.init).replaces:
-            why = f"the init {build('init', part.init).info.name!r}, which replaces the base's weights; choose another"
-        if why is not None:
-            raise RecipeError(f"This recipe has {why}, or train apart from the server.")
-    if recipe.losses:
-        raise RecipeError(
-            "This recipe has extra losses, which need a whole forward's outputs; leave them out, or train apart from the server."
-        )
 
 
 class Task:
@@ -72,7 +52,7 @@ class Task:
 
 
 class Training:
-    """An adapter on a shadow of the served model, its optimiser, and the view it acts in.
+    """An adapter on a copy of the served model that shares its tensors, its optimiser, and the view it acts in.
 
     Args:
         net: of its own: nothing else may be attached there or run there.
@@ -80,7 +60,7 @@ class Training:
         options: of the Session (``lr``, ``total_steps``, ``schedule``, …).
 
     Raises:
-        RecipeError: see :func:`refuse_recipe`.
+        RecipeError: see :func:`~rankwise.serve.finetune.recipes.refuse_recipe`.
     """
 
     def __init__(self, net: LayerwiseModel, recipe: Recipe, samples: Sequence[Sample] = (), *, most: int = 256, **options: Any):
@@ -140,7 +120,7 @@ class Training:
         return dict(state["extra"])
 
     def close(self) -> None:
-        """Take the adapter out; nothing of it is left on the shadow."""
+        """Take the adapter out; nothing of it is left on the copy."""
         self.session.close()
         self.session.optimizer.zero_grad(set_to_none=True)
         self.adapter.detach()

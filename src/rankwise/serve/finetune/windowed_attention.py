@@ -1,14 +1,13 @@
 """Attention of one window of a training sample: its queries over the keys and values of earlier windows and its own.
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; what
-lies before the window is found in :data:`HERE`, which also keeps the window's own keys and values, with their graph.
+lies before the window is found in ``forward_context.window``, which also keeps the window's own keys and values, with their graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.runtime.context import forward_context
 
 NAME = "rankwise_window"
 
@@ -33,21 +33,14 @@ class Before:
     own: tuple[Tensor, Tensor] | None = None
 
 
-class _Here(threading.local):
-    before: Before | None = None
-
-
-HERE = _Here()
-
-
 @contextlib.contextmanager
 def attending(before: Before) -> Iterator[Before]:
     """Set what the next layer's attention on this thread reads."""
-    held, HERE.before = HERE.before, before
+    held, forward_context.window = forward_context.window, before
     try:
         yield before
     finally:
-        HERE.before = held
+        forward_context.window = held
 
 
 def window_attention(
@@ -61,8 +54,16 @@ def window_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, w, d), key, value: (1, kv heads, w, d) → ((1, w, heads, d), None)."""
-    before = HERE.before
+    """What transformers calls: attention of one window, as ((1, w, heads, d), None).
+
+    Args:
+        module: not read.
+        query: (1, heads, w, d); ``key``, ``value``: (1, kv heads, w, d).
+        attention_mask: not read: a window is causal after what is before it.
+        scaling: of the scores (default: d^−½).
+        sliding_window: keys that a query sees at most; ``softcap``: s → softcap·tanh(s/softcap) on the scaled scores.
+    """
+    before = forward_context.window
     if before is None or before.own is not None:
         raise AttachError("Windowed attention serves one layer at a time; this model attends outside its decoder layers.")
     if kwargs.get("s_aux") is not None:

@@ -43,7 +43,13 @@ class Turn:
     _places: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def update(self, layer: int, K: Tensor, V: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's (n, heads, C, d) keys and values; K, V are its pages, k, v: (T, heads, d) the step's own."""
+        """This layer's keys and values side by side, (n, heads, C, d) each.
+
+        Args:
+            layer: its index.
+            K, V: (KV slots, heads, d), the layer's paged cache.
+            k, v: (T, heads, d), the step's own.
+        """
         held = self.table.of(layer, K, V)
         n = self.rows.shape[0]
         for own, pages, new in ((held[0], K, k), (held[1], V, v)):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rankwise.forms.packed import PACKED, packable, probe
-from rankwise.serve.batch import HERE, Segment
+from rankwise.runtime.context import forward_context
 from rankwise.serve.ops.base import DeltaOp, Group
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import NonLoraChange
+    from rankwise.serve.batch import Segment
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,7 +119,14 @@ class Bundle:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.joint_bias, "none", [], "")
 
     def change(self, op: DeltaOp, j: int, y: Tensor, at_once: bool) -> None:
-        """Add what ``op`` computes to ``y``, the output of module ``j``; with ``at_once`` to its siblings' that wait too."""
+        """Add what the delta operator computes to the output of one module.
+
+        Args:
+            op: begun for this step.
+            j: the module, by its place in the group.
+            y: N×out_j, its output, changed in place.
+            at_once: also add to the outputs of its siblings that wait.
+        """
         if at_once and len(self.group.outs) == 1:
             op.apply(self.group, self.flat, [y])
         elif at_once and self.together:
@@ -140,14 +148,20 @@ class Bundle:
 
 
 class Hook:
-    """The forward of one called module in a served model."""
+    """The forward of one called module in a served model.
+
+    Args:
+        path, bundle, j: the module: its name, its group's products, its place among them.
+        acting: the changes of the running step.
+        head: whether it is the output head, which sees the sample rows alone.
+    """
 
     def __init__(self, path: str, bundle: Bundle, j: int, acting: Acting, *, head: bool = False):
         self.path, self.bundle, self.j, self.acting, self.head = path, bundle, j, acting, head
 
     def __call__(self, x: Tensor) -> Tensor:
         bundle = self.bundle
-        if HERE.plan is None or not x.numel():  # the head, in a step that ends no prompt
+        if forward_context.step is None or not x.numel():  # the head, in a step that ends no prompt
             return bundle.plain[self.j](x)
         y = bundle.product(x, self.j)
         changes = self.acting.head if self.head else self.acting.body
@@ -200,7 +214,7 @@ class EmbeddingHook:
     def __call__(self, ids: Tensor) -> Tensor:
         y = self.plain(ids)
         changes = self.acting.body
-        if HERE.plan is None or changes is NOTHING:
+        if forward_context.step is None or changes is NOTHING:
             return y
         flat, out = ids.reshape(-1), y.reshape(-1, y.shape[-1])
         added = []
@@ -246,7 +260,10 @@ def hook_model(
 ) -> list[Bundle]:
     """Hook every module of ``groups``, the output head and the input embedding; returns the bundles.
 
-    ``finish``: group → see :class:`Bundle`.
+    Args:
+        model, groups: a causal language model, and its linears by common input.
+        acting: filled with the changes of a step before it runs.
+        rows, pack: see :class:`Bundle`; ``finish``: group → see there.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     head_path = next(n for n, m in model.named_modules() if m is head)

@@ -1,17 +1,16 @@
 """Attention of a packed step over a paged cache, under transformers' own modelling code.
 
 transformers calls the function registered as :data:`NAME` with queries, keys and values after rotary embedding; the
-plan and the cache are found in :data:`HERE`.  One KV slot holds one token's keys (or values) of one layer, heads × d;
+plan and the cache are found in ``forward_context.attention``.  One KV slot holds one token's keys (or values) of one layer, heads × d;
 a block is ``page`` KV slots.  Decoding rows read their copies side by side (:mod:`rankwise.serve.model.decode_tables`), or are
 gathered from their pages within buckets of like length, with the query heads of one key head folded into the query's
-length, so no head is repeated; each chunk of a prompt is one call of its own.  :func:`naive` is the reference: request by request, softmax written out.
+length, so no head is repeated; each chunk of a prompt is one call of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.runtime.context import forward_context
 from rankwise.serve.model.decode_tables import RowTables, Turn, kv_slots_of, seen_keys
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ WASTE = 1.5  #: a bucket of decoding rows may gather this many times the KV slot
 
 
 class KvStore:
-    """Keys and values of every layer: per layer two tensors (KV slots, heads, d), made when a layer first runs."""
+    """Keys and values of every layer: per layer two tensors (KV slots, heads, d), made when a layer first runs.
+
+    Args:
+        blocks, page: how many blocks there are, and how many tokens one holds.
+        dtype, device: of the tensors.
+    """
 
     def __init__(self, blocks: int, page: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.blocks, self.page, self.dtype, self.device = blocks, page, dtype, device
@@ -53,7 +58,12 @@ class KvStore:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Bucket:
-    """Decoding rows of like context: ``rows`` (n,) of the packed step, ``kv_slots`` (n·C,), ``lengths`` (n, 1)."""
+    """Decoding rows of like context.
+
+    Attributes:
+        rows: (n,), of the packed step; ``lengths``: (n, 1), keys of each.
+        kv_slots: (n·C,), where the keys are; ``C``: the longest length.
+    """
 
     rows: Tensor
     kv_slots: Tensor
@@ -78,7 +88,14 @@ class AttentionStep:
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def bias(self, of: Turn | Bucket, window: int | None, kv: int, dtype: torch.dtype) -> Tensor:
-        """(n·kv, 1, C): 0 at the keys that a decoding row sees, −inf at the others."""
+        """(n·kv, 1, C): 0 at the keys that a decoding row sees, −inf at the others.
+
+        Args:
+            of: rows that decode together.
+            window: keys that a row sees at most (None: all).
+            kv: key/value heads.
+            dtype: of the scores.
+        """
         key = (id(of), window, kv, dtype)
         if key not in self._biases:
             seen = seen_keys(of.lengths, of.C, window)
@@ -126,22 +143,14 @@ def _bucket(plan: TokenPlan, which: list[int]) -> Bucket:
     return Bucket(torch.tensor([plan.cu_q[i] for i in which]), kv_slots.reshape(-1), lengths, C)
 
 
-class _Here(threading.local):
-    step: AttentionStep | None = None
-    store: KvStore | None = None
-
-
-HERE = _Here()
-
-
 @contextlib.contextmanager
 def attending(step: AttentionStep, store: KvStore) -> Iterator[None]:
     """Set what this thread's attention layers read and write."""
-    before, (HERE.step, HERE.store) = (HERE.step, HERE.store), (step, store)
+    before, forward_context.attention = forward_context.attention, (step, store)
     try:
         yield
     finally:
-        HERE.step, HERE.store = before
+        forward_context.attention = before
 
 
 def paged_attention(
@@ -155,7 +164,14 @@ def paged_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, T, d), key, value: (1, kv heads, T, d) → ((1, T, heads, d), None); writes the cache first."""
+    """What transformers calls: :func:`attend` as ((1, T, heads, d), None).
+
+    Args:
+        module: with a ``layer_idx``.
+        query: (1, heads, T, d); ``key``, ``value``: (1, kv heads, T, d).
+        attention_mask: not read: the plan says who sees whom.
+        scaling: of the scores (default: d^−½); ``sliding_window``, ``softcap``: see :func:`attend`.
+    """
     if kwargs.get("s_aux") is not None:
         raise AttachError("Attention sinks are not served; use a model without them.")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -166,10 +182,18 @@ def paged_attention(
 def attend(
     layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """q: (T, heads, d), k, v: (T, kv heads, d) of the running step → (T, heads, d); writes the cache first."""
-    step, store = HERE.step, HERE.store
-    if step is None or store is None:
+    """Attention of the running step, (T, heads, d); writes the cache first.
+
+    Args:
+        layer: its index.
+        q: (T, heads, d); ``k``, ``v``: (T, kv heads, d).
+        scale: of the scores.
+        window: keys that a row sees at most (None: all).
+        softcap: s → softcap·tanh(s/softcap) on the scaled scores (None: left out).
+    """
+    if forward_context.attention is None:
         raise AttachError("Paged attention runs inside the serving engine only; load the model afresh to use it elsewhere.")
+    step, store = forward_context.attention
     K, V = store.of(layer, k, v)
     K.index_copy_(0, step.plan.kv_slots, k.to(K.dtype))
     V.index_copy_(0, step.plan.kv_slots, v.to(V.dtype))
@@ -234,21 +258,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap
     scores = torch.tanh((q * scale) @ k.transpose(-1, -2) / softcap) * softcap
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def naive(query: Tensor, K: Tensor, V: Tensor, plan: TokenPlan, scale: float, window: int | None = None) -> Tensor:
-    """(T, heads, d) by the definition, request by request and row by row; the caches already hold this step."""
-    out = []
-    for s, first in zip(plan.spans, plan.cu_q, strict=False):
-        kv_slots = kv_slots_of(s, plan.page)
-        for t in range(len(s.tokens)):
-            at = s.start + t
-            low = 0 if window is None else max(0, at + 1 - window)
-            k, v = K[kv_slots[low : at + 1]], V[kv_slots[low : at + 1]]
-            k, v = (c.repeat_interleave(query.shape[1] // K.shape[1], 1) for c in (k, v))
-            weight = torch.einsum("hd,chd->hc", query[0, :, first + t], k).mul(scale).softmax(-1)
-            out.append(torch.einsum("hc,chd->hd", weight, v))
-    return torch.stack(out)
 
 
 def install(model: nn.Module) -> str:

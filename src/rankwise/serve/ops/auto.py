@@ -17,6 +17,7 @@ from torch import Tensor
 from rankwise.errors import OptionError
 from rankwise.serve.batch import Segment, TokenPlan
 from rankwise.serve.ops.base import Group, LoraPages
+from rankwise.serve.ops.registry import make_op
 from rankwise.serve.ops.step import Op
 
 SIDE = 1024  #: widest input or output that the probe multiplies with
@@ -44,8 +45,6 @@ class Auto(Op):
     name = "auto"
 
     def __init__(self, pages: LoraPages, native: bool | None = None):
-        from rankwise.serve.ops.registry import make_op
-
         super().__init__(pages)
         names = candidates(pages, _wanted() if native is None else native)
         self.ops = {name: make_op(name, pages) for name in names}
@@ -116,8 +115,6 @@ def table(groups: Sequence[Group], pages: LoraPages, names: Sequence[str]) -> Ta
 
 @torch.no_grad()
 def _measure(shapes: Sequence[Any], dtype: torch.dtype, device: str, names: Sequence[str]) -> Table:
-    from rankwise.serve.ops.registry import make_op
-
     groups = [Group(f"g{i}", tuple(map(str, range(len(outs)))), inp, outs) for i, (inp, outs) in enumerate(shapes)]
     pages = LoraPages(groups, max(SEGMENTS), dtype, device)
     gen = torch.Generator().manual_seed(0)

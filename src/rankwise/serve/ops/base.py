@@ -29,7 +29,12 @@ NARROW, WIDE = 64, 256  #: bounds of a chunk of outputs
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """Modules that are called with the same input: ``inp`` its width, ``outs`` each one's output width."""
+    """Modules that are called with the same input.
+
+    Attributes:
+        name: of the group; ``modules``: paths in the model.
+        inp: width of the input; ``outs``: each module's output width.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -184,7 +189,16 @@ class LoraPages:
 
 
 def check_pairs(g: Group, pairs: Pairs | None, pages: int, across: int = WIDTH) -> None:
-    """Raises OptionError where one adapter's factors do not fit a group and so many pages; ``across``: see :class:`LoraPages`."""
+    """Refuse factors that do not fit.
+
+    Args:
+        g, pairs: a group, and one adapter's factors there (None: it leaves the group alone).
+        pages: how many the adapter has.
+        across: components of a page that are held here; see :class:`LoraPages`.
+
+    Raises:
+        OptionError: more or fewer pairs than modules, another shape, a rank above ``across``·pages.
+    """
     if pairs is None:
         return
     if len(pairs) != len(g.modules):
@@ -221,7 +235,13 @@ class DeltaOp(Protocol):
         ...
 
     def expand(self, group: Group, j: int, v: Any, y: Tensor) -> None:
-        """y: T×out_j, changed in place."""
+        """Add the change of one module.
+
+        Args:
+            group, j: the module, by its place in the group.
+            v: what :meth:`shrink` gave.
+            y: T×out_j, changed in place.
+        """
         ...
 
     def apply(self, group: Group, x: Tensor, ys: Sequence[Tensor]) -> None:

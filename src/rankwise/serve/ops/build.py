@@ -1,7 +1,9 @@
 """A C file of this package as a shared library, compiled when first asked for and kept in the user's cache.
 
-Plain C called through ctypes: no headers of torch are read, so a build takes under two seconds.  OpenMP comes from
-the very runtime that torch has loaded: a second one would keep a second pool of threads on the same cores.
+Plain C called through ctypes: no headers of torch are read, so a build takes under two seconds.  Not
+``torch.utils.cpp_extension.load``: that needs ninja when the server starts, takes a library from a folder that others can
+write to, keeps one library for processors of different instructions, and links the compiler's OpenMP beside torch's own,
+which would keep a second pool of threads on the same cores.
 """
 
 from __future__ import annotations

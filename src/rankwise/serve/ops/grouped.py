@@ -21,7 +21,13 @@ def stacked_A(pages: LoraPages, group: Group, held: Sequence[int]) -> Tensor:
 
 
 def stacked_B(pages: LoraPages, group: Group, j: int, held: Sequence[int]) -> Tensor:
-    """(len(held), WIDTH, out_j): the expanding factors of module ``j``, laid out as rows (a copy)."""
+    """The expanding factors of one module, laid out as rows (a copy): (len(held), WIDTH, out_j).
+
+    Args:
+        pages: of all adapters.
+        group, j: the module, by its place in the group.
+        held: ids of the pages that are wanted.
+    """
     whole = pages.expand[group.name][j]
     some = whole[held[0] : held[0] + 1] if len(held) == 1 else whole[list(held)]
     return some.transpose(1, 2).flatten(2)[..., : group.outs[j]]

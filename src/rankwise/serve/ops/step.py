@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor
 
 from rankwise.errors import OptionError
+from rankwise.serve.ops.base import DeltaOp
 
 if TYPE_CHECKING:
     from rankwise.serve.batch import Segment, TokenPlan
@@ -71,7 +72,7 @@ class OpStep:
         return self._of_group[group.name]
 
 
-class Op:
+class Op(DeltaOp):
     """Base of the operators; a subclass computes from ``self.step``."""
 
     name: ClassVar[str]

@@ -1,1 +1,1 @@
-"""Tensor parallelism: every device holds a slice of the base, of the keys and values, and of the adapters (see the files)."""
+"""Tensor parallelism.  No part of it has a figure in docs/performance.md yet, so all of it is in :mod:`.experimental`."""

@@ -3,7 +3,7 @@
     column-parallel   y_n = x W_nᵀ + b_n + v B_nᵀ              v = gather(x A_nᵀ) (T×r), or x Aᵀ where A is on every device
     row-parallel      y = Σ_n (x_n W_nᵀ + b [n = 0] + δ_n)      δ_n = (Σ_n x_n A_nᵀ) B_nᵀ in columns [lo, hi), or x_n A_nᵀ Bᵀ
 
-x: T×in, y: T×out; the pairs are cut by :mod:`rankwise.serve.parallel.cutting`.  Source: see there.
+x: T×in, y: T×out; the pairs are cut by :mod:`rankwise.serve.parallel.experimental.cutting`.  Source: see there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rankwise.serve.parallel.cutting import cut_pairs, gathered
+from rankwise.serve.parallel.experimental.cutting import cut_pairs, gathered
 
 if TYPE_CHECKING:
     from rankwise.serve.ops.base import Pairs
-    from rankwise.serve.parallel.comm import Communicator
-    from rankwise.serve.parallel.shares import Share
+    from rankwise.serve.parallel.experimental.comm import Communicator
+    from rankwise.serve.parallel.experimental.shares import Share
 
 Pair = tuple[Tensor, Tensor]
 
@@ -58,7 +58,7 @@ class CutLinear:
 
 @torch.no_grad()
 def install(local: nn.Module, share: Share, comm: Communicator, pairs: Mapping[str, Pairs], split: bool) -> None:
-    """Give every cut linear of ``local`` (:func:`~rankwise.serve.parallel.cutting.cut_model`) its forward by the definition.
+    """Give every cut linear of ``local`` (:func:`~rankwise.serve.parallel.experimental.cutting.cut_model`) its forward by the definition.
 
     ``pairs``: one adapter, as the whole base has it; A is split over its own rank here, not over LoRA pages.
     """

@@ -2,7 +2,7 @@
 
 Each collective is the textbook ring: numbers are cut in N chunks, and in N−1 rounds every device hands one chunk to the
 next (twice for a reduction: once adding, once passing on).  What is counted is what went into a mailbox, so that the
-cost formulas (:mod:`rankwise.serve.parallel.comm`) are checked and not assumed.  Errors: PeerLost after ``timeout``
+cost formulas (:mod:`rankwise.serve.parallel.experimental.comm`) are checked and not assumed.  Errors: PeerLost after ``timeout``
 seconds without a chunk, or once any device's program failed.
 """
 
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rankwise.serve.parallel.comm import PeerLost, Whose
+from rankwise.serve.parallel.experimental.comm import PeerLost, Whose
 
 T = TypeVar("T")
 

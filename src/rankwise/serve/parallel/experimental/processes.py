@@ -24,10 +24,10 @@ from torch import nn
 
 from rankwise.errors import RankwiseError
 from rankwise.host import keep_freed_memory
-from rankwise.serve.parallel.comm import PeerLost
-from rankwise.serve.parallel.follower import follow
-from rankwise.serve.parallel.gloo import Gloo
-from rankwise.serve.parallel.messages import Said, Stop, hear, packed, tell
+from rankwise.serve.parallel.experimental.comm import PeerLost
+from rankwise.serve.parallel.experimental.follower import follow
+from rankwise.serve.parallel.experimental.gloo import Gloo
+from rankwise.serve.parallel.experimental.messages import Said, Stop, hear, packed, tell
 
 STARTING = 600.0  #: seconds in which a process reads the base and builds its part
 LARGE = 1 << 14  #: bytes; a pipe takes a few messages below it whether or not somebody reads

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +14,14 @@ from rankwise.serve.adapters.base import AdapterMetadata, LoadedAdapter
 from rankwise.serve.adapters.layout import Layout
 from rankwise.serve.batch import make_plan
 from rankwise.serve.model.runner import NativeRunner
-from rankwise.serve.parallel.cutting import cut_model
-from rankwise.serve.parallel.device import DevicePages
-from rankwise.serve.parallel.messages import Acts, Build, Said, StepMessage, Stop, Write, hear, tell
-from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.parallel.experimental.device import SlotCopy, device_of
+from rankwise.serve.parallel.experimental.messages import Acts, Said, StepMessage, Stop, Write, hear, tell
+from rankwise.serve.parallel.experimental.shares import shares
 
 if TYPE_CHECKING:
-    from rankwise.serve.ops.base import LoraPages
-    from rankwise.serve.parallel.comm import Communicator
+    from rankwise.serve.parallel.experimental.comm import Communicator
 
-R = TypeVar("R", bound=NativeRunner)
 _NOBODY = AdapterMetadata("", "", "", "", 0, 0, 0)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SlotCopy:
-    """A slot as a follower knows it."""
-
-    pages: tuple[int, ...]
-    served: LoadedAdapter
-
-
-def device_of(
-    model: nn.Module, share: Share, comm: Communicator, build: Build, runner: Callable[..., R], expected: Tensor
-) -> tuple[DevicePages, R]:
-    """One device's pages and its runner, made by ``runner`` (a :class:`NativeRunner`).  Raises AttachError, OptionError."""
-    local = cut_model(model, share)
-    dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
-    pages = DevicePages(share, comm, build.lora_pages, dtype, build.split, build.op, build.native)
-    finish = {g.name: comm.all_reduce for g in share.groups if share.row_parallel(g.name)}
-    first: LoraPages = next(iter(pages.stores.values()))
-    made = runner(
-        local, share.groups, first, pages.operator(), pages.operator(), blocks=build.blocks, page=build.page,
-        max_rows=build.max_rows, pack=build.pack, loop=build.loop, expected=expected, finish=finish,
-    )  # fmt: skip
-    made.rows.limit = build.row_tokens
-    return pages, made
 
 
 class Follower(NativeRunner):

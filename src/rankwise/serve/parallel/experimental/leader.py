@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from rankwise.serve.model.runner import NativeRunner, RunnerSlot, own_logits
 from rankwise.serve.ops.base import Pairs, check_pairs
-from rankwise.serve.parallel.device import DevicePages, slices
-from rankwise.serve.parallel.follower import SlotCopy, device_of
-from rankwise.serve.parallel.messages import Acts, Build, StepMessage, Write
-from rankwise.serve.parallel.non_lora_changes import local
-from rankwise.serve.parallel.shares import Share, shares
+from rankwise.serve.parallel.experimental.device import DevicePages, SlotCopy, device_of, slices
+from rankwise.serve.parallel.experimental.messages import Acts, Build, StepMessage, Write
+from rankwise.serve.parallel.experimental.non_lora_changes import local
+from rankwise.serve.parallel.experimental.shares import Share, shares
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
     from rankwise.serve.adapters.layout import Layout
     from rankwise.serve.batch import TokenPlan
-    from rankwise.serve.parallel.comm import Communicator
+    from rankwise.serve.parallel.experimental.comm import Communicator
 
 
 class Team(Protocol):
@@ -87,7 +86,12 @@ def _owned(pairs: Mapping[str, Pairs]) -> dict[str, Pairs]:
 
 
 class Leader(NativeRunner):
-    """The first device's runner: it tells the others each step, and of a slot what acts there when it is first used."""
+    """The first device's runner: it tells the others each step, and of a slot what acts there when it is first used.
+
+    Args:
+        args, more: of the :class:`~rankwise.serve.model.runner.NativeRunner`.
+        team, made: the other devices, and every device's share.
+    """
 
     def __init__(self, *args: Any, team: Team, made: Sequence[Share], **more: Any):
         self.team, self.shares = team, made  # first: a runner takes its first steps, the probe's, while it is made
@@ -117,7 +121,10 @@ class Leader(NativeRunner):
 def lead(team: Team, model: nn.Module, layout: Layout, build: Build) -> tuple[SharedPages, Leader]:
     """Have every device build its part; the first one's runner has checked the team's logits against the model's own.
 
-    ``model`` and ``layout`` are the plain whole base's, which stays as it is, in the host's memory: adapters are read against it.
+    Args:
+        team: the other devices.
+        model, layout: of the plain whole base, which stays as it is, in the host's memory: adapters are read against it.
+        build: sizes and choices, the same on all devices.
 
     Raises:
         AttachError, OptionError: a model that cannot be cut so; logits that are not the model's. PeerLost: a device ended.

@@ -1,7 +1,7 @@
 """One device's pages, and the operators that work on them: adapters held split, and adapters held replicated, in one step.
 
 A page is a page in both stores; an adapter's numbers are written to one and its pages are left out of the other, whose memory
-the system then never gives.  Replicated adapters run by any operator on slices (:mod:`rankwise.serve.parallel.cutting`
+the system then never gives.  Replicated adapters run by any operator on slices (:mod:`rankwise.serve.parallel.experimental.cutting`
 says why nothing is sent).  Split ones hold ⌈8/N⌉ of a page's components at column-parallel groups:
 
     v_n (pairs × m·⌈8/N⌉) → gathered (pairs × m·8)    row-parallel: v_n (pairs × 8) → summed;  then B's slice
@@ -10,22 +10,27 @@ says why nothing is sent).  Split ones hold ⌈8/N⌉ of a page's components at 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.errors import OptionError
 from rankwise.serve.ops.bags import Bags
 from rankwise.serve.ops.base import WIDTH, DeltaOp, Group, LoraPages, Pairs
 from rankwise.serve.ops.registry import make_op
-from rankwise.serve.parallel.cutting import cut_pairs, gathered
+from rankwise.serve.parallel.experimental.cutting import cut_model, cut_pairs, gathered
 
 if TYPE_CHECKING:
+    from rankwise.serve.adapters.base import LoadedAdapter
     from rankwise.serve.batch import TokenPlan
-    from rankwise.serve.parallel.comm import Communicator
-    from rankwise.serve.parallel.shares import Share
+    from rankwise.serve.model.runner import NativeRunner
+    from rankwise.serve.parallel.experimental.comm import Communicator
+    from rankwise.serve.parallel.experimental.messages import Build
+    from rankwise.serve.parallel.experimental.shares import Share
+
+R = TypeVar("R", bound="NativeRunner")
 
 SPLITS = ("auto", "split", "replicate")
 SPLIT_FROM = 64  #: rank from which "auto" splits: two collectives a block are paid with time, and below it save too little memory
@@ -64,7 +69,7 @@ class SplitBags(Bags):
         return gathered(parts, WIDTH).reshape(v.shape[0], m * WIDTH)
 
 
-class Both:
+class Both(DeltaOp):
     """Two operators on two stores, each of which leaves the other's pages alone."""
 
     name: ClassVar[str] = "parallel"
@@ -153,3 +158,39 @@ class DevicePages:
 def slices(pairs: Mapping[str, Pairs], share: Share, split: bool) -> dict[str, Pairs]:
     """A whole adapter's pairs as the device of ``share`` holds them in its pages."""
     return {name: cut_pairs(those, name, share, split, WIDTH) for name, those in pairs.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """A slot as a follower knows it."""
+
+    pages: tuple[int, ...]
+    served: LoadedAdapter
+
+
+def device_of(
+    model: nn.Module, share: Share, comm: Communicator, build: Build, runner: Callable[..., R], expected: Tensor
+) -> tuple[DevicePages, R]:
+    """One device's pages and its runner.
+
+    Args:
+        model, share: the whole base, which stays as it is, and this device's slices of it.
+        comm: this device's end of the collectives.
+        build: sizes and choices, the same on all devices.
+        runner: makes a :class:`~rankwise.serve.model.runner.NativeRunner`.
+        expected: the whole model's logits of the probe.
+
+    Raises:
+        AttachError, OptionError: as the runner and the operators say.
+    """
+    local = cut_model(model, share)
+    dtype = next(p.dtype for p in local.parameters() if p.is_floating_point())
+    pages = DevicePages(share, comm, build.lora_pages, dtype, build.split, build.op, build.native)
+    finish = {g.name: comm.all_reduce for g in share.groups if share.row_parallel(g.name)}
+    first: LoraPages = next(iter(pages.stores.values()))
+    made = runner(
+        local, share.groups, first, pages.operator(), pages.operator(), blocks=build.blocks, page=build.page,
+        max_rows=build.max_rows, pack=build.pack, loop=build.loop, expected=expected, finish=finish,
+    )  # fmt: skip
+    made.rows.limit = build.row_tokens
+    return pages, made

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Build:
-    """Sizes and choices of the cache and the LoRA pages; ``split``, ``op``, ``native``: see :class:`.device.DevicePages`."""
+    """Sizes and choices, the same on all devices.
+
+    Attributes:
+        blocks, page, max_rows, row_tokens: of the key-value cache and its tables, as a runner takes them.
+        lora_pages: how many there are.
+        split, op, native: see :class:`.device.DevicePages`.
+        pack, loop: as a runner takes them.
+    """
 
     blocks: int
     page: int

@@ -22,7 +22,7 @@ from rankwise.serve.types import AdapterRefused
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter, NonLoraChange
-    from rankwise.serve.parallel.shares import Share
+    from rankwise.serve.parallel.experimental.shares import Share
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -81,7 +81,12 @@ def bounds(total: int, n: int, of: int) -> tuple[int, int]:
 
 
 def heads_of(heads: int, kv: int, n: int, of: int) -> tuple[list[int], list[int]]:
-    """(query heads, key/value heads) of device n: its query head i reads its key/value head i·len(kv)//len(q)."""
+    """(query heads, key/value heads) of one device: its query head i reads its key/value head i·len(kv)//len(q).
+
+    Args:
+        heads, kv: how many the model has of each.
+        n, of: the device, and how many there are.
+    """
     group = heads // kv
     if of <= kv:
         lo, hi = bounds(kv, n, of)

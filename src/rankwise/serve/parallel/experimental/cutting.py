@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rankwise.serve.adapters.values import Shadow
+from rankwise.runtime.shared_copy import shared_copy
 
 if TYPE_CHECKING:
     from rankwise.serve.ops.base import Pairs
-    from rankwise.serve.parallel.shares import Share
+    from rankwise.serve.parallel.experimental.shares import Share
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def cut_model(model: nn.Module, share: Share) -> nn.Module:
 
     Its plain forward gives partial sums at o and down: whoever runs it adds them up over the devices.
     """
-    local = Shadow(model).model
+    local = shared_copy(model)
     for path, cut in share.cuts.items():
         m = local.get_submodule(path)
         W, b = m.get_parameter("weight"), m._parameters.get("bias")
@@ -70,7 +70,13 @@ def _count_heads(local: nn.Module, share: Share) -> None:
 
 
 def components(A: Tensor, width: int, rank: int, size: int) -> Tensor:
-    """Device ``rank``'s rows of A (r×in), of every ``width`` an N-th: (⌈r/width⌉·⌈width/N⌉)×in, with zero rows where r ends."""
+    """One device's rows of A: (⌈r/width⌉·⌈width/N⌉)×in, with zero rows where r ends.
+
+    Args:
+        A: r×in.
+        width: rows of which each device has an N-th.
+        rank, size: of the device, and N.
+    """
     mine = -(-width // size)
     A = nn.functional.pad(A, (0, 0, 0, -A.shape[0] % width)).unflatten(0, (-1, width))
     A = nn.functional.pad(A, (0, 0, 0, mine * size - width))
@@ -83,7 +89,14 @@ def gathered(v: Tensor, width: int) -> Tensor:
 
 
 def cut_pairs(pairs: Pairs, group: str, share: Share, split: bool, width: int) -> Pairs:
-    """One group's factors (A: r×in with the scale in it, B: out×r) as this device holds them."""
+    """One group's factors as this device holds them.
+
+    Args:
+        pairs, group: of the whole adapter, A: r×in with the scale in it, B: out×r for each module of the group.
+        share: the device's slices.
+        split: whether the adapter is held split, else replicated.
+        width: components in a page.
+    """
     modules = share.whole[group].modules
     return tuple(None if p is None else _cut_pair(*p, group, m, share, split, width) for p, m in zip(pairs, modules, strict=True))
 

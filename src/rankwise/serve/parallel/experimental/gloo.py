@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankwise.serve.parallel.comm import PeerLost, Whose
+from rankwise.serve.parallel.experimental.comm import PeerLost, Whose
 
 
 class Gloo:

@@ -63,7 +63,13 @@ def ring_all_gather(numbers: int, size: int) -> Fraction:
 
 
 def attention_traffic(tokens: int, hidden: int, rank: int, size: int) -> tuple[Fraction, Fraction]:
-    """(base, adapter): numbers a device sends for one attention block, ``rank`` rounded up to a multiple of ``size`` at q, k, v."""
+    """(base, adapter): numbers a device sends for one attention block.
+
+    Args:
+        tokens, hidden: of the input, T×h.
+        rank: of the adapter, rounded up to a multiple of ``size`` at q, k, v.
+        size: how many devices.
+    """
     padded = -(-rank // size) * size
     gathers = 3 * ring_all_gather(tokens * padded, size)
     return ring_all_reduce(tokens * hidden, size), gathers + ring_all_reduce(tokens * rank, size)
