@@ -5,6 +5,7 @@ Old modules are found by a finder at the end of ``sys.meta_path``; old classes b
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -13,7 +14,9 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: old module → where its names are now, first match first
 MODULES: dict[str, tuple[str, ...]] = {
@@ -90,6 +93,25 @@ def renamed_attribute(cls: type, moved: Mapping[str, str]) -> None:
         if old in cls.__dict__ and new not in cls.__dict__:
             warn(f"{cls.__qualname__}.{old}", f"{cls.__qualname__}.{new}", stacklevel=3)
             setattr(cls, new, cls.__dict__[old])
+
+
+def renamed_keywords(**moved: str) -> Callable[[F], F]:
+    """Decorator: a function takes keyword arguments under their old names too; both at once are a TypeError, as Python has it."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, new in moved.items():
+                if old in kwargs:
+                    warn(f"{function.__qualname__}({old}=…)", f"{new}=…")
+                    if new in kwargs:
+                        raise TypeError(f"{function.__qualname__}() got {new!r} twice: {old!r} is its old name")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return wrap
 
 
 class _Old(types.ModuleType):

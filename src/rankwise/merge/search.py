@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise._renamed import renamed_keywords
 from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
 from rankwise.merge.checkpoints import merge_checkpoints
@@ -63,11 +64,12 @@ def search(
     return SearchResult(points, min(points, key=lambda p: sign * next(iter(p.scores.values()))))
 
 
+@renamed_keywords(oracle="evaluator")
 def search_states(
     states: Sequence[Source], method: str, grid: Grid, evaluator: Evaluator, weights: Sequence[float] | None = None, *, seed: int = 0,
     progress: Callable[[GridPoint], None] = lambda point: None, **options: Any,
 ) -> tuple[SearchResult, AdapterState]:  # fmt: skip
-    """Adapters merged by each combination, scored on the oracle's model; the best one's value."""
+    """Adapters merged by each combination, scored on the evaluator's model; the best one's value."""
     for some in combinations(grid):  # what cannot be is told before anything is scored
         rule_of(method, {**options, **some}, len(states))
 

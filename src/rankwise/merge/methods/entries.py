@@ -1,6 +1,6 @@
-"""Entry-wise merges: sparsify each source, then combine what meets at an entry.  A named method is a row of a table.
+"""Entry-wise merges: magnitude_prune, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties.
 
-For kept values v_t (T, rows, in) and weights w_t:
+Sparsify each source, then combine what meets at an entry.  A named method is a row of a table.  For kept values v_t (T, rows, in) and weights w_t:
 
     sum       Σ w_t·v_t                                            (÷ Σ w_t with normalize)
     elected   Σ w_t·v_t·[sign v_t = ε] / n,   ε = sign of Σ v_t ("total"), Σ sign v_t ("frequency") or Σ w_t·v_t ("weighted");

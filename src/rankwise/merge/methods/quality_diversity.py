@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rankwise._renamed import renamed_keywords
 from rankwise.errors import OptionError
 from rankwise.merge.engine.base import Source, merge_states
 from rankwise.merge.methods.interpolation import GRID, PathPoint, scored
@@ -41,6 +42,7 @@ def knob(quality: Source, diversity: Source, lam: float) -> AdapterState:
     return merge_states([quality, diversity], None, "quality_diversity", lam=lam)
 
 
+@renamed_keywords(oracle="evaluator")
 def frontier(evaluator: Evaluator, quality: Source, diversity: Source, grid: Sequence[float] = GRID) -> list[PathPoint]:
-    """The scores on every split of the oracle (say one of quality, one of diversity) along the knob."""
+    """The scores on every split of the evaluator (say one of quality, one of diversity) along the knob."""
     return [PathPoint(lam, scored(evaluator, knob(quality, diversity, lam))) for lam in grid]

@@ -1,4 +1,4 @@
-"""Robust fine-tuning: stop part of the way from the base, with the update of the straggler layers thinned out."""
+"""robust_interpolation: stop part of the way from the base, with the update of the straggler layers thinned out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RobustInterpolation(Merge):
     """θ(α) = (1 − α)·θ_0 + α·θ_1 of one fine-tune (WiSE-FT), at the straggler layers with only the largest ``density`` of |θ_1 − θ_0|.
 
     ``stragglers`` names sites (of whole models: tensors).  Where none is named and ``density`` < 1, they are the layers whose
-    path rises above the line between its ends like no other's (:mod:`rankwise.merge.methods.straggler`), found by the oracle's
+    path rises above the line between its ends like no other's (:mod:`rankwise.merge.methods.straggler`), found by the evaluator's
     score on 5 points a layer; where no layer does, nothing is thinned.  Density 1 is plain interpolation, exact; thinned
     changes, and no others, are lowered by an SVD, to ``rank`` or exactly.  α itself is found by a search on held-out data
     (``rankwise merge --search alpha=0:1:0.1``).

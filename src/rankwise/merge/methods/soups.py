@@ -1,4 +1,4 @@
-"""Model soups: average fine-tunes of one base, all of them, those that help (greedy), or weighed by gradients (learned).
+"""Model soups: uniform_soup averages fine-tunes of one base, greedy_soup those that help, learned_soup weighs them by gradients.
 
 The soup of merged models is W₀ + Σ w_t·ΔW_t: low-rank of Σ r_t, exact.  Averaging A and B apart is another, lossy
 method (``linear``).  Greedy and learned soups ask an :class:`~rankwise.merge.judge.evaluator.Evaluator`; of whole models they are
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rankwise._renamed import renamed_keywords
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
@@ -103,13 +104,13 @@ class GreedySoup(Soup):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedSoup(Soup):
-    """min over α, β of loss(β·f(x; W₀ + Σ_t α_t·ΔW_t)) on the oracle's batches, α = softmax(a), a = 1 at the start (the uniform soup).
+    """min over α, β of loss(β·f(x; W₀ + Σ_t α_t·ΔW_t)) on the evaluator's batches, α = softmax(a), a = 1 at the start (the uniform soup).
 
     ``per="model"``: T numbers; "site": T a site (of whole models: a tensor).  AdamW at ``lr`` without weight decay, ``epochs`` passes; β is a scalar
     temperature, 1 at the start, learnt along and then dropped (``temperature=False`` leaves it at 1).  The base and the
     sources are frozen.  Of adapters only factors are held; of whole models, as in the released code, all T.
 
-    Source: mlfoundations/model-soups, learned_bylayer.py.  Errors: an oracle without batches.
+    Source: mlfoundations/model-soups, learned_bylayer.py.  Errors: an evaluator without batches.
     """
 
     per: Literal["model", "site"] = "model"
@@ -126,6 +127,7 @@ class LearnedSoup(Soup):
         """(T,), or a (T,) each site."""
         return self.learn(sources, evaluator).weights
 
+    @renamed_keywords(oracle="evaluator")
     def learn(
         self, sources: Sequence[Source], evaluator: Evaluator, progress: Callable[[int, float], None] = lambda n, loss: None
     ) -> Learned:
@@ -153,7 +155,7 @@ class LearnedSoup(Soup):
     ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
         """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``."""
         if not batches:
-            raise OptionError("The merge 'learned_soup' takes gradients on batches; give Oracle(model, batches=…).")
+            raise OptionError("The merge 'learned_soup' takes gradients on batches; give Evaluator(model, batches=…).")
         raw = torch.ones(rows, count, requires_grad=True)
         beta = torch.ones((), requires_grad=self.temperature)
         steps = torch.optim.AdamW([p for p in (raw, beta) if p.requires_grad], lr=self.lr, weight_decay=0.0)

@@ -1,5 +1,6 @@
-"""Merges that are one number a source: found from inner products, applied exactly.  A named method is a row of a table.
+"""One number a source: average, task_arithmetic, slerp, nuslerp, multislerp, karcher, model_stock.
 
+The numbers are found from inner products and applied exactly.  A named method is a row of a table.
 A combination Σ c_t·x_t of low-rank changes is low-rank, so nothing is formed and nothing is lost; the numbers come from
 the sources' Gram matrix G = [⟨x_s, x_t⟩] alone.  A vector of span{x_t} is its coordinates c, with ⟨c, d⟩ = cᵀ·G·d.
 Interpolations of whole models work on the weights themselves (``works_on="weights"``), of adapters on their changes.
