@@ -110,9 +110,14 @@ def _load(net: Any, folders: Sequence[str], flag: str, prefix: str) -> dict[str,
 
 
 def _fusion(
-    net: Any, tokenizer: Any, strengths: dict[str, float], fuse: str | None, experts: Sequence[str] | None, expert_model: str | None,
+    net: Any,
+    tokenizer: Any,
+    strengths: dict[str, float],
+    fuse: str | None,
+    experts: Sequence[str] | None,
+    expert_model: str | None,
     settings: Sequence[str] | None,
-) -> Any:  # fmt: skip
+) -> Any:
     """The fusion asked for, or None; the target acts under --adapter, the experts against their own untouched base."""
     if fuse is None:
         given = {"--expert": experts, "--expert-model": expert_model, "--set": settings}

@@ -52,9 +52,11 @@ def combinations(grid: Grid) -> Iterator[dict[str, Any]]:
 
 
 def search(
-    scores: Callable[[dict[str, Any]], dict[str, float]], grid: Grid, higher_is_better: bool,
+    scores: Callable[[dict[str, Any]], dict[str, float]],
+    grid: Grid,
+    higher_is_better: bool,
     progress: Callable[[GridPoint], None] = lambda point: None,
-) -> SearchResult:  # fmt: skip
+) -> SearchResult:
     """The scores of each combination."""
     points = []
     for options in combinations(grid):
@@ -66,9 +68,16 @@ def search(
 
 @renamed_keywords(oracle="evaluator")
 def search_states(
-    states: Sequence[Source], method: str, grid: Grid, evaluator: Evaluator, weights: Sequence[float] | None = None, *, seed: int = 0,
-    progress: Callable[[GridPoint], None] = lambda point: None, **options: Any,
-) -> tuple[SearchResult, AdapterState]:  # fmt: skip
+    states: Sequence[Source],
+    method: str,
+    grid: Grid,
+    evaluator: Evaluator,
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[GridPoint], None] = lambda point: None,
+    **options: Any,
+) -> tuple[SearchResult, AdapterState]:
     """Adapters merged by each combination, scored on the evaluator's model; the best one's value."""
     for some in combinations(grid):  # what cannot be is told before anything is scored
         rule_of(method, {**options, **some}, len(states))
@@ -86,9 +95,18 @@ def search_states(
 
 
 def search_models(
-    folders: Sequence[str], out: str | Path, method: str, grid: Grid, models: Models, weights: Sequence[float] | None = None,
-    base: str | None = None, *, progress: Callable[[GridPoint], None] = lambda point: None, force: bool = False, **options: Any,
-) -> tuple[SearchResult, CheckpointReport]:  # fmt: skip
+    folders: Sequence[str],
+    out: str | Path,
+    method: str,
+    grid: Grid,
+    models: Models,
+    weights: Sequence[float] | None = None,
+    base: str | None = None,
+    *,
+    progress: Callable[[GridPoint], None] = lambda point: None,
+    force: bool = False,
+    **options: Any,
+) -> tuple[SearchResult, CheckpointReport]:
     """Whole models merged by each combination into a folder that does not stay, loaded and scored; the best one into ``out``.
 
     A candidate may equal its base (one end of a path does); the result may only with ``force``.

@@ -86,10 +86,17 @@ def export_diffusers(
         config |= {
             f"{part}.{k}": v
             for k, v in {
-                "peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": patterns, "alpha_pattern": patterns,
-                "target_modules": sorted(own), "use_dora": normed[part], "use_rslora": False, "lora_bias": False,
+                "peft_type": "LORA",
+                "r": r,
+                "lora_alpha": r,
+                "rank_pattern": patterns,
+                "alpha_pattern": patterns,
+                "target_modules": sorted(own),
+                "use_dora": normed[part],
+                "use_rslora": False,
+                "lora_bias": False,
             }.items()
-        }  # fmt: skip
+        }
     file = core.target(path, ".safetensors", FILE)
     return core.write_tensors(file, tensors, {METADATA: json.dumps(config, sort_keys=True, allow_nan=False)})
 

@@ -191,9 +191,16 @@ def on_sites(
     if norms and set(norms) != set(sites):
         raise ArtefactError(f"{where}: {sorted(set(sites) - set(norms))[:3]} lack the magnitude that the others have.")
     info = PeftInfo(
-        config={}, base_model=None, task_type=None, dropout=0.0, magnitude=norms, bias={}, base_layers={},
-        untied=sorted(n for n in sites if specs_of(specs)[n].tie_group), modules_to_save=[],
-    )  # fmt: skip
+        config={},
+        base_model=None,
+        task_type=None,
+        dropout=0.0,
+        magnitude=norms,
+        bias={},
+        base_layers={},
+        untied=sorted(n for n in sites if specs_of(specs)[n].tie_group),
+        modules_to_save=[],
+    )
     return AdapterState(sites, {}, {"source": where}), info
 
 

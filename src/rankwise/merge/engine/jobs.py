@@ -122,8 +122,8 @@ def by_tensor(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -
     Raises:
         OptionError: files whose tensors have other names than the loaded model's, which transformers converted.
     """
-    known = set(names)
-    if lost := sorted(set(weights) - known):
+    known = list(names)
+    if lost := sorted(set(weights) - {*known}):
         raise OptionError(
             f"The model holds {lost[0]!r}, which its files store under another name, so weights by tensor cannot be applied to them; "
             "use per=model."

@@ -30,11 +30,20 @@ def _knob(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
     return torch.tensor([1 - rule.lam, rule.lam], dtype=torch.float64)
 
 
-row("quality_diversity", "A knob between a quality and a diversity fine-tune", _knob, reference="182", count=2, works_on="weights",
-    uses_weights=False, breaks=("order",), lam=0.5,
+row(
+    "quality_diversity",
+    "A knob between a quality and a diversity fine-tune",
+    _knob,
+    reference="182",
+    count=2,
+    works_on="weights",
+    uses_weights=False,
+    breaks=("order",),
+    lam=0.5,
     doc="""(1 − λ)·θ_q + λ·θ_d, exact, λ (``lam``) in [0, 1] at run time: the first source is the fine-tune for quality (guidance distilled, the
     loss ``cfg_distillation``), the second the one with a reward for diversity.  Both from one base.  No code is published; a
-    reconstruction.  Errors: other than two sources; λ outside [0, 1].""")  # fmt: skip
+    reconstruction.  Errors: other than two sources; λ outside [0, 1].""",
+)
 
 
 def knob(quality: Source, diversity: Source, lam: float) -> AdapterState:

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 @register(
-    "merge", "robust_interpolation", title="Robust fine-tuning: part of the way, stragglers thinned", paper="arXiv 2109.01903",
-    reference="212", exports_to_peft=True,
-)  # fmt: skip
+    "merge",
+    "robust_interpolation",
+    title="Robust fine-tuning: part of the way, stragglers thinned",
+    paper="arXiv 2109.01903",
+    reference="212",
+    exports_to_peft=True,
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobustInterpolation(Merge):
     """θ(α) = (1 − α)·θ_0 + α·θ_1 of one fine-tune (WiSE-FT), at the straggler layers with only the largest ``density`` of |θ_1 − θ_0|.

@@ -29,10 +29,17 @@ if TYPE_CHECKING:
     from rankwise.merge.judge.evaluator import Batch, Evaluator
     from rankwise.merge.judge.model_soups import Models
 
-row("uniform_soup", "Uniform soup: the mean of fine-tunes", lambda rule, gram, w: torch.full_like(w, 1 / len(w)), paper="arXiv 2203.05482",
-    reference="217", works_on="weights", uses_weights=False,
+row(
+    "uniform_soup",
+    "Uniform soup: the mean of fine-tunes",
+    lambda rule, gram, w: torch.full_like(w, 1 / len(w)),
+    paper="arXiv 2203.05482",
+    reference="217",
+    works_on="weights",
+    uses_weights=False,
     doc="""(1/T)·Σ θ_t of T fine-tunes of one start, as whole models or as adapters (exact, of rank Σ r_t).  Order does not matter.  Fine-tunes of
-    different starts do not mix: their mean is no model.  ``average`` is the same with weights.  Source: mlfoundations/model-soups.""")  # fmt: skip
+    different starts do not mix: their mean is no model.  ``average`` is the same with weights.  Source: mlfoundations/model-soups.""",
+)
 
 
 def uniform(sources: Sequence[Source]) -> AdapterState:
@@ -150,9 +157,13 @@ class LearnedSoup(Soup):
         return dict(zip(names, alpha, strict=True)) if names else alpha[0]
 
     def descend(
-        self, rows: int, count: int, batches: Sequence[Batch], loss: Callable[[Tensor, Batch, Tensor | None], Tensor],
+        self,
+        rows: int,
+        count: int,
+        batches: Sequence[Batch],
+        loss: Callable[[Tensor, Batch, Tensor | None], Tensor],
         progress: Callable[[int, float], None] = lambda n, loss: None,
-    ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
+    ) -> tuple[Tensor, float, list[float]]:
         """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``."""
         if not batches:
             raise OptionError("The merge 'learned_soup' takes gradients on batches; give Evaluator(model, batches=…).")

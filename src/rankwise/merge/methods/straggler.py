@@ -76,9 +76,11 @@ def profile(
         raise OptionError(f"A path is scored from 0 to 1 with a place between, in order; it got {list(grid)}.")
     _known(state, groups)
     return {
-        layer: Path(grid, tuple(evaluator.cost(_at(state, names, a), split) for a in grid)) if _moves(state, names) else _flat(evaluator, state, grid, split)
+        layer: Path(grid, tuple(evaluator.cost(_at(state, names, a), split) for a in grid))
+        if _moves(state, names)
+        else _flat(evaluator, state, grid, split)
         for layer, names in groups.items()
-    }  # fmt: skip
+    }
 
 
 def stragglers(barriers: Mapping[str, float], *, floor: float = 1e-4) -> list[str]:
