@@ -38,7 +38,14 @@ class DecodingModel:
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, cache: Any = None, keep: bool = True) -> tuple[Tensor, Any]:
-        """Logits (B, t, V) of the last t = ids.shape[1] tokens of ``mask`` (B, T), and the cache after them."""
+        """Logits (B, t, V) of the last t = ids.shape[1] tokens of ``mask`` (B, T), and the cache after them.
+
+        Args:
+            ids: the new tokens (B, t).
+            mask: of all tokens (B, T), 1 where one counts.
+            cache: of the tokens before; None: there are none.
+            keep: give a cache back.
+        """
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         extra = {"position_ids": positions} if "position_ids" in inspect.signature(self.model.forward).parameters else {}
         device = next(self.model.parameters()).device
@@ -104,7 +111,14 @@ class Fusion:
     def of_adapters(
         cls, model: nn.Module, experts: Mapping[str, float], method: str | LogitCombiner = "dynamic", **options: Any
     ) -> Fusion:
-        """Adapters of one model as experts, its untouched base as their anti-expert and as the target."""
+        """Adapters of one model as experts, its untouched base as their anti-expert and as the target.
+
+        Args:
+            model: with the adapters attached.
+            experts: adapter → weight.
+            method: a combiner's name, or one of your own.
+            options: of the combiner.
+        """
         models = {"base": DecodingModel(model, {} if experts else None)} | {
             f"adapter {n}": DecodingModel(model, {n: 1.0}) for n in experts
         }
@@ -131,7 +145,14 @@ class Fusion:
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, eos_token_id: int | None = None
     ) -> Tensor:
-        """Greedy: ids (B, T) → (B, T + n), n ≤ ``max_new_tokens``; a row that met ``eos_token_id`` repeats it.  Pads on the left."""
+        """Greedy: ids (B, T) → (B, T + n), n ≤ ``max_new_tokens``; a row that met ``eos_token_id`` repeats it.  Pads on the left.
+
+        Args:
+            input_ids: the prompts (B, T).
+            attention_mask: (B, T), 0 where padded; default no padding.
+            max_new_tokens: n at the most.
+            eos_token_id: ends a row; None: none does.
+        """
         stream, mask, ids = DecodingStream(self.models), _mask(input_ids, attention_mask), input_ids
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):

@@ -144,7 +144,15 @@ class Aligned:
     def job(
         self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]
     ) -> TensorJob:
-        """The job of one tensor of the result from each source's (checkpoint, its name there)."""
+        """The job of one tensor of the result from each source's (checkpoint, its name there).
+
+        Args:
+            name: of the tensor in the result.
+            sources: each source's checkpoint and its name there.
+            base: likewise of the base; None: there is none.
+            rule: the merge; None: the first is copied.
+            weights: one a source.
+        """
         have = [(c, n) for c, n in [*([base] if base else []), *sources] if n in c.table]
         if not have:
             raise MergeError(f"No source has {name!r}.")

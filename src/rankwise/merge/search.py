@@ -57,7 +57,14 @@ def search(
     higher_is_better: bool,
     progress: Callable[[GridPoint], None] = lambda point: None,
 ) -> SearchResult:
-    """The scores of each combination."""
+    """The scores of each combination.
+
+    Args:
+        scores: options → a score on each split.
+        grid: option → values.
+        higher_is_better: of the first split.
+        progress: called with each point of the grid when it is scored.
+    """
     points = []
     for options in combinations(grid):
         points.append(GridPoint(options, scores(options)))
@@ -78,7 +85,17 @@ def search_states(
     progress: Callable[[GridPoint], None] = lambda point: None,
     **options: Any,
 ) -> tuple[SearchResult, AdapterState]:
-    """Adapters merged by each combination, scored on the evaluator's model; the best one's value."""
+    """Adapters merged by each combination, scored on the evaluator's model; the best one's value.
+
+    Args:
+        states: the adapters' values.
+        method: a registered merge, with its ``options``.
+        grid: option → values.
+        evaluator: scores on its model.
+        weights: one a source; default 1/T each.
+        seed: of random drops.
+        progress: called with each point of the grid when it is scored.
+    """
     for some in combinations(grid):  # what cannot be is told before anything is scored
         rule_of(method, {**options, **some}, len(states))
 
@@ -110,6 +127,17 @@ def search_models(
     """Whole models merged by each combination into a folder that does not stay, loaded and scored; the best one into ``out``.
 
     A candidate may equal its base (one end of a path does); the result may only with ``force``.
+
+    Args:
+        folders: of the models.
+        out: the new folder of the best.
+        method: a registered merge of whole models, with its ``options``.
+        grid: option → values.
+        models: what candidates are judged by.
+        weights: one a source; default 1/T each.
+        base: what changes are measured from; None: nothing.
+        progress: called with each point of the grid when it is scored.
+        force: keep a result that equals its base.
     """
 
     def merged(some: dict[str, Any], to: str | Path, keep: bool) -> CheckpointReport:

@@ -106,6 +106,12 @@ def read_diffusers(
 ) -> tuple[AdapterState, PeftInfo]:
     """(state, info) of a diffusers file's tensors; the scale is the header's, else the ``.alpha`` beside a pair, else 1.
 
+    Args:
+        tensors: of the file.
+        metadata: of the file.
+        specs: every site of the model, in module order.
+        where: what to call the file in messages.
+
     Raises:
         ArtefactError: keys that are not understood, several components for a model that is one of them.
     """

@@ -309,7 +309,14 @@ def draws(rule: Merge, stack: Stack, seed: int) -> torch.Generator:
 
 
 def share(name: str, option: str, value: float, *, zero: bool = False) -> None:
-    """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``)."""
+    """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``).
+
+    Args:
+        name: of the merge, for the message.
+        option: for the message.
+        value: what was given.
+        zero: 0 is allowed too.
+    """
     if not (0 <= value <= 1 if zero else 0 < value <= 1):
         raise OptionError(f"The merge {name!r} takes {option} as a share in {'[' if zero else '('}0, 1]; it got {value}.")
 
@@ -320,5 +327,13 @@ def at_least_one(name: str, rank: int | None) -> None:
 
 
 def one_of(name: str, option: str, value: str, among: Iterable[str]) -> None:
+    """What was merged, and how far the result is from its parts.
+
+    Args:
+        name: of the merge, for the message.
+        option: for the message.
+        value: what was given.
+        among: what may be.
+    """
     if value not in among:
         raise OptionError(f"The merge {name!r} has {option} in {sorted(among)}; it got {value!r}.")

@@ -26,7 +26,14 @@ SCORES = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOutData:
-    """``score``: of a model as it stands; ``batches``: its rows with labels; ``rows``: how many."""
+    """``score``: of a model as it stands; ``batches``: its rows with labels; ``rows``: how many.
+
+    Args:
+        name: of the score.
+        score: the model → its score.
+        batches: for gradients.
+        rows: how many there are.
+    """
 
     name: str
     score: Callable[[nn.Module], float]

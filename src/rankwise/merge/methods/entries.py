@@ -134,7 +134,19 @@ def row(
     breaks: tuple[str, ...] = (),
     **options: Any,
 ) -> type[Entrywise]:
-    """A row of the table, registered: its sparsifier, how it joins, and its options with their defaults."""
+    """A row of the table, registered: its sparsifier, how it joins, and its options with their defaults.
+
+    Args:
+        name: of the merge.
+        title: one line for the list of methods.
+        sparsify: which entries go on, a key of ``SPARSIFIERS``.
+        join: how they combine, a key of ``JOINS``.
+        doc: the method's docstring.
+        paper: where it is from.
+        reference: its number in the method reference.
+        breaks: laws that do not hold for it.
+        options: with their defaults.
+    """
     body = {
         "__doc__": doc,
         "__module__": sys._getframe(1).f_globals["__name__"],  # whose row it is, so that no other file takes its name

@@ -79,7 +79,14 @@ def between(first: Source, second: Source, lam: float) -> AdapterState:
 
 @renamed_keywords(oracle="evaluator")
 def sweep(evaluator: Evaluator, first: Source, second: Source, grid: Sequence[float] = GRID) -> list[PathPoint]:
-    """The scores of θ(λ) on every split of the evaluator, for each λ of ``grid``, on one model."""
+    """The scores of θ(λ) on every split of the evaluator, for each λ of ``grid``, on one model.
+
+    Args:
+        evaluator: scores on its model.
+        first: the value at λ = 1.
+        second: the value at λ = 0.
+        grid: of λ.
+    """
     return [PathPoint(lam, scored(evaluator, between(first, second, lam))) for lam in grid]
 
 

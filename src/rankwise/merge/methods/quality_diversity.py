@@ -53,5 +53,12 @@ def knob(quality: Source, diversity: Source, lam: float) -> AdapterState:
 
 @renamed_keywords(oracle="evaluator")
 def frontier(evaluator: Evaluator, quality: Source, diversity: Source, grid: Sequence[float] = GRID) -> list[PathPoint]:
-    """The scores on every split of the evaluator (say one of quality, one of diversity) along the knob."""
+    """The scores on every split of the evaluator (say one of quality, one of diversity) along the knob.
+
+    Args:
+        evaluator: scores on its model.
+        quality: the value at λ = 0.
+        diversity: the value at λ = 1.
+        grid: of λ.
+    """
     return [PathPoint(lam, scored(evaluator, knob(quality, diversity, lam))) for lam in grid]

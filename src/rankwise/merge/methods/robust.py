@@ -36,6 +36,12 @@ class RobustInterpolation(Merge):
 
     Source: mlfoundations/model-soups, wise-ft-example.py (α = 0.75); the straggler rule is a reconstruction (no code is
     published).  Errors: other than one source; shares out of range; stragglers named at density 1.
+
+    Args:
+        alpha: how far from the base, in [0, 1].
+        density: the share of entries kept at stragglers.
+        stragglers: their names; default found by the evaluator.
+        rank: of thinned changes; None: exact.
     """
 
     count: ClassVar[int | None] = 1

@@ -118,6 +118,12 @@ class LearnedSoup(Soup):
     sources are frozen.  Of adapters only factors are held; of whole models, as in the released code, all T.
 
     Source: mlfoundations/model-soups, learned_bylayer.py.  Errors: an evaluator without batches.
+
+    Args:
+        per: "model" or "site".
+        lr: of AdamW.
+        epochs: passes over the batches.
+        temperature: learn β along.
     """
 
     per: Literal["model", "site"] = "model"
@@ -164,7 +170,15 @@ class LearnedSoup(Soup):
         loss: Callable[[Tensor, Batch, Tensor | None], Tensor],
         progress: Callable[[int, float], None] = lambda n, loss: None,
     ) -> tuple[Tensor, float, list[float]]:
-        """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``."""
+        """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``.
+
+        Args:
+            rows: of α.
+            count: of sources.
+            batches: of one pass.
+            loss: of (α, batch, β or None).
+            progress: called with each step's number and loss.
+        """
         if not batches:
             raise OptionError("The merge 'learned_soup' takes gradients on batches; give Evaluator(model, batches=…).")
         raw = torch.ones(rows, count, requires_grad=True)

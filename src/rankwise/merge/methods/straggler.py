@@ -68,6 +68,13 @@ def profile(
 ) -> dict[str, Path]:
     """Each layer's path under the evaluator's score; len(grid) scores a layer, of which the end is shared.
 
+    Args:
+        evaluator: scores on its model.
+        state: the fine-tune.
+        groups: layer → sites (:func:`layers`).
+        grid: of α.
+        split: of the evaluator's scores; default its first.
+
     Raises:
         OptionError: a grid that does not run from 0 to 1; a site the state lacks.
     """
@@ -108,6 +115,12 @@ def sparsified(state: AdapterState, sites: Iterable[str], density: float, *, ran
 
     What is kept is lowered by an SVD, exactly where ``rank`` is None; the share that a rank loses is in
     ``meta["truncation"]``.  Density 1 leaves the state alone: the ordinary interpolation.
+
+    Args:
+        state: the fine-tune.
+        sites: which are thinned.
+        density: the share kept, in (0, 1].
+        rank: of what is kept; None: exact.
     """
     share("sparsified", "density", density)
     chosen = sorted(set(sites))
@@ -126,6 +139,12 @@ def sharpness(evaluator: Evaluator, state: AdapterState, groups: Groups, *, radi
 
     θ_ℓ are the layer's whole weights W + ΔW, so it does not depend on the gauge of the factors.  One gradient of the size
     of all groups' weights, and a forward a layer and batch.  A layer without gradient has sharpness 0.
+
+    Args:
+        evaluator: its loss and batches are used.
+        state: the fine-tune.
+        groups: layer → sites (:func:`layers`).
+        radius: ρ.
     """
     if not evaluator.batches:
         raise OptionError("Sharpness needs a gradient; give Evaluator(model, batches=…).")

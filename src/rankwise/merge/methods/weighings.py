@@ -161,7 +161,21 @@ def row(
     uses_weights: bool = True,
     **options: Any,
 ) -> type[Weighing]:
-    """A row of the table, registered: how it weighs, and its options with their defaults."""
+    """A row of the table, registered: how it weighs, and its options with their defaults.
+
+    Args:
+        name: of the merge.
+        title: one line for the list of methods.
+        weigh: (rule, inner products T×T, weights (T,)) → (T,), all fp64.
+        doc: the method's docstring.
+        paper: where it is from.
+        reference: its number in the method reference.
+        breaks: laws that do not hold for it.
+        count: exactly so many sources; None: any number.
+        works_on: "changes" or "weights" of whole models.
+        uses_weights: given weights mean something to it.
+        options: with their defaults.
+    """
     body = {
         "__doc__": doc,
         "__module__": weigh.__module__,
