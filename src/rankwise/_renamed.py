@@ -96,23 +96,23 @@ def renamed_attribute(cls: type, moved: Mapping[str, str]) -> None:
 
 
 def renamed_argument(old: str, new: str, values: Mapping[Any, Any] | None = None) -> Callable[[F], F]:
-    """A decorator: the keyword ``old`` is taken as ``new``, with one warning.
+    """A decorator: the keyword ``old`` is taken as ``new``, with one warning; both at once are a TypeError, as Python has it.
 
     Args:
         old, new: spellings of the keyword.
         values: old value → new value, where values were renamed too; others stay.
     """
 
-    def wrap(fn: F) -> F:
-        @functools.wraps(fn)
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if old in kwargs:
                 if new in kwargs:
-                    raise TypeError(f"{fn.__name__}() got {new!r} and its old spelling {old!r}")
+                    raise TypeError(f"{function.__qualname__}() got {new!r} twice: {old!r} is its old name")
                 warn(f"The argument {old!r}", repr(new))
                 given = kwargs.pop(old)
-                kwargs[new] = (values or {}).get(given, given)
-            return fn(*args, **kwargs)
+                kwargs[new] = (values or {}).get(given, given) if isinstance(given, str) else given
+            return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 

@@ -48,7 +48,7 @@ def ours(model: Any, ids: Tensor, view: dict[str, float], n: int = 8, **more: An
 
 def fused(fusion: Fusion, ids: Tensor, n: int = 8, mask: Tensor | None = None, **more: Any) -> Tensor:
     """Through transformers' generate."""
-    model = fusion.voices[fusion.target].model
+    model = fusion.models[fusion.target].model
     mask_ = torch.ones_like(ids) if mask is None else mask
     more = {"do_sample": False, "eos_token_id": None, "logits_processor": [fusion.processor(mask)], **more}
     with fusion.acting(), torch.no_grad():
@@ -139,7 +139,7 @@ def test_weight_0_is_the_base_and_one_expert_is_that_expert(two: Two, method: st
     base, a = ours(model, ids, {}), ours(model, ids, {"a": 1.0})
     assert not torch.equal(base, a)
     none, one = Fusion.of_adapters(model, {"a": 0.0}, method), Fusion.of_adapters(model, {"a": 1.0}, method)
-    assert len(none.voices) == 1  # an expert of weight 0 is not run
+    assert len(none.models) == 1  # an expert of weight 0 is not run
     for want, fusion in ((base, none), (a, one)):
         assert torch.equal(fused(fusion, ids), want) and torch.equal(fusion.generate(ids, max_new_tokens=8), want)
 
@@ -237,7 +237,7 @@ def test_what_is_refused(two: Two) -> None:
     ):  # fmt: skip
         with pytest.raises(OptionError, match=word):
             Fusion.of_adapters(model, experts, method, **options)
-    with pytest.raises(UnknownName, match="voice"):
+    with pytest.raises(UnknownName, match="decoding model"):
         Fusion({"base": DecodingModel(model, {})}, [Term("b", 1.0, "base")])
     with pytest.raises(UnknownName):
         Fusion.of_adapters(model, {"a": 1.0}, "dynamc")

@@ -1,4 +1,4 @@
-"""Soups: greedy never below the best, learned uniform at the start, the gradient of a mixture, the laws with an oracle."""
+"""Soups: greedy never below the best, learned uniform at the start, the gradient of a mixture, the laws with an evaluator."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_linear_models_soup_is_the_ensemble() -> None:
 
 
 @pytest.mark.parametrize("name", SOUPS)
-def test_the_laws_that_hold_with_an_oracle(name: str) -> None:
+def test_the_laws_that_hold_with_an_evaluator(name: str) -> None:
     evaluator = judge()
     a, b = value(0), value(1)
     merge = lambda *states: merge_states(states, None, name, evaluator=evaluator)
@@ -221,7 +221,7 @@ def test_wrong_input_is_told() -> None:
             merge_states([a, a], None, name)
         with pytest.raises(OptionError, match="finds its weights itself"):
             merge_states([a, a], [0.5, 0.5], name, evaluator=judge())
-    with pytest.raises(OptionError, match="asks no oracle"):
+    with pytest.raises(OptionError, match="asks no evaluator"):
         merge_states([a, a], None, "ties", evaluator=judge())
     with pytest.raises(OptionError, match="batches"):
         merge_states([a, a], None, "learned_soup", evaluator=Evaluator(llama()))

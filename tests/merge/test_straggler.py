@@ -58,7 +58,7 @@ def train(net: nn.Module, batch: dict[str, torch.Tensor], steps: int, lr: float,
 
 @functools.cache
 def tuned() -> tuple[Evaluator, AdapterState, Any]:
-    """A base, its fine-tune on 32 rows with one layer at 20 times the rate, and an oracle of held-out loss."""
+    """A base, its fine-tune on 32 rows with one layer at 20 times the rate, and an evaluator of held-out loss."""
     base = Deep()
     train(base, data(1), 100, 0.1)
     net = copy.deepcopy(base)

@@ -164,8 +164,14 @@ def write(net: Any, loaded: Any, to: str, named: dict[str, Any], reference: str 
     errors = {n: _distance(was[n], back.delta(n), d.site) for n, d in back.sites.items() if n in was}  # dense one place at a time
     back.detach()
     return {
-        "path": str(path), "codec": named, "bytes": path.stat().st_size, "native": plain, "fp32": 4 * numel, "bf16": 2 * numel, "errors": errors,
-    }  # fmt: skip
+        "path": str(path),
+        "codec": named,
+        "bytes": path.stat().st_size,
+        "native": plain,
+        "fp32": 4 * numel,
+        "bf16": 2 * numel,
+        "errors": errors,
+    }
 
 
 def _distance(was: Any, now: Any, site: Any) -> float:

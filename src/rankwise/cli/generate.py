@@ -1,4 +1,4 @@
-"""``rankwise generate``: text under one adapter, a mix of several, or several voices whose logits are fused."""
+"""``rankwise generate``: text under one adapter, a mix of several, or several models whose logits are combined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="Adapter folder, or folder=strength; repeatable, several sum.")
     ] = None,
-    fuse: Annotated[str | None, typer.Option(help="Fuse the logits of the --expert adapters: dynamic or static.")] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help="Combine the logits of the model and the --expert adapters at each step: dynamic or static.")
+    ] = None,
     expert: Annotated[
         list[str] | None, typer.Option("--expert", help="With --fuse: adapter folder, or folder=weight; repeatable.")
     ] = None,
@@ -38,10 +40,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="Show the base's text beside.")] = False,
 ) -> None:
-    """Generate text with one adapter, a mix of several, or several experts fused at each step.
+    """Generate text with one adapter, a mix of several, or several models whose logits are combined at each step.
 
-    --adapter adds changes of weights. --fuse adds what experts say beyond their base, logit by logit: static with the given
-    weights, dynamic with strengths found at each step; the experts may belong to a smaller model.
+    --adapter adds changes of weights. --fuse adds to the model's logits the difference between each expert's logits and those
+    of the expert's base: static with the given weights, dynamic with strengths found at each step; the experts may belong to a
+    smaller model.
 
     Example: rankwise generate --model base --fuse dynamic --expert run/a --expert run/b --prompt 'def main('
     """
@@ -107,9 +110,14 @@ def _load(net: Any, folders: Sequence[str], flag: str, prefix: str) -> dict[str,
 
 
 def _fusion(
-    net: Any, tokenizer: Any, strengths: dict[str, float], fuse: str | None, experts: Sequence[str] | None, expert_model: str | None,
+    net: Any,
+    tokenizer: Any,
+    strengths: dict[str, float],
+    fuse: str | None,
+    experts: Sequence[str] | None,
+    expert_model: str | None,
     settings: Sequence[str] | None,
-) -> Any:  # fmt: skip
+) -> Any:
     """The fusion asked for, or None; the target acts under --adapter, the experts against their own untouched base."""
     if fuse is None:
         given = {"--expert": experts, "--expert-model": expert_model, "--set": settings}
@@ -125,12 +133,12 @@ def _fusion(
     weights = _load(owner, experts, "--expert", "e")
     target = DecodingModel(net, strengths if hasattr(net, "rankwise") else None, tokenizer)
     same = owner is net and not strengths
-    voices = {"base": target} | ({} if same else {"anti": DecodingModel(owner, {}, reader)})
-    voices |= {n: DecodingModel(owner, {n: 1.0}, reader) for n in weights}
+    models = {"base": target} | ({} if same else {"anti": DecodingModel(owner, {}, reader)})
+    models |= {n: DecodingModel(owner, {n: 1.0}, reader) for n in weights}
     options = {}
     for s in settings or ():
         key, sep, raw = s.partition("=")
         if not sep:
             raise OptionError(f"--set takes option=value (cap=2); it got {s!r}.")
         options[key] = _value(raw)
-    return Fusion(voices, [Term(n, w, "base" if same else "anti") for n, w in weights.items()], fuse, **options)
+    return Fusion(models, [Term(n, w, "base" if same else "anti") for n, w in weights.items()], fuse, **options)

@@ -70,11 +70,7 @@ def merge(
     numbers = _numbers(weights, len(sources))
     _fresh(to, sources)
     if kind == "yaml":
-        from rankwise.merge.mergekit import merge_yaml
-
-        with _bar("tensors") as tick:
-            report = merge_yaml(sources[0], to, seed=seed, force=force, progress=tick)
-        models_told(report, json)
+        _mergekit(sources[0], to, seed, force, json)
         return
     name = method or ("average" if kind == "models" else "cat")
     held = held_from(score_data or [], score, search or [], picture)
@@ -182,10 +178,18 @@ def _drawn(picture: str, json: bool) -> None:
         out.print(f"wrote {picture}", highlight=False)
 
 
+def _mergekit(file: str, to: str, seed: int, force: bool, json: bool) -> None:
+    from rankwise.merge.mergekit import merge_yaml
+
+    with _bar("tensors") as tick:
+        report = merge_yaml(file, to, seed=seed, force=force, progress=tick)
+    models_told(report, json)
+
+
 # --- whole models ---------------------------------------------------------------------------------------------
 def _models(
     folders: Sequence[str], to: str, method: str, weights: Any, base: str | None, options: dict[str, Any], held: HeldOut, json: bool
-) -> None:  # fmt: skip
+) -> None:
     from rankwise.merge.checkpoints import merge_checkpoints
     from rankwise.merge.mergekit import _dtype
     from rankwise.merge.search import search_models
@@ -211,8 +215,16 @@ def _models(
 
 # --- adapters --------------------------------------------------------------------------------------------------
 def _without_model(
-    folders: Sequence[str], to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None, json: bool
-) -> None:  # fmt: skip
+    folders: Sequence[str],
+    to: str,
+    method: str,
+    weights: Any,
+    options: Any,
+    seed: int,
+    force: bool,
+    source_rank: int | None,
+    json: bool,
+) -> None:
     """Folders of plain LoRA, one site at a time; the result in PEFT's format."""
     from rankwise.merge.engine.base import merge_states
     from rankwise.merge.engine.folders import export_merged, open_folders
@@ -227,9 +239,19 @@ def _without_model(
 
 
 def _with_model(
-    folders: Sequence[str], model: str, to: str, method: str, weights: Any, options: Any, seed: int, force: bool, source_rank: int | None,
-    into_base: bool, json: bool, held: HeldOut,
-) -> None:  # fmt: skip
+    folders: Sequence[str],
+    model: str,
+    to: str,
+    method: str,
+    weights: Any,
+    options: Any,
+    seed: int,
+    force: bool,
+    source_rank: int | None,
+    into_base: bool,
+    json: bool,
+    held: HeldOut,
+) -> None:
     """Read with the base at hand, so that any form may come; saved natively, or folded in."""
     import rankwise as rw
     from rankwise.catalogue import find
@@ -265,8 +287,16 @@ def _with_model(
 
 
 def _merged(
-    net: Any, reader: Any, folders: Sequence[str], states: Sequence[Any], method: str, weights: Any, options: Any, seed: int, held: HeldOut
-) -> tuple[Any, Any]:  # fmt: skip
+    net: Any,
+    reader: Any,
+    folders: Sequence[str],
+    states: Sequence[Any],
+    method: str,
+    weights: Any,
+    options: Any,
+    seed: int,
+    held: HeldOut,
+) -> tuple[Any, Any]:
     """The merged value, and what a search found; what was scored is in its meta."""
     from rankwise.merge.engine.base import merge_states
     from rankwise.merge.search import search_states

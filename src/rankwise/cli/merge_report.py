@@ -11,6 +11,14 @@ from rankwise.cli.merge_score import show
 
 
 def state_told(state: Any, method: str, to: str, json: bool) -> None:
+    """What was merged, and how far the result is from its parts.
+
+    Args:
+        state: the merged value, with its meta.
+        method: the merge.
+        to: the folder written.
+        json: print JSON.
+    """
     ranks = {n: int(d.exact_rank or 0) for n, d in state.sites.items()}
     if json:
         emit_json({"out": to, **_head(state.meta), "sites": _rows(state.meta, {n: {"rank": r} for n, r in ranks.items()})})
@@ -50,7 +58,15 @@ def scored(found: Mapping[str, Any], weights: Any) -> None:
 
 
 def folded(report: Any, state: Any, method: str, to: str, json: bool) -> None:
-    """Of adapters folded into their base."""
+    """Of adapters folded into their base.
+
+    Args:
+        report: what folding measured, by site.
+        state: the merged value, with its meta; None where one adapter was folded as it is.
+        method: the merge.
+        to: the folder written.
+        json: print JSON.
+    """
     worst = report.worst
     rows = sorted(report.sites, key=lambda s: -s.error)
     if json:

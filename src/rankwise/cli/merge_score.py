@@ -15,7 +15,14 @@ from rankwise.merge.search import SearchResult
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """``data``: paths or shipped domains, of which the first chooses; ``score``: of which kind; ``search``: option → values."""
+    """``data``: paths or shipped domains, of which the first chooses; ``score``: of which kind; ``search``: option → values.
+
+    Args:
+        data: paths or shipped domains.
+        score: loss, perplexity, bits_per_byte or accuracy.
+        search: option → values to try; default none.
+        picture: file to draw the search into; None: no picture.
+    """
 
     data: tuple[str, ...] = ()
     score: str = "loss"
@@ -46,7 +53,14 @@ class HeldOut:
 
 
 def held_from(data: Sequence[str], score: str, search: Sequence[str], picture: str | None) -> HeldOut:
-    """The flags, checked for what needs no reading."""
+    """The flags, checked for what needs no reading.
+
+    Args:
+        data: what --score-data names.
+        score: what --score names.
+        search: each --search, option=values.
+        picture: what --picture names, or None.
+    """
     from rankwise.cli.common import picture_path
 
     grid: dict[str, Sequence[Any]] = {}

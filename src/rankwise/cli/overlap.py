@@ -98,8 +98,9 @@ def _tables(found: Any, names: Sequence[str]) -> None:
     out.print(
         f"\ncolumns, rows shared: mean squared cosine of the principal angles; unrelated spaces share what is said by chance.\n"
         f"sign conflict: the weight of entries that pull apart; unrelated changes have {UNRELATED:.2f}, opposite ones 1.",
-        style="dim", highlight=False,
-    )  # fmt: skip
+        style="dim",
+        highlight=False,
+    )
 
 
 def _pair(names: Sequence[str], pair: tuple[int, int]) -> str:
@@ -112,12 +113,26 @@ def _json(found: Any, folders: Sequence[str]) -> dict[str, Any]:
 
     sites = [
         {
-            "site": n, "role": _role(n), "ranks": s.ranks, "energies": s.energies, "conflict": s.conflicts,
-            "pairs": [{"pair": list(k), "cosine": p.cosine, "left": p.left, "right": p.right, "matched": [p.matched_a, p.matched_b],
-                       "chance": p.chance, "conflict": s.conflict[k]} for k, p in s.pairs.items()],
+            "site": n,
+            "role": _role(n),
+            "ranks": s.ranks,
+            "energies": s.energies,
+            "conflict": s.conflicts,
+            "pairs": [
+                {
+                    "pair": list(k),
+                    "cosine": p.cosine,
+                    "left": p.left,
+                    "right": p.right,
+                    "matched": [p.matched_a, p.matched_b],
+                    "chance": p.chance,
+                    "conflict": s.conflict[k],
+                }
+                for k, p in s.pairs.items()
+            ],
         }
         for n, s in found.sites.items()
-    ]  # fmt: skip
+    ]
     roles = {role: rows(found.over(names)) for role, names in _roles(found).items()}
     return {"adapters": list(folders), "energy": found.energy(), "overall": rows(found.over()), "roles": roles, "sites": sites}
 

@@ -98,7 +98,15 @@ def checked_weight(W: Tensor, codec: str) -> Tensor:
 
 
 def checked_range(codec: str, option: str, value: int, low: int, high: int | None = None) -> None:
-    """OptionError unless ``value`` is an integer in [low, high]."""
+    """OptionError unless ``value`` is an integer in [low, high].
+
+    Args:
+        codec: for the message.
+        option: for the message.
+        value: what was given.
+        low: the least allowed.
+        high: the most allowed; None: no bound.
+    """
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     if not ok:
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"

@@ -54,7 +54,14 @@ def best(gaps: I64, density: float) -> int:
 
 
 def positions_of(low: I64, high: I64, b: int, limit: int) -> I64:
-    """Positions below ``limit`` of remainders and quotients; ArtefactError if they lead beyond it."""
+    """Positions below ``limit`` of remainders and quotients; ArtefactError if they lead beyond it.
+
+    Args:
+        low: remainders (n,).
+        high: quotients (n,).
+        b: bits of a remainder.
+        limit: entries of the vector.
+    """
     # compare before shifting: a damaged quotient must not wrap round to a valid position
     if low.size and int(high.sum()) << b > limit:
         raise ArtefactError(f"A coded position lies beyond the {limit} entries of the tensors: the stream is damaged.")
@@ -72,6 +79,13 @@ def write_positions(out: BitWriter, positions: I64, b: int) -> None:
 
 
 def read_positions(bits: BitReader, count: int, b: int, limit: int) -> I64:
-    """``count`` positions below ``limit``; ArtefactError if the stream holds anything else."""
+    """``count`` positions below ``limit``; ArtefactError if the stream holds anything else.
+
+    Args:
+        bits: the stream.
+        count: positions to read.
+        b: bits of a remainder.
+        limit: entries of the vector.
+    """
     low = bits.uints(count, b)
     return positions_of(low, bits.unary(count), b, limit)

@@ -41,6 +41,12 @@ class IntK(Codec):
 
     Raises OptionError for options out of range, weights that are empty, not floating or not finite, and scales
     that overflow ``scale_dtype``.
+
+    Args:
+        k: bits of a code.
+        group: entries that share a scale; 0: a whole row.
+        symmetric: codes around 0; else each group has an offset.
+        scale_dtype: what scales are stored in: float32, bfloat16 or float16.
     """
 
     k: int = 4

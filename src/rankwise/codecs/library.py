@@ -18,15 +18,30 @@ from rankwise.errors import TargetError
 
 __all__ = ["Bridge", "find_bridge", "is_quantised", "keep_stored"]
 
-_BNB: dict[str, Bridge] = {
-    "Linear4bit": Bits4(), "Embedding4bit": Bits4(), "Linear8bitLt": Bits8(), "Embedding8bit": Bits8(),
-}  # fmt: skip
+_BNB: dict[str, Bridge] = dict.fromkeys(("Linear4bit", "Embedding4bit"), Bits4())
+_BNB |= dict.fromkeys(("Linear8bitLt", "Embedding8bit"), Bits8())
 #: where the quantised linears of other libraries are defined
-_QUANTISERS = (
-    "bitsandbytes", "torchao", "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq", "aqlm", "eetq", "vptq",
-    "spqr_quant", "fp_quant", "compressed_tensors", "quark", "torch.ao.nn", "diffusers.quantizers",
+_QUANTISERS: tuple[str, ...] = (
+    "bitsandbytes",
+    "torchao",
+    "torch.ao.nn",
+    "optimum.quanto",
+    "quark",
+    "compressed_tensors",
+    "diffusers.quantizers",
+)
+_QUANTISERS += (
+    "auto_gptq",
+    "gptqmodel",
+    "awq",
+    "hqq",
+    "aqlm",
+    "eetq",
+    "vptq",
+    "spqr_quant",
+    "fp_quant",
     "transformers.integrations",
-)  # fmt: skip
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

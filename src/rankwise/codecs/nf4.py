@@ -59,6 +59,15 @@ class NormalFloat(Codec):
     (bitsandbytes: a dynamic map, torchao: plain int8); plain integers were built.
 
     Raises OptionError for options out of range and for weights that are empty, not floating or not finite.
+
+    Args:
+        k: bits of a code.
+        block: entries that share a scale.
+        double_quant: quantise the scales too.
+        scale_bits: of a quantised scale.
+        scale_block: scales that share one of their own.
+        scale_dtype: what the last scales are stored in: float32, bfloat16 or float16.
+        scale_offset: what is taken off the scales first.
     """
 
     k: int = 4

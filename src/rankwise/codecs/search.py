@@ -40,6 +40,14 @@ def search(
 
     ``score`` must read data that no result is reported on.  One call a pair.
 
+    Args:
+        codec: whose options are the start.
+        tensors: the adapter's, by name.
+        score: of the decoded tensors.
+        alphas: the grid of α.
+        densities: the grid of the share kept; None: the codec's own.
+        higher_is_better: of ``score``.
+
     Raises:
         OptionError: an empty grid, a score that is not finite anywhere, or what the codec refuses.
     """

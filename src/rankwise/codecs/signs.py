@@ -21,7 +21,14 @@ F64 = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class Signs:
-    """τ̂ = γ·sign on sorted ``positions`` of a vector of ``numel`` entries, zero elsewhere."""
+    """τ̂ = γ·sign on sorted ``positions`` of a vector of ``numel`` entries, zero elsewhere.
+
+    Args:
+        numel: entries of the vector.
+        positions: of those that are not zero, rising.
+        negative: of each position, whether it is −γ.
+        gamma: the magnitude.
+    """
 
     numel: int
     positions: I64
@@ -40,6 +47,13 @@ def prune(tau: F64, density: float, alpha: float, dtypes: Sequence[str], where: 
 
     Ties go to the first; where there are fewer non-zeros, all of them are kept.  A vector that already is such a
     value keeps its own γ.  OptionError where nothing would be kept, or a dtype of ``dtypes`` cannot hold γ.
+
+    Args:
+        tau: the vector, fp64.
+        density: the share kept, in (0, 1].
+        alpha: γ in standard deviations of tau.
+        dtypes: of the tensors that γ is written into.
+        where: for the message.
     """
     size = np.abs(tau)
     keep, nonzero = int(density * tau.size), int(np.count_nonzero(tau))

@@ -25,7 +25,14 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).as
 
 @dataclasses.dataclass(frozen=True)
 class Planes:
-    """Where a vector of ``numel`` entries is +γ and where −γ, one bit an entry each: uint8 (⌈numel/8⌉,)."""
+    """Where a vector of ``numel`` entries is +γ and where −γ, one bit an entry each: uint8 (⌈numel/8⌉,).
+
+    Args:
+        plus: bits of the entries that are +γ.
+        minus: bits of those that are −γ.
+        numel: entries of the vector.
+        gamma: the magnitude.
+    """
 
     plus: U8
     minus: U8

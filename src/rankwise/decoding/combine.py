@@ -1,8 +1,8 @@
-"""Combining the logits of several voices at one decoding step: static arithmetic, and strengths found by matching KL shifts.
+"""Combining the logits of several models at one decoding step: static arithmetic, and strengths found by matching KL shifts.
 
-A combiner sees ``{voice: logits}``, who the target is, and the terms w_t·(expert_t − anti_t), and gives one tensor of
+A combiner sees ``{model: logits}``, who the target is, and the terms w_t·(expert_t − anti_t), and gives one tensor of
 logits.  It holds no state: a row's answer depends on that row alone, whatever batch or step it stands in.
-:mod:`rankwise.decoding.model` runs the voices.
+:mod:`rankwise.decoding.model` runs the models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDS, TOLERANCE = 60, 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """w·(expert − anti), by the names of voices."""
+    """w·(expert − anti), by the names of models."""
 
     expert: str
     weight: float
@@ -46,14 +46,14 @@ class LogitCombiner:
         """Refuse terms that this combiner cannot follow.  Called once, before any forward."""
 
     def combine(self, logits: Mapping[str, Tensor], target: str, terms: Sequence[Term]) -> Tensor:
-        """Voices' logits (…, V) in fp64 → fused logits (…, V).
+        """The models' logits (…, V) in fp64 → fused logits (…, V).
 
-        No entry is infinite: what a voice excludes is taken out before, and put back as −∞ afterwards.
+        No entry is infinite: what a model excludes is taken out before, and put back as −∞ afterwards.
         """
         raise NotImplementedError(f"The combiner {type(self).__name__} must combine.")
 
     def __call__(self, logits: Mapping[str, Tensor], target: str, terms: Sequence[Term]) -> Tensor:
-        """:meth:`combine` on what the voices gave, in the target's dtype; a token that any of them excludes stays excluded."""
+        """:meth:`combine` on what the models gave, in the target's dtype; a token that any of them excludes stays excluded."""
         if not terms:
             return logits[target]
         names = {target, *(n for t in terms for n in (t.expert, t.anti))}

@@ -45,14 +45,13 @@ def merge_checkpoints(
 
     Args:
         folders: Hugging Face folders of safetensors, in shards or not.
+        out: the new folder.
+        method: a registered merge of whole models, or its name with ``options``.
         weights: one a source; default 1/T each.
         base: what changes are measured from; required where the method works on "changes".
         on: "changes" or "weights" where it should not be the method's own.
-        missing: a tensor that only some have: "refuse" it, "copy" it from the base or the first that has it, take the
-            "first" source's for those without it, or count a source without it as unchanged ("zero": changes only);
-            default the method's own.
-        out: the new folder.
-        method: a registered merge of whole models, or its name with ``options``.
+        missing: a tensor that only some have: "refuse", "copy" it from the base or the first that has it, take the "first" source's
+            for those without it, or count it as unchanged there ("zero": changes only); default the method's own.
         vocabulary: embeddings of other lengths: "refuse", or "base": cut or filled to the base's (or first's) rows.
         untie: allow sources of which only some tie their embeddings; the result is untied.
         dtype: of the result; default each tensor's in the base, or in the first.  Sums are fp32 (fp64 for fp64).
@@ -70,28 +69,18 @@ def merge_checkpoints(
     rule = rule_of(method, options, len(folders))
     on = _checked(rule, on, base, untie, models)
     chosen = given_weights(rule, weights, len(folders))
-    sources = [Checkpoint(f) for f in folders]
-    origin = Checkpoint(base) if base is not None else None
-    everyone = [*([origin] if origin else []), *sources]
-    changes = {"tie_word_embeddings": False} if same_ties(everyone, untie) else {}
-    aligned = Aligned(missing or rule.missing, vocabulary, on)
-    names = list(dict.fromkeys(n for c in everyone for n in c.table))
-    rule.check(names)
-
-    def jobs(used: Mapping[str, Sequence[float]]) -> list[TensorJob]:
-        return [aligned.job(n, [(s, n) for s in sources], (origin, n) if origin else None, rule, used[n]) for n in names]
-
-    used: Mapping[str, Sequence[float]] = dict.fromkeys(names, chosen)
-    planned, found = jobs(used), None  # what does not fit is told before anything is judged
+    sources = _Sources.open(rule, folders, base, Aligned(missing or rule.missing, vocabulary, on))
+    changes = {"tie_word_embeddings": False} if same_ties(sources.everyone, untie) else {}
+    rule.check(sources.names())
+    used, found = dict.fromkeys(sources.names(), chosen), None
+    jobs = sources.jobs(used)  # what does not fit is told before anything is judged
     if rule.finds_weights:
-        found = rule.weigh_models(models)
-        used = by_tensor(found, names, len(sources)) if isinstance(found, Mapping) else dict.fromkeys(names, tuple(found.tolist()))
-        planned = jobs(used)
-    shards = Shards(dtype, shard_bytes)
-    report = write(planned, out, everyone[0], changes, shards, method=rule.info.name, seed=seed, force=force, progress=progress)
+        used, found = sources.found_weights(models)
+        jobs = sources.jobs(used)
+    written: dict[str, Any] = {"method": rule.info.name, "seed": seed, "force": force, "progress": progress}
+    report = write(jobs, out, sources.everyone[0], changes, Shards(dtype, shard_bytes), **written)
     if found is not None and models is not None:
-        report.weights = {n: list(w) for n, w in used.items()} if isinstance(found, Mapping) else found.tolist()
-        report.score = models.told(out)
+        report.weights, report.score = found, models.told(out)
     return report
 
 
@@ -155,7 +144,15 @@ class Aligned:
     def job(
         self, name: str, sources: Sequence[Place], base: Place | None, rule: Merge | None, weights: Sequence[float]
     ) -> TensorJob:
-        """The job of one tensor of the result from each source's (checkpoint, its name there)."""
+        """The job of one tensor of the result from each source's (checkpoint, its name there).
+
+        Args:
+            name: of the tensor in the result.
+            sources: each source's checkpoint and its name there.
+            base: likewise of the base; None: there is none.
+            rule: the merge; None: the first is copied.
+            weights: one a source.
+        """
         have = [(c, n) for c, n in [*([base] if base else []), *sources] if n in c.table]
         if not have:
             raise MergeError(f"No source has {name!r}.")
@@ -193,6 +190,44 @@ class Aligned:
             )
             raise MergeError(f"{name!r} is {_say(mine)} in {c.folder.name} and {_say(shape)} in {lead.folder.name}: {why}.")
         return lambda: torch.cat([c.read(name)[: shape[0]], lead.read(original)[mine[0] :].to(c.dtype(name))])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sources:
+    """The models to be merged, and how what does not match is dealt with."""
+
+    rule: Merge
+    models: list[Checkpoint]
+    base: Checkpoint | None
+    aligned: Aligned
+
+    @classmethod
+    def open(cls, rule: Merge, folders: Sequence[str | Path], base: str | Path | None, aligned: Aligned) -> _Sources:
+        """Args as the fields, the models by their folders."""
+        return cls(rule, [Checkpoint(f) for f in folders], Checkpoint(base) if base is not None else None, aligned)
+
+    @property
+    def everyone(self) -> list[Checkpoint]:
+        """The base first, where there is one."""
+        return [*([self.base] if self.base else []), *self.models]
+
+    def names(self) -> list[str]:
+        """Of all tensors, in the order of the first that has them."""
+        return list(dict.fromkeys(n for c in self.everyone for n in c.table))
+
+    def jobs(self, weights: Mapping[str, Sequence[float]]) -> list[TensorJob]:
+        """One a tensor, from {its name: one weight a source}."""
+        base = self.base
+        triples = [(n, [(c, n) for c in self.models], (base, n) if base else None) for n in self.names()]
+        return [self.aligned.job(n, mine, origin, self.rule, weights[n]) for n, mine, origin in triples]
+
+    def found_weights(self, judged: Any) -> tuple[dict[str, tuple[float, ...]], Any]:
+        """The weights of each tensor that the rule finds with the judged models, and the same as the report has them."""
+        found, names = self.rule.weigh_models(judged), self.names()
+        if not isinstance(found, Mapping):
+            return dict.fromkeys(names, tuple(found.tolist())), found.tolist()
+        used = by_tensor(found, names, len(self.models))
+        return used, {n: list(w) for n, w in used.items()}
 
 
 def _say(shape: tuple[int, ...]) -> str:

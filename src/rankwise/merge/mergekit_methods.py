@@ -43,6 +43,13 @@ class Method:
 
     ``shared`` and ``own`` are parameters with their defaults (None: it must be given) of the whole merge and of a source;
     ``base``: "changes" are measured from it, it is a "source" (the "first" of two), or it is only allowed ("optional").
+
+    Args:
+        rule: the merge at one tensor, from the values of ``shared`` and of ``own``.
+        shared: parameters of the whole merge and their defaults.
+        own: parameters of each source and their defaults.
+        base: what the base model is to it.
+        only: parameters of which one value alone is supported.
     """
 
     rule: Callable[[Shared, PerSource], Merge]
@@ -112,7 +119,15 @@ METHODS: dict[str, Method] = {
 
 
 def resolve(setting: Any, tensor: str, t: float, flag: bool, where: str) -> Any:
-    """A setting's value at a tensor: a number, a list as a gradient at ``t`` in [0, 1], or entries of ``filter`` and ``value``."""
+    """A setting's value at a tensor: a number, a list as a gradient at ``t`` in [0, 1], or entries of ``filter`` and ``value``.
+
+    Args:
+        setting: as the file has it.
+        tensor: its name, which a filter is part of.
+        t: the layer's position, 0 … 1.
+        flag: true or false is wanted, not a number.
+        where: the setting's name in messages.
+    """
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):

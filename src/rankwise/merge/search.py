@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise._renamed import renamed_argument
 from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
 from rankwise.merge.checkpoints import merge_checkpoints
@@ -51,10 +52,19 @@ def combinations(grid: Grid) -> Iterator[dict[str, Any]]:
 
 
 def search(
-    scores: Callable[[dict[str, Any]], dict[str, float]], grid: Grid, higher_is_better: bool,
+    scores: Callable[[dict[str, Any]], dict[str, float]],
+    grid: Grid,
+    higher_is_better: bool,
     progress: Callable[[GridPoint], None] = lambda point: None,
-) -> SearchResult:  # fmt: skip
-    """The scores of each combination."""
+) -> SearchResult:
+    """The scores of each combination.
+
+    Args:
+        scores: options → a score on each split.
+        grid: option → values.
+        higher_is_better: of the first split.
+        progress: called with each point of the grid when it is scored.
+    """
     points = []
     for options in combinations(grid):
         points.append(GridPoint(options, scores(options)))
@@ -63,11 +73,29 @@ def search(
     return SearchResult(points, min(points, key=lambda p: sign * next(iter(p.scores.values()))))
 
 
+@renamed_argument("oracle", "evaluator")
 def search_states(
-    states: Sequence[Source], method: str, grid: Grid, evaluator: Evaluator, weights: Sequence[float] | None = None, *, seed: int = 0,
-    progress: Callable[[GridPoint], None] = lambda point: None, **options: Any,
-) -> tuple[SearchResult, AdapterState]:  # fmt: skip
-    """Adapters merged by each combination, scored on the oracle's model; the best one's value."""
+    states: Sequence[Source],
+    method: str,
+    grid: Grid,
+    evaluator: Evaluator,
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[GridPoint], None] = lambda point: None,
+    **options: Any,
+) -> tuple[SearchResult, AdapterState]:
+    """Adapters merged by each combination, scored on the evaluator's model; the best one's value.
+
+    Args:
+        states: the adapters' values.
+        method: a registered merge, with its ``options``.
+        grid: option → values.
+        evaluator: scores on its model.
+        weights: one a source; default 1/T each.
+        seed: of random drops.
+        progress: called with each point of the grid when it is scored.
+    """
     for some in combinations(grid):  # what cannot be is told before anything is scored
         rule_of(method, {**options, **some}, len(states))
 
@@ -84,12 +112,32 @@ def search_states(
 
 
 def search_models(
-    folders: Sequence[str], out: str | Path, method: str, grid: Grid, models: Models, weights: Sequence[float] | None = None,
-    base: str | None = None, *, progress: Callable[[GridPoint], None] = lambda point: None, force: bool = False, **options: Any,
-) -> tuple[SearchResult, CheckpointReport]:  # fmt: skip
+    folders: Sequence[str],
+    out: str | Path,
+    method: str,
+    grid: Grid,
+    models: Models,
+    weights: Sequence[float] | None = None,
+    base: str | None = None,
+    *,
+    progress: Callable[[GridPoint], None] = lambda point: None,
+    force: bool = False,
+    **options: Any,
+) -> tuple[SearchResult, CheckpointReport]:
     """Whole models merged by each combination into a folder that does not stay, loaded and scored; the best one into ``out``.
 
     A candidate may equal its base (one end of a path does); the result may only with ``force``.
+
+    Args:
+        folders: of the models.
+        out: the new folder of the best.
+        method: a registered merge of whole models, with its ``options``.
+        grid: option → values.
+        models: what candidates are judged by.
+        weights: one a source; default 1/T each.
+        base: what changes are measured from; None: nothing.
+        progress: called with each point of the grid when it is scored.
+        force: keep a result that equals its base.
     """
 
     def merged(some: dict[str, Any], to: str | Path, keep: bool) -> CheckpointReport:

@@ -68,6 +68,12 @@ def decode_file(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of the adapter in a coded file, as ``load_native`` gives them of a plain one.
 
+    Args:
+        tensors: of the file.
+        head: its header.
+        where: what to call the file in messages.
+        reference: the other adapter's tensors, where the file is a difference from one; None: none is given.
+
     Raises:
         ArtefactError: the stream or the header is damaged, the codec unknown, or the reference missing, wrong or not needed.
     """

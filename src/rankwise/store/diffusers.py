@@ -86,10 +86,17 @@ def export_diffusers(
         config |= {
             f"{part}.{k}": v
             for k, v in {
-                "peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": patterns, "alpha_pattern": patterns,
-                "target_modules": sorted(own), "use_dora": normed[part], "use_rslora": False, "lora_bias": False,
+                "peft_type": "LORA",
+                "r": r,
+                "lora_alpha": r,
+                "rank_pattern": patterns,
+                "alpha_pattern": patterns,
+                "target_modules": sorted(own),
+                "use_dora": normed[part],
+                "use_rslora": False,
+                "lora_bias": False,
             }.items()
-        }  # fmt: skip
+        }
     file = core.target(path, ".safetensors", FILE)
     return core.write_tensors(file, tensors, {METADATA: json.dumps(config, sort_keys=True, allow_nan=False)})
 
@@ -98,6 +105,12 @@ def read_diffusers(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], specs: Mapping[str, Any], where: str
 ) -> tuple[AdapterState, PeftInfo]:
     """(state, info) of a diffusers file's tensors; the scale is the header's, else the ``.alpha`` beside a pair, else 1.
+
+    Args:
+        tensors: of the file.
+        metadata: of the file.
+        specs: every site of the model, in module order.
+        where: what to call the file in messages.
 
     Raises:
         ArtefactError: keys that are not understood, several components for a model that is one of them.

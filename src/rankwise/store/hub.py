@@ -14,6 +14,12 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 def local_folder(path: str | os.PathLike[str], names: tuple[str, ...], *, hub: bool, revision: str | None = None) -> Path:
     """The folder ``path``, or the cached snapshot of hub repository ``path`` with just the files ``names``.
 
+    Args:
+        path: a folder, or ``owner/name``.
+        names: the files wanted.
+        hub: whether a repository may be fetched.
+        revision: of the repository; None: its main branch.
+
     Raises:
         ArtefactError: no such folder; or the repository is not in the cache and cannot be fetched.
         MissingExtra: a hub id without huggingface_hub installed.

@@ -32,7 +32,14 @@ _OURS = ("rankwise.safetensors",)
 
 @dataclasses.dataclass
 class Factors:
-    """One module's tensors as a file has them; ``scale`` is what B·A is multiplied by, ``rank`` what the config says."""
+    """One module's tensors as a file has them; ``scale`` is what B·A is multiplied by, ``rank`` what the config says.
+
+    Args:
+        A: down projection, rank first; None: not found.
+        B: up projection, rank second; None: not found.
+        alpha: the scale's numerator; None: the file has none.
+        magnitude: DoRA's row norms; None: no DoRA.
+    """
 
     A: Tensor | None = None
     B: Tensor | None = None
@@ -42,7 +49,15 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class WeightChange:
-    """One whole weight's change on its way out: A: r×in, B: out×r, ΔW = scale·B·A, and DoRA's row norms (out,)."""
+    """One whole weight's change on its way out: A: r×in, B: out×r, ΔW = scale·B·A, and DoRA's row norms (out,).
+
+    Args:
+        spec: of the weight.
+        A: r×in.
+        B: out×r.
+        scale: of B·A.
+        magnitude: (out,); None: no DoRA.
+    """
 
     spec: SiteSpec
     A: Tensor
@@ -95,6 +110,13 @@ def pieces(
     kinds: Iterable[str] = ("linear", "conv"),
 ) -> list[WeightChange]:
     """The changes by whole weight, in model order; fused parts share one pair, zero changes are left out.
+
+    Args:
+        state: low-rank changes.
+        specs: every site of the model, in module order.
+        magnitude: site → DoRA's row norms.
+        format: its name, for messages.
+        kinds: of site that the format can hold.
 
     Raises:
         ArtefactError: whole tensors, or a place that ``format`` cannot hold; the message names it.
@@ -163,6 +185,12 @@ def on_sites(
 ) -> tuple[AdapterState, PeftInfo]:
     """(state, info) of the factors by *module of the model*; ``scale_of(module, rank, factors)`` is the multiplier.
 
+    Args:
+        found: module of the model → factors.
+        specs: every site of the model, in module order.
+        scale_of: the multiplier of B·A.
+        where: what to call the file in messages.
+
     Raises:
         ArtefactError: half a pair, a wrong shape, a module that the model lacks.
     """
@@ -191,9 +219,16 @@ def on_sites(
     if norms and set(norms) != set(sites):
         raise ArtefactError(f"{where}: {sorted(set(sites) - set(norms))[:3]} lack the magnitude that the others have.")
     info = PeftInfo(
-        config={}, base_model=None, task_type=None, dropout=0.0, magnitude=norms, bias={}, base_layers={},
-        untied=sorted(n for n in sites if specs_of(specs)[n].tie_group), modules_to_save=[],
-    )  # fmt: skip
+        config={},
+        base_model=None,
+        task_type=None,
+        dropout=0.0,
+        magnitude=norms,
+        bias={},
+        base_layers={},
+        untied=sorted(n for n in sites if specs_of(specs)[n].tie_group),
+        modules_to_save=[],
+    )
     return AdapterState(sites, {}, {"source": where}), info
 
 

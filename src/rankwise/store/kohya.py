@@ -91,6 +91,12 @@ def read_kohya(
 ) -> tuple[AdapterState, PeftInfo]:
     """(state, info) of a kohya file's tensors.
 
+    Args:
+        tensors: of the file.
+        metadata: of the file.
+        specs: every site of the model, in module order.
+        where: what to call the file in messages.
+
     Raises:
         ArtefactError: other LyCORIS forms (LoHa, LoKr …), names that no module or several modules of the model have.
     """

@@ -63,6 +63,12 @@ def save_native(
 ) -> Path:
     """Write ``tensors`` and ``header`` to folder ``path`` in one atomic rename; returns the file's path.
 
+    Args:
+        path: the folder.
+        tensors: by the names they get.
+        header: of the adapter or state.
+        files: how files are written; a test gives one that fails.
+
     Raises:
         ArtefactError: a tensor without plain bytes, a header outside the schema, or the system refused.
     """
@@ -96,6 +102,12 @@ def load_native(
 
 def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str, *, check: bool = True) -> dict[str, Any]:
     """The header of a native file whose tensors and metadata are read; ``check=False`` where its bytes were checked before.
+
+    Args:
+        tensors: of the file.
+        metadata: of the file.
+        where: what to call the file in messages.
+        check: hold the digest against the tensors.
 
     Raises:
         ArtefactError: not a native file, damage, an unknown version, or a header outside the schema.

@@ -47,6 +47,13 @@ def read_tensors(
     Peak memory is one file (``mapped=True``: pages as they are touched, private to this process).  ``at`` is the
     folder's descriptor where several of its files must be of one version.
 
+    Args:
+        folder: of the file.
+        name: of the file.
+        allow_nonfinite: take NaN and infinities.
+        mapped: map the file instead of reading it.
+        at: the folder's descriptor; None: it is opened.
+
     Raises:
         FileNotFoundError: no such file.
         ArtefactError: everything else that can be wrong with it.
@@ -68,7 +75,14 @@ def read_tensors(
 
 
 def read_small(folder: str | os.PathLike[str], name: str, limit: int, *, at: int | None = None) -> bytes:
-    """The bytes of a small file in ``folder``; ArtefactError beyond ``limit`` bytes."""
+    """The bytes of a small file in ``folder``; ArtefactError beyond ``limit`` bytes.
+
+    Args:
+        folder: of the file.
+        name: of the file.
+        limit: bytes at the most.
+        at: the folder's descriptor; None: it is opened.
+    """
     fd = open_inside(folder, name) if at is None else open_at(at, folder, name)
     try:
         size = os.fstat(fd).st_size

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from rankwise._renamed import renamed_argument, renamed_attribute, warn
 from rankwise.catalogue import MethodInfo, make
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
@@ -78,8 +79,18 @@ class Merge:
         """Whether it must ask a model, for its weights or in :meth:`fit`."""
         return self.finds_weights
 
+    @property
+    def needs_oracle(self) -> bool:
+        """The old spelling of :attr:`needs_evaluator`."""
+        warn("Merge.needs_oracle", "Merge.needs_evaluator")
+        return self.needs_evaluator
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        renamed_attribute(cls, {"needs_oracle": "needs_evaluator"})
+
     def fit(self, sources: Sequence[Source], evaluator: Any) -> Merge:
-        """The rule with what it learns from all sites and the oracle before any is merged; by default itself."""
+        """The rule with what it learns from all sites and the evaluator before any is merged; by default itself."""
         return self
 
     def check(self, names: Collection[str]) -> None:
@@ -110,6 +121,7 @@ class Merge:
         raise NotImplementedError(f"The merge {type(self).__name__} must combine.")
 
 
+@renamed_argument("oracle", "evaluator")
 def merge_states(
     states: Sequence[Source],
     weights: Sequence[float] | None = None,
@@ -127,7 +139,7 @@ def merge_states(
         weights: one a source; default 1/T each.
         method: a registered merge or its name with ``options``.
         progress: called with each site's name when it is done.
-        oracle: a :class:`~rankwise.merge.judge.evaluator.Evaluator`, for a method that finds its own weights.
+        evaluator: a :class:`~rankwise.merge.judge.evaluator.Evaluator`, for a method that finds its own weights.
 
     Returns:
         A state whose ``meta`` has, by site, ``errors``: ‖merged − Σ w·ΔW‖/‖Σ w·ΔW‖, and ``truncation``: what cutting to
@@ -135,7 +147,7 @@ def merge_states(
 
     Raises:
         MergeError: no source, a site that is not low-rank, shapes that differ, whole tensors that only a vote could merge.
-        OptionError: a wrong option or number of weights or sources; an oracle that is lacking, or that nothing would ask.
+        OptionError: a wrong option or number of weights or sources; an evaluator that is lacking, or that nothing would ask.
     """
     rule = rule_of(method, options, len(states))
     if not rule.adapters:
@@ -206,19 +218,19 @@ def rule_of(method: str | Merge, options: dict[str, Any], sources: int) -> Merge
 
 
 def _asked(rule: Merge, evaluator: Any) -> None:
-    """Refuse an oracle that nothing would ask, and its absence where something would."""
+    """Refuse an evaluator that nothing would ask, and its absence where something would."""
     if not rule.needs_evaluator and evaluator is not None:
-        raise OptionError(f"The merge {rule.info.name!r} asks no oracle; leave it out, or choose a soup.")
+        raise OptionError(f"The merge {rule.info.name!r} asks no evaluator; leave it out, or choose a soup.")
     if rule.needs_evaluator and evaluator is None:
         raise OptionError(
-            f"The merge {rule.info.name!r} needs a score or gradients; give oracle=Oracle(model, …) (rankwise.merge.judge.evaluator)."
+            f"The merge {rule.info.name!r} needs a score or gradients; give evaluator=Evaluator(model, …) (rankwise.merge.judge.evaluator)."
         )
 
 
 def _weights(
     rule: Merge, states: Sequence[Source], weights: Sequence[float] | None, evaluator: Any, names: Sequence[str]
 ) -> dict[str, tuple[float, ...]]:
-    """site → one weight a source: those given, or what the method finds with the oracle."""
+    """site → one weight a source: those given, or what the method finds with the evaluator."""
     given = given_weights(rule, weights, len(states))
     if not rule.finds_weights:
         return dict.fromkeys(names, given)
@@ -297,7 +309,14 @@ def draws(rule: Merge, stack: Stack, seed: int) -> torch.Generator:
 
 
 def share(name: str, option: str, value: float, *, zero: bool = False) -> None:
-    """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``)."""
+    """Refuse what is not a share in (0, 1] ([0, 1] where ``zero``).
+
+    Args:
+        name: of the merge, for the message.
+        option: for the message.
+        value: what was given.
+        zero: 0 is allowed too.
+    """
     if not (0 <= value <= 1 if zero else 0 < value <= 1):
         raise OptionError(f"The merge {name!r} takes {option} as a share in {'[' if zero else '('}0, 1]; it got {value}.")
 
@@ -308,5 +327,13 @@ def at_least_one(name: str, rank: int | None) -> None:
 
 
 def one_of(name: str, option: str, value: str, among: Iterable[str]) -> None:
+    """What was merged, and how far the result is from its parts.
+
+    Args:
+        name: of the merge, for the message.
+        option: for the message.
+        value: what was given.
+        among: what may be.
+    """
     if value not in among:
         raise OptionError(f"The merge {name!r} has {option} in {sorted(among)}; it got {value!r}.")

@@ -30,6 +30,12 @@ def read_state(model: nn.Module, folder: str | Path, *, rank: int | None = None,
 
     ``rank`` cuts every site to it; without, a change that is not exactly low-rank (DoRA …) is refused.  ``as_is`` keeps each
     change's own kind instead (entries, dense …); of the form ``full`` it takes the entries that moved.
+
+    Args:
+        model: the adapter's base.
+        folder: the adapter's, or a hub repository.
+        rank: of every site; None: as it is.
+        as_is: keep each change's kind.
     """
     name = f"__reading {folder}".replace("/", " ").replace("\\", " ")[:120]
     adapter = load(model, folder, name=name, activate=False)
@@ -59,6 +65,12 @@ def attach_state(model: nn.Module, state: AdapterState, *, name: str = "merged",
     A low-rank change is a ``patch`` too where no lora can be (biases, norms).  A sum of so many adapters that its factors are
     wider than the matrix is written in as few as that has rows or columns.  Whole tensors (``state.full``, by parameter
     name) stand in the parameter's place: at strength s it reads (1 − s)·W + s·value.
+
+    Args:
+        model: the base.
+        state: the value.
+        name: of the adapter here.
+        activate: let it act by default.
 
     Raises:
         MergeError: the state changes nothing.
@@ -125,6 +137,15 @@ def attach_merged(
     source_rank: int | None = None,
     **options: Any,
 ) -> Adapter:
-    """Read adapter folders (cut to ``source_rank`` where given), merge them, attach the result."""
+    """Read adapter folders (cut to ``source_rank`` where given), merge them, attach the result.
+
+    Args:
+        model: the base of all of them.
+        folders: of the adapters.
+        method: a registered merge, with its ``options``.
+        weights: one a folder; default 1/T each.
+        name: of the result here.
+        source_rank: cut each source to it first; None: sources must be exactly low-rank.
+    """
     states = [read_state(model, f, rank=source_rank) for f in folders]
     return attach_state(model, merge_states(states, weights, method, **options), name=name)

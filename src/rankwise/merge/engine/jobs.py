@@ -30,6 +30,16 @@ class TensorJob:
     """One tensor of the result; ``rule`` None: it is the first source's, as it is.
 
     ``sources`` and ``base`` are read when the job is run; ``on`` is "changes" (from ``base``) or "weights".
+
+    Args:
+        name: in the result.
+        shape: of the result.
+        dtype: of the result.
+        sources: readers; None where a source lacks it.
+        weights: one a source.
+        rule: the merge, or None.
+        on: "changes" or "weights".
+        base: its reader; None: there is no base.
     """
 
     name: str
@@ -48,6 +58,17 @@ class CheckpointReport:
 
     ``weights``: those used, one a source or by tensor; ``score``: of a soup, what it was chosen by; ``search``: of options, every place
     and its scores.
+
+    Args:
+        path: the folder written.
+        method: the merge.
+        errors: by tensor.
+        moved: by tensor; empty without a base.
+        copied: tensors taken over unmerged.
+        changed: whether any bit differs from the base.
+        weights: those used.
+        score: of a soup.
+        search: of options.
     """
 
     path: Path
@@ -122,8 +143,8 @@ def by_tensor(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -
     Raises:
         OptionError: files whose tensors have other names than the loaded model's, which transformers converted.
     """
-    known = set(names)
-    if lost := sorted(set(weights) - known):
+    known = list(names)
+    if lost := sorted(set(weights) - {*known}):
         raise OptionError(
             f"The model holds {lost[0]!r}, which its files store under another name, so weights by tensor cannot be applied to them; "
             "use per=model."

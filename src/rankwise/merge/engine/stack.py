@@ -110,7 +110,14 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FactorStack(Stack):
-    """Sources as factors A_t (r_t, in), B_t (out, r_t) with √|s_t| on each side; None where absent."""
+    """Sources as factors A_t (r_t, in), B_t (out, r_t) with √|s_t| on each side; None where absent.
+
+    Args:
+        name: of the site.
+        weights: one a source.
+        dtype: of blocks.
+        pairs: (A, B) of each source.
+    """
 
     pairs: tuple[FactorPair | None, ...] = ()
 
@@ -204,7 +211,16 @@ class FactorStack(Stack):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorStack(Stack):
-    """Sources as whole tensors, read when asked for; ``base`` is taken off each where the method works on changes."""
+    """Sources as whole tensors, read when asked for; ``base`` is taken off each where the method works on changes.
+
+    Args:
+        name: of the tensor.
+        weights: one a source.
+        dtype: of blocks.
+        read: each source's reader; None where it is absent.
+        base: what is taken off each; None: nothing is.
+        size: out×in.
+    """
 
     read: tuple[Callable[[], Tensor] | None, ...] = ()
     base: Tensor | None = None

@@ -93,9 +93,9 @@ class Evaluator:
 
     def _split(self, split: str | None) -> str:
         if not self.scores:
-            raise OptionError("This oracle has no score; give Oracle(model, score=…).")
+            raise OptionError("This evaluator has no score; give Evaluator(model, score=…).")
         if split is not None and split not in self.scores:
-            raise OptionError(f"This oracle scores on {', '.join(map(repr, self.scores))}; it was asked for {split!r}.")
+            raise OptionError(f"This evaluator scores on {', '.join(map(repr, self.scores))}; it was asked for {split!r}.")
         return next(iter(self.scores)) if split is None else split
 
     # --- a gradient -------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Evaluator:
             temperature: β of the loss of β·logits; needs ``loss`` where the model's own is not the cross-entropy of its
                 logits with the labels (shifted for a causal language model).
 
-        Within ``with oracle.attached(state)`` a value of the same sites and ranks is not attached anew; a model that
+        Within ``with evaluator.attached(state)`` a value of the same sites and ranks is not attached anew; a model that
         recomputes needs that, for its backward comes later.
         """
         state = plain(tensors)
@@ -124,7 +124,9 @@ class Evaluator:
             return self._loss(logits if temperature is None else logits * temperature, batch)
         own = getattr(outputs, "loss", None)
         if own is None:
-            raise OptionError("The model gives no loss of its own for this batch; put labels in it, or give Oracle(model, loss=…).")
+            raise OptionError(
+                "The model gives no loss of its own for this batch; put labels in it, or give Evaluator(model, loss=…)."
+            )
         if temperature is None:
             return own
         if not self._own_loss_is_known and not torch.allclose(
@@ -132,7 +134,7 @@ class Evaluator:
         ):
             raise OptionError(
                 "A temperature needs the loss as a function of logits, and this model's own loss is not their cross-entropy "
-                "with the labels; give Oracle(model, loss=…)."
+                "with the labels; give Evaluator(model, loss=…)."
             )
         self._own_loss_is_known = True
         return cross_entropy(outputs.logits * temperature, batch)

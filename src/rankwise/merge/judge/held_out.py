@@ -1,4 +1,4 @@
-"""An oracle from held-out data: what a soup is chosen by, read from a file of text or a folder of images.
+"""An evaluator from held-out data: what a soup is chosen by, read from a file of text or a folder of images.
 
 The scores are those of :mod:`rankwise.train.evaluate`; the batches, for a learned soup's gradients, are the same rows.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from rankwise._renamed import warn
 from rankwise.errors import OptionError, nearest
 from rankwise.merge.judge.evaluator import Batch, Evaluator
 from rankwise.train import stages
@@ -25,7 +26,14 @@ SCORES = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOutData:
-    """``score``: of a model as it stands; ``batches``: its rows with labels; ``rows``: how many."""
+    """``score``: of a model as it stands; ``batches``: its rows with labels; ``rows``: how many.
+
+    Args:
+        name: of the score.
+        score: the model → its score.
+        batches: for gradients.
+        rows: how many there are.
+    """
 
     name: str
     score: Callable[[nn.Module], float]
@@ -36,8 +44,13 @@ class HeldOutData:
     def higher_is_better(self) -> bool:
         return SCORES[self.name]
 
+    def oracle(self, model: nn.Module) -> Evaluator:
+        """The old spelling of :meth:`evaluator`."""
+        warn("HeldOutData.oracle()", "evaluator()")
+        return self.evaluator(model)
+
     def evaluator(self, model: nn.Module) -> Evaluator:
-        """The oracle that judges adapters of ``model``."""
+        """The evaluator that judges adapters of ``model``."""
         return Evaluator(model, self.score, batches=self.batches, higher_is_better=self.higher_is_better)
 
 

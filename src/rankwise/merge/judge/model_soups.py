@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rankwise._renamed import renamed_argument
 from rankwise.errors import MergeError
 from rankwise.merge.judge.functional import evaluating
 
@@ -29,11 +30,12 @@ class Models:
     """Fine-tunes of one start, by folder, and the model in which their mixtures are judged.
 
     Args:
-        oracle: of the model loaded from the first folder, whose weights are overwritten; its scores and batches judge.
+        evaluator: of the model loaded from the first folder, whose weights are overwritten; its scores and batches judge.
         folders: of the sources.
         load: folder → its model, in fp32.
     """
 
+    @renamed_argument("oracle", "evaluator")
     def __init__(self, evaluator: Evaluator, folders: Sequence[str | Path], load: Callable[[str], nn.Module]):
         self.evaluator, self.folders, self._load = evaluator, [str(f) for f in folders], load
         self.model = evaluator.model

@@ -160,10 +160,15 @@ def _pair(x: Any, y: Any, match: float, shape: tuple[int, int]) -> SourcePair:
     share_a, share_b = (float(s[i].square().sum() / s.square().sum()) for s, i in ((S, a), (Q, b)))
     r = max(len(S), len(Q))
     return SourcePair(
-        left=tuple(angles[0].tolist()), right=tuple(angles[1].tolist()), cosine=cosine,
-        shared_left=float(angles[0].square().mean()), shared_right=float(angles[1].square().mean()),
-        matched_a=share_a, matched_b=share_b, chance=(r / shape[0], r / shape[1]),
-    )  # fmt: skip
+        left=tuple(angles[0].tolist()),
+        right=tuple(angles[1].tolist()),
+        cosine=cosine,
+        shared_left=float(angles[0].square().mean()),
+        shared_right=float(angles[1].square().mean()),
+        matched_a=share_a,
+        matched_b=share_b,
+        chance=(r / shape[0], r / shape[1]),
+    )
 
 
 def _matched(like: Tensor, least: float) -> tuple[list[int], list[int]]:

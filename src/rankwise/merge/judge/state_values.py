@@ -20,7 +20,7 @@ def plain(state: AdapterState) -> AdapterState:
     """Every site exactly low-rank, no whole tensors, or a refusal."""
     if state.full:
         raise MergeError(
-            f"An oracle judges changes of weights, and this value also holds {next(iter(state.full))!r} whole; leave it out."
+            f"An evaluator judges changes of weights, and this value also holds {next(iter(state.full))!r} whole; leave it out."
         )
     return state.map(lambda d: _narrow(d if isinstance(d, LowRank) else d.to_lowrank()[0]))
 

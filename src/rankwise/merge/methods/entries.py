@@ -1,6 +1,6 @@
-"""Entry-wise merges: sparsify each source, then combine what meets at an entry.  A named method is a row of a table.
+"""Entry-wise merges: magnitude_prune, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties.
 
-For kept values v_t (T, rows, in) and weights w_t:
+Sparsify each source, then combine what meets at an entry.  A named method is a row of a table.  For kept values v_t (T, rows, in) and weights w_t:
 
     sum       Σ w_t·v_t                                            (÷ Σ w_t with normalize)
     elected   Σ w_t·v_t·[sign v_t = ε] / n,   ε = sign of Σ v_t ("total"), Σ sign v_t ("frequency") or Σ w_t·v_t ("weighted");
@@ -124,9 +124,31 @@ SPARSIFIERS = {
 }
 
 
-def row(name: str, title: str, *, sparsify: str, join: str, doc: str, paper: str | None = None, reference: str | None = None,
-        breaks: tuple[str, ...] = (), **options: Any) -> type[Entrywise]:  # fmt: skip
-    """A row of the table, registered: its sparsifier, how it joins, and its options with their defaults."""
+def row(
+    name: str,
+    title: str,
+    *,
+    sparsify: str,
+    join: str,
+    doc: str,
+    paper: str | None = None,
+    reference: str | None = None,
+    breaks: tuple[str, ...] = (),
+    **options: Any,
+) -> type[Entrywise]:
+    """A row of the table, registered: its sparsifier, how it joins, and its options with their defaults.
+
+    Args:
+        name: of the merge.
+        title: one line for the list of methods.
+        sparsify: which entries go on, a key of ``SPARSIFIERS``.
+        join: how they combine, a key of ``JOINS``.
+        doc: the method's docstring.
+        paper: where it is from.
+        reference: its number in the method reference.
+        breaks: laws that do not hold for it.
+        options: with their defaults.
+    """
     body = {
         "__doc__": doc,
         "__module__": sys._getframe(1).f_globals["__name__"],  # whose row it is, so that no other file takes its name
@@ -143,28 +165,99 @@ def row(name: str, title: str, *, sparsify: str, join: str, doc: str, paper: str
 
 
 _ELECTED: dict[str, Any] = {"elect": "total", "divide": "weights"}
-row("magnitude_prune", "Weighted sum of each source's largest entries", sparsify="top", join="sum", density=0.5, normalize=False,
-    doc="Top ``density`` of each source by magnitude, then Σ w_t·v_t.  Source: HF PEFT, ``magnitude_prune``.")  # fmt: skip
-row("ties", "TIES: trim, elect sign, disjoint mean", sparsify="top", join="elected", density=0.2, **_ELECTED, paper="arXiv 2306.01708",
+row(
+    "magnitude_prune",
+    "Weighted sum of each source's largest entries",
+    sparsify="top",
+    join="sum",
+    density=0.5,
+    normalize=False,
+    doc="Top ``density`` of each source by magnitude, then Σ w_t·v_t.  Source: HF PEFT, ``magnitude_prune``.",
+)
+row(
+    "ties",
+    "TIES: trim, elect sign, disjoint mean",
+    sparsify="top",
+    join="elected",
+    density=0.2,
+    **_ELECTED,
+    paper="arXiv 2306.01708",
     doc="""Keep the top ``density`` of each source, elect a sign at each entry, take the weighted mean of those that agree.
 
     With equal weights it is the paper's.  mergekit elects with elect="weighted" at density 1; HF PEFT divides with divide="count", so
     that weights below 1 shrink the result.  Works on ΔW = B·A, not on A and B apart as PEFT's ``ties`` (its ``ties_svd`` is this one):
-    products of trimmed factors are not trimmed products.  Source: prateeky2806/ties-merging.""")  # fmt: skip
-row("dare_linear", "DARE: drop at random, rescale, sum", sparsify="bernoulli", join="sum", density=0.5, rescale="1/p", normalize=False,
-    paper="arXiv 2311.03099", doc="""Each entry stays with chance ``density`` and is divided by it, so that the mean over draws is the source; then Σ w_t·v_t.
-    mergekit rescales to the source's l1 norm instead (rescale="l1").  Draws follow (seed, tensor, source).""")  # fmt: skip
-row("dare_ties", "DARE with elected signs", sparsify="bernoulli", join="elected", density=0.5, rescale="1/p", **_ELECTED,
-    paper="arXiv 2311.03099", doc="Drop at random and rescale as ``dare_linear``, then elect signs and average those that agree as ``ties``.  Source: yule-BUAA/MergeLM; mergekit.")  # fmt: skip
-row("della", "DELLA: drop by chance that falls with magnitude", sparsify="ranked", join="elected", density=0.5, epsilon=0.15, rescale="l1",
-    elect="weighted", divide="weights", paper="arXiv 2406.11617",
+    products of trimmed factors are not trimmed products.  Source: prateeky2806/ties-merging.""",
+)
+row(
+    "dare_linear",
+    "DARE: drop at random, rescale, sum",
+    sparsify="bernoulli",
+    join="sum",
+    density=0.5,
+    rescale="1/p",
+    normalize=False,
+    paper="arXiv 2311.03099",
+    doc="""Each entry stays with chance ``density`` and is divided by it, so that the mean over draws is the source; then Σ w_t·v_t.
+    mergekit rescales to the source's l1 norm instead (rescale="l1").  Draws follow (seed, tensor, source).""",
+)
+row(
+    "dare_ties",
+    "DARE with elected signs",
+    sparsify="bernoulli",
+    join="elected",
+    density=0.5,
+    rescale="1/p",
+    **_ELECTED,
+    paper="arXiv 2311.03099",
+    doc="Drop at random and rescale as ``dare_linear``, then elect signs and average those that agree as ``ties``.  Source: yule-BUAA/MergeLM; mergekit.",
+)
+row(
+    "della",
+    "DELLA: drop by chance that falls with magnitude",
+    sparsify="ranked",
+    join="elected",
+    density=0.5,
+    epsilon=0.15,
+    rescale="l1",
+    elect="weighted",
+    divide="weights",
+    paper="arXiv 2406.11617",
     doc="""In each row an entry stays with a chance that rises with its magnitude's rank from density − ε to density + ε; what stays is
-    rescaled to the source's l1 norm; signs are elected as in ``ties``.  Source: mergekit.  Errors: density ± ε outside (0, 1).""")  # fmt: skip
-row("della_linear", "DELLA without the vote", sparsify="ranked", join="sum", density=0.5, epsilon=0.15, rescale="l1", normalize=True,
-    paper="arXiv 2406.11617", doc="Keeps as ``della``, then Σ w_t·v_t / Σ w_t.  Source: mergekit.")  # fmt: skip
-row("breadcrumbs", "Model breadcrumbs: neither outliers nor dust", sparsify="middle", join="sum", density=0.9, gamma=0.01, normalize=False,
+    rescaled to the source's l1 norm; signs are elected as in ``ties``.  Source: mergekit.  Errors: density ± ε outside (0, 1).""",
+)
+row(
+    "della_linear",
+    "DELLA without the vote",
+    sparsify="ranked",
+    join="sum",
+    density=0.5,
+    epsilon=0.15,
+    rescale="l1",
+    normalize=True,
+    paper="arXiv 2406.11617",
+    doc="Keeps as ``della``, then Σ w_t·v_t / Σ w_t.  Source: mergekit.",
+)
+row(
+    "breadcrumbs",
+    "Model breadcrumbs: neither outliers nor dust",
+    sparsify="middle",
+    join="sum",
+    density=0.9,
+    gamma=0.01,
+    normalize=False,
     paper="arXiv 2312.06795",
     doc="""Drop the γ largest entries of each source and the smallest, so that ``density`` of them remain; then Σ w_t·v_t.  Where γ·numel < 1 no
-    outlier is dropped (the reference code then drops the whole tensor).  Source: mergekit.""")  # fmt: skip
-row("breadcrumbs_ties", "Breadcrumbs with elected signs", sparsify="middle", join="elected", density=0.9, gamma=0.01, elect="weighted",
-    divide="weights", paper="arXiv 2312.06795", doc="Keeps as ``breadcrumbs``, then votes as ``ties``.  Source: mergekit.")  # fmt: skip
+    outlier is dropped (the reference code then drops the whole tensor).  Source: mergekit.""",
+)
+row(
+    "breadcrumbs_ties",
+    "Breadcrumbs with elected signs",
+    sparsify="middle",
+    join="elected",
+    density=0.9,
+    gamma=0.01,
+    elect="weighted",
+    divide="weights",
+    paper="arXiv 2312.06795",
+    doc="Keeps as ``breadcrumbs``, then votes as ``ties``.  Source: mergekit.",
+)

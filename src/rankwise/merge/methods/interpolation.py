@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from rankwise._renamed import renamed_argument
 from rankwise.catalogue import register
 from rankwise.delta.state import AdapterState
 from rankwise.errors import MergeError, OptionError
@@ -76,16 +77,26 @@ def between(first: Source, second: Source, lam: float) -> AdapterState:
     return merge_states([first, second], [lam, 1 - lam], "interpolation")
 
 
+@renamed_argument("oracle", "evaluator")
 def sweep(evaluator: Evaluator, first: Source, second: Source, grid: Sequence[float] = GRID) -> list[PathPoint]:
-    """The scores of θ(λ) on every split of the oracle, for each λ of ``grid``, on one model."""
+    """The scores of θ(λ) on every split of the evaluator, for each λ of ``grid``, on one model.
+
+    Args:
+        evaluator: scores on its model.
+        first: the value at λ = 1.
+        second: the value at λ = 0.
+        grid: of λ.
+    """
     return [PathPoint(lam, scored(evaluator, between(first, second, lam))) for lam in grid]
 
 
+@renamed_argument("oracle", "evaluator")
 def path(evaluator: Evaluator, state: AdapterState, grid: Sequence[float] = GRID) -> list[PathPoint]:
     """The scores from the base to a fine-tune, θ₀ + λ·ΔW (WiSE-FT; its example takes λ = 0.75)."""
     return [PathPoint(lam, scored(evaluator, state.scaled(lam))) for lam in grid]
 
 
+@renamed_argument("oracle", "evaluator")
 def scored(evaluator: Evaluator, state: AdapterState) -> dict[str, float]:
     """The score on every split."""
     return {s: evaluator.score(state, s) for s in evaluator.scores}

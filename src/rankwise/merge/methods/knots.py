@@ -32,6 +32,13 @@ class KnOTS(Merge):
     largest entries over the whole model; here it is per site, as everything is.
 
     Source: gstoica27/KnOTS.  Errors: singular values that coincide leave U free, so that which coordinates are cut is not determined.
+
+    Args:
+        rule: how coordinates join: "ties" or "sum".
+        density: the share of coordinates kept.
+        lam: multiplies the result.
+        cutoff: singular values below this share of the largest are none.
+        rank: of the result; None: as it comes.
     """
 
     adapters: ClassVar[bool] = True

@@ -37,6 +37,15 @@ class LEGO(Merge):
 
     No official code was found; the details follow a third-party re-implementation.  With k = all units and no output
     reweighting it is exactly the weighted sum (negative weights by flipping b).
+
+    Args:
+        rank: k.
+        energy: k by the share of the spectrum, where no rank is given.
+        nu: a unit's size, "linf" or "l2".
+        feature: what is clustered, "halves" or "raw".
+        reweigh_output: multiply by √(r/k).
+        reweigh_parameters: give centroids their members' mean size.
+        iterations: of k-means.
     """
 
     checkpoints: ClassVar[bool] = False

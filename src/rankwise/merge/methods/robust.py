@@ -1,4 +1,4 @@
-"""Robust fine-tuning: stop part of the way from the base, with the update of the straggler layers thinned out."""
+"""robust_interpolation: stop part of the way from the base, with the update of the straggler layers thinned out."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ if TYPE_CHECKING:
 
 
 @register(
-    "merge", "robust_interpolation", title="Robust fine-tuning: part of the way, stragglers thinned", paper="arXiv 2109.01903",
-    reference="212", exports_to_peft=True,
-)  # fmt: skip
+    "merge",
+    "robust_interpolation",
+    title="Robust fine-tuning: part of the way, stragglers thinned",
+    paper="arXiv 2109.01903",
+    reference="212",
+    exports_to_peft=True,
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobustInterpolation(Merge):
     """θ(α) = (1 − α)·θ_0 + α·θ_1 of one fine-tune (WiSE-FT), at the straggler layers with only the largest ``density`` of |θ_1 − θ_0|.
 
     ``stragglers`` names sites (of whole models: tensors).  Where none is named and ``density`` < 1, they are the layers whose
-    path rises above the line between its ends like no other's (:mod:`rankwise.merge.methods.straggler`), found by the oracle's
+    path rises above the line between its ends like no other's (:mod:`rankwise.merge.methods.straggler`), found by the evaluator's
     score on 5 points a layer; where no layer does, nothing is thinned.  Density 1 is plain interpolation, exact; thinned
     changes, and no others, are lowered by an SVD, to ``rank`` or exactly.  α itself is found by a search on held-out data
     (``rankwise merge --search alpha=0:1:0.1``).
 
     Source: mlfoundations/model-soups, wise-ft-example.py (α = 0.75); the straggler rule is a reconstruction (no code is
     published).  Errors: other than one source; shares out of range; stragglers named at density 1.
+
+    Args:
+        alpha: how far from the base, in [0, 1].
+        density: the share of entries kept at stragglers.
+        stragglers: their names; default found by the evaluator.
+        rank: of thinned changes; None: exact.
     """
 
     count: ClassVar[int | None] = 1

@@ -1,4 +1,4 @@
-"""Merges that look at all sources at once before they choose: SCE by variance, nearswap by distance."""
+"""Merges that look at all sources at once before they choose: sce by variance, nearswap by distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Robust weight signatures: what robust training adds to a clean fine-tune, taken out as a patch for other models.
+"""robust_signature: what robust training adds to a clean fine-tune, taken out as a patch for other models.
 
 Per tensor, flattened, with θ_p the base, θ_c its clean fine-tune and θ_k its fine-tune on corruption k:
 

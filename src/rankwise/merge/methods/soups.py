@@ -1,4 +1,4 @@
-"""Model soups: average fine-tunes of one base, all of them, those that help (greedy), or weighed by gradients (learned).
+"""Model soups: uniform_soup averages fine-tunes of one base, greedy_soup those that help, learned_soup weighs them by gradients.
 
 The soup of merged models is W₀ + Σ w_t·ΔW_t: low-rank of Σ r_t, exact.  Averaging A and B apart is another, lossy
 method (``linear``).  Greedy and learned soups ask an :class:`~rankwise.merge.judge.evaluator.Evaluator`; of whole models they are
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rankwise._renamed import renamed_argument
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
 from rankwise.delta.state import AdapterState
@@ -28,10 +29,17 @@ if TYPE_CHECKING:
     from rankwise.merge.judge.evaluator import Batch, Evaluator
     from rankwise.merge.judge.model_soups import Models
 
-row("uniform_soup", "Uniform soup: the mean of fine-tunes", lambda rule, gram, w: torch.full_like(w, 1 / len(w)), paper="arXiv 2203.05482",
-    reference="217", works_on="weights", uses_weights=False,
+row(
+    "uniform_soup",
+    "Uniform soup: the mean of fine-tunes",
+    lambda rule, gram, w: torch.full_like(w, 1 / len(w)),
+    paper="arXiv 2203.05482",
+    reference="217",
+    works_on="weights",
+    uses_weights=False,
     doc="""(1/T)·Σ θ_t of T fine-tunes of one start, as whole models or as adapters (exact, of rank Σ r_t).  Order does not matter.  Fine-tunes of
-    different starts do not mix: their mean is no model.  ``average`` is the same with weights.  Source: mlfoundations/model-soups.""")  # fmt: skip
+    different starts do not mix: their mean is no model.  ``average`` is the same with weights.  Source: mlfoundations/model-soups.""",
+)
 
 
 def uniform(sources: Sequence[Source]) -> AdapterState:
@@ -103,13 +111,19 @@ class GreedySoup(Soup):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedSoup(Soup):
-    """min over α, β of loss(β·f(x; W₀ + Σ_t α_t·ΔW_t)) on the oracle's batches, α = softmax(a), a = 1 at the start (the uniform soup).
+    """min over α, β of loss(β·f(x; W₀ + Σ_t α_t·ΔW_t)) on the evaluator's batches, α = softmax(a), a = 1 at the start (the uniform soup).
 
     ``per="model"``: T numbers; "site": T a site (of whole models: a tensor).  AdamW at ``lr`` without weight decay, ``epochs`` passes; β is a scalar
     temperature, 1 at the start, learnt along and then dropped (``temperature=False`` leaves it at 1).  The base and the
     sources are frozen.  Of adapters only factors are held; of whole models, as in the released code, all T.
 
-    Source: mlfoundations/model-soups, learned_bylayer.py.  Errors: an oracle without batches.
+    Source: mlfoundations/model-soups, learned_bylayer.py.  Errors: an evaluator without batches.
+
+    Args:
+        per: "model" or "site".
+        lr: of AdamW.
+        epochs: passes over the batches.
+        temperature: learn β along.
     """
 
     per: Literal["model", "site"] = "model"
@@ -126,6 +140,7 @@ class LearnedSoup(Soup):
         """(T,), or a (T,) each site."""
         return self.learn(sources, evaluator).weights
 
+    @renamed_argument("oracle", "evaluator")
     def learn(
         self, sources: Sequence[Source], evaluator: Evaluator, progress: Callable[[int, float], None] = lambda n, loss: None
     ) -> Learned:
@@ -148,12 +163,24 @@ class LearnedSoup(Soup):
         return dict(zip(names, alpha, strict=True)) if names else alpha[0]
 
     def descend(
-        self, rows: int, count: int, batches: Sequence[Batch], loss: Callable[[Tensor, Batch, Tensor | None], Tensor],
+        self,
+        rows: int,
+        count: int,
+        batches: Sequence[Batch],
+        loss: Callable[[Tensor, Batch, Tensor | None], Tensor],
         progress: Callable[[int, float], None] = lambda n, loss: None,
-    ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
-        """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``."""
+    ) -> tuple[Tensor, float, list[float]]:
+        """α (rows, count) in fp64, β and each step's loss, from ``loss(α, batch, β or None)``.
+
+        Args:
+            rows: of α.
+            count: of sources.
+            batches: of one pass.
+            loss: of (α, batch, β or None).
+            progress: called with each step's number and loss.
+        """
         if not batches:
-            raise OptionError("The merge 'learned_soup' takes gradients on batches; give Oracle(model, batches=…).")
+            raise OptionError("The merge 'learned_soup' takes gradients on batches; give Evaluator(model, batches=…).")
         raw = torch.ones(rows, count, requires_grad=True)
         beta = torch.ones((), requires_grad=self.temperature)
         steps = torch.optim.AdamW([p for p in (raw, beta) if p.requires_grad], lr=self.lr, weight_decay=0.0)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from rankwise._renamed import renamed_argument
 from rankwise.adapter import attach
 from rankwise.delta.state import AdapterState
 from rankwise.errors import OptionError
@@ -61,10 +62,18 @@ def layers(model: nn.Module, state: AdapterState, by: Literal["layer", "site"] =
     return out
 
 
+@renamed_argument("oracle", "evaluator")
 def profile(
     evaluator: Evaluator, state: AdapterState, groups: Groups, *, grid: Sequence[float] = GRID, split: str | None = None
 ) -> dict[str, Path]:
-    """Each layer's path under the oracle's score; len(grid) scores a layer, of which the end is shared.
+    """Each layer's path under the evaluator's score; len(grid) scores a layer, of which the end is shared.
+
+    Args:
+        evaluator: scores on its model.
+        state: the fine-tune.
+        groups: layer → sites (:func:`layers`).
+        grid: of α.
+        split: of the evaluator's scores; default its first.
 
     Raises:
         OptionError: a grid that does not run from 0 to 1; a site the state lacks.
@@ -74,9 +83,11 @@ def profile(
         raise OptionError(f"A path is scored from 0 to 1 with a place between, in order; it got {list(grid)}.")
     _known(state, groups)
     return {
-        layer: Path(grid, tuple(evaluator.cost(_at(state, names, a), split) for a in grid)) if _moves(state, names) else _flat(evaluator, state, grid, split)
+        layer: Path(grid, tuple(evaluator.cost(_at(state, names, a), split) for a in grid))
+        if _moves(state, names)
+        else _flat(evaluator, state, grid, split)
         for layer, names in groups.items()
-    }  # fmt: skip
+    }
 
 
 def stragglers(barriers: Mapping[str, float], *, floor: float = 1e-4) -> list[str]:
@@ -104,6 +115,12 @@ def sparsified(state: AdapterState, sites: Iterable[str], density: float, *, ran
 
     What is kept is lowered by an SVD, exactly where ``rank`` is None; the share that a rank loses is in
     ``meta["truncation"]``.  Density 1 leaves the state alone: the ordinary interpolation.
+
+    Args:
+        state: the fine-tune.
+        sites: which are thinned.
+        density: the share kept, in (0, 1].
+        rank: of what is kept; None: exact.
     """
     share("sparsified", "density", density)
     chosen = sorted(set(sites))
@@ -116,14 +133,21 @@ def sparsified(state: AdapterState, sites: Iterable[str], density: float, *, ran
     return AdapterState({**state.sites, **thin.sites}, state.full, {**state.meta, "truncation": thin.meta["truncation"]})
 
 
+@renamed_argument("oracle", "evaluator")
 def sharpness(evaluator: Evaluator, state: AdapterState, groups: Groups, *, radius: float = 0.01) -> dict[str, float]:
-    """loss(θ_1 + ε_ℓ) − loss(θ_1) of each layer, the mean over the oracle's batches; ``radius`` is ρ, relative to ‖θ_ℓ‖.
+    """loss(θ_1 + ε_ℓ) − loss(θ_1) of each layer, the mean over the evaluator's batches; ``radius`` is ρ, relative to ‖θ_ℓ‖.
 
     θ_ℓ are the layer's whole weights W + ΔW, so it does not depend on the gauge of the factors.  One gradient of the size
     of all groups' weights, and a forward a layer and batch.  A layer without gradient has sharpness 0.
+
+    Args:
+        evaluator: its loss and batches are used.
+        state: the fine-tune.
+        groups: layer → sites (:func:`layers`).
+        radius: ρ.
     """
     if not evaluator.batches:
-        raise OptionError("Sharpness needs a gradient; give Oracle(model, batches=…).")
+        raise OptionError("Sharpness needs a gradient; give Evaluator(model, batches=…).")
     if not radius > 0:
         raise OptionError(f"The radius of sharpness is relative to a layer's norm and above 0; it got {radius}.")
     sites = sorted({n for names in groups.values() for n in names})

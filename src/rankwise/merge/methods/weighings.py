@@ -1,5 +1,6 @@
-"""Merges that are one number a source: found from inner products, applied exactly.  A named method is a row of a table.
+"""One number a source: average, task_arithmetic, slerp, nuslerp, multislerp, karcher, model_stock.
 
+The numbers are found from inner products and applied exactly.  A named method is a row of a table.
 A combination Σ c_t·x_t of low-rank changes is low-rank, so nothing is formed and nothing is lost; the numbers come from
 the sources' Gram matrix G = [⟨x_s, x_t⟩] alone.  A vector of span{x_t} is its coordinates c, with ⟨c, d⟩ = cᵀ·G·d.
 Interpolations of whole models work on the weights themselves (``works_on="weights"``), of adapters on their changes.
@@ -148,16 +149,52 @@ def model_stock(rule: Any, gram: Tensor, w: Tensor) -> Tensor:
     return torch.full((n,), t / n, dtype=torch.float64)
 
 
-def row(name: str, title: str, weigh: Callable[[Any, Tensor, Tensor], Tensor], *, doc: str, paper: str | None = None,
-        reference: str | None = None, breaks: tuple[str, ...] = (), count: int | None = None, works_on: str = "changes",
-        uses_weights: bool = True, **options: Any) -> type[Weighing]:  # fmt: skip
-    """A row of the table, registered: how it weighs, and its options with their defaults."""
+def row(
+    name: str,
+    title: str,
+    weigh: Callable[[Any, Tensor, Tensor], Tensor],
+    *,
+    doc: str,
+    paper: str | None = None,
+    reference: str | None = None,
+    breaks: tuple[str, ...] = (),
+    count: int | None = None,
+    works_on: str = "changes",
+    uses_weights: bool = True,
+    **options: Any,
+) -> type[Weighing]:
+    """A row of the table, registered: how it weighs, and its options with their defaults.
+
+    Args:
+        name: of the merge.
+        title: one line for the list of methods.
+        weigh: (rule, inner products T×T, weights (T,)) → (T,), all fp64.
+        doc: the method's docstring.
+        paper: where it is from.
+        reference: its number in the method reference.
+        breaks: laws that do not hold for it.
+        count: exactly so many sources; None: any number.
+        works_on: "changes" or "weights" of whole models.
+        uses_weights: given weights mean something to it.
+        options: with their defaults.
+    """
     body = {
-        "__doc__": doc, "__module__": weigh.__module__, "breaks": frozenset(breaks), "count": count, "works_on": works_on,
-        "uses_weights": uses_weights, "products": weigh is not plain, "coefficients": lambda self, gram, w: weigh(self, gram, w),
-        "__annotations__": {"breaks": ClassVar[frozenset[str]], "count": ClassVar[int | None], "works_on": ClassVar[str],
-                            "uses_weights": ClassVar[bool], "products": ClassVar[bool]},
-    }  # fmt: skip
+        "__doc__": doc,
+        "__module__": weigh.__module__,
+        "breaks": frozenset(breaks),
+        "count": count,
+        "works_on": works_on,
+        "uses_weights": uses_weights,
+        "products": weigh is not plain,
+        "coefficients": lambda self, gram, w: weigh(self, gram, w),
+        "__annotations__": {
+            "breaks": ClassVar[frozenset[str]],
+            "count": ClassVar[int | None],
+            "works_on": ClassVar[str],
+            "uses_weights": ClassVar[bool],
+            "products": ClassVar[bool],
+        },
+    }
     fields = [(k, type(v), dataclasses.field(default=v)) for k, v in options.items()]
     made = dataclasses.make_dataclass(
         name.title().replace("_", ""), fields, bases=(Weighing,), namespace=body, frozen=True, kw_only=True
@@ -165,23 +202,70 @@ def row(name: str, title: str, weigh: Callable[[Any, Tensor, Tensor], Tensor], *
     return register("merge", name, title=title, paper=paper, reference=reference, exports_to_peft=True)(made)
 
 
-row("task_arithmetic", "Task arithmetic: λ·Σ w_t·ΔW_t", plain, lam=1.0, normalize=False, paper="arXiv 2212.04089",
+row(
+    "task_arithmetic",
+    "Task arithmetic: λ·Σ w_t·ΔW_t",
+    plain,
+    lam=1.0,
+    normalize=False,
+    paper="arXiv 2212.04089",
     doc="""Adds, subtracts (negative weights) and rescales changes: λ·Σ w_t·ΔW_t, divided by Σ w_t with ``normalize``.  The literature takes
-    λ ≈ 0.3–0.4 with weight 1 for many tasks.  Source: mergekit; mlfoundations/task_vectors.""")  # fmt: skip
-row("average", "Weighted mean of weights", plain, lam=1.0, normalize=True, works_on="weights",
-    doc="Σ w_t·x_t / Σ w_t: a uniform soup with equal weights.  mergekit calls it ``linear``; for adapters it is the exact mean of changes.")  # fmt: skip
-row("slerp", "Spherical interpolation between two", slerp, t=0.5, count=2, works_on="weights", breaks=("order",), uses_weights=False,
+    λ ≈ 0.3–0.4 with weight 1 for many tasks.  Source: mergekit; mlfoundations/task_vectors.""",
+)
+row(
+    "average",
+    "Weighted mean of weights",
+    plain,
+    lam=1.0,
+    normalize=True,
+    works_on="weights",
+    doc="Σ w_t·x_t / Σ w_t: a uniform soup with equal weights.  mergekit calls it ``linear``; for adapters it is the exact mean of changes.",
+)
+row(
+    "slerp",
+    "Spherical interpolation between two",
+    slerp,
+    t=0.5,
+    count=2,
+    works_on="weights",
+    breaks=("order",),
+    uses_weights=False,
     doc="""[sin((1−t)Ω)·x_0 + sin(tΩ)·x_1]/sin Ω with Ω the angle between them; straight where |cos Ω| > 0.9995.  Weights are not used: t is.
-    Source: mergekit, ``slerp``.  Errors: other than two sources.""")  # fmt: skip
-row("nuslerp", "Spherical interpolation by weights", nuslerp, count=2, works_on="weights",
-    doc="``slerp`` with t = w_1/(w_0 + w_1), which does not depend on the order of the sources.  Source: mergekit, ``nuslerp``.")  # fmt: skip
-row("multislerp", "Spherical mean of many, one tangent step", multislerp, works_on="weights",
+    Source: mergekit, ``slerp``.  Errors: other than two sources.""",
+)
+row(
+    "nuslerp",
+    "Spherical interpolation by weights",
+    nuslerp,
+    count=2,
+    works_on="weights",
+    doc="``slerp`` with t = w_1/(w_0 + w_1), which does not depend on the order of the sources.  Source: mergekit, ``nuslerp``.",
+)
+row(
+    "multislerp",
+    "Spherical mean of many, one tangent step",
+    multislerp,
+    works_on="weights",
     doc="""Unit vectors u_t, their normalised weighted mean m, the weighted mean of the tangents u_t − (u_t·m)·m, the exponential map back, times
-    the weighted mean norm.  Source: mergekit, ``multislerp``.  Errors: a mean that vanishes.""")  # fmt: skip
-row("karcher", "Riemannian mean on the sphere", karcher, iterations=10, tol=1e-5, works_on="weights",
+    the weighted mean norm.  Source: mergekit, ``multislerp``.  Errors: a mean that vanishes.""",
+)
+row(
+    "karcher",
+    "Riemannian mean on the sphere",
+    karcher,
+    iterations=10,
+    tol=1e-5,
+    works_on="weights",
     doc="""The point of the sphere with the least weighted squared angle to all sources, by repeated log and exp maps, times the weighted mean
-    norm.  For two equal weights: the bisector.  Source: mergekit, ``karcher``.""")  # fmt: skip
-row("model_stock", "Model stock: how far to trust the mean", model_stock, paper="arXiv 2403.19522", uses_weights=False,
+    norm.  For two equal weights: the bisector.  Source: mergekit, ``karcher``.""",
+)
+row(
+    "model_stock",
+    "Model stock: how far to trust the mean",
+    model_stock,
+    paper="arXiv 2403.19522",
+    uses_weights=False,
     doc="""t·mean(ΔW_t) with t = N·cos φ/(1 + (N−1)·cos φ), cos φ the mean cosine between changes: orthogonal changes give the base, equal ones
     their mean.  Weights are not used.  Source: mergekit, ``model_stock``.  Errors: fewer than two sources.""",
-    breaks=("one source",))  # fmt: skip
+    breaks=("one source",),
+)

@@ -182,13 +182,24 @@ class _Export:
             else:
                 called.add(whole.module)
         config: dict[str, Any] = {
-            "peft_type": "LORA", "inference_mode": True, "revision": None, "r": r, "lora_alpha": alpha, "lora_dropout": 0.0,
-            "bias": "none", "fan_in_fan_out": bool(called) and all(self.whole[k].transposed for k in self.parts),
-            "init_lora_weights": True, "use_rslora": False, "use_dora": bool(self.magnitude),
-            "target_modules": cfg.suffixes(called, modules), "modules_to_save": saved or None,
-            "rank_pattern": cfg.patterns_of(ranks, r), "alpha_pattern": {},
-            "layers_to_transform": None, "layers_pattern": None,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "inference_mode": True,
+            "revision": None,
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": bool(called) and all(self.whole[k].transposed for k in self.parts),
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": bool(self.magnitude),
+            "target_modules": cfg.suffixes(called, modules),
+            "modules_to_save": saved or None,
+            "rank_pattern": cfg.patterns_of(ranks, r),
+            "alpha_pattern": {},
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
         if parameters:
             config["target_parameters"] = sorted(parameters)
         if self.bias:

@@ -71,7 +71,15 @@ def to_peft(spec: SiteSpec, A: Tensor, B: Tensor) -> tuple[dict[str, Tensor], in
 
 
 def from_peft(spec: SiteSpec, A: Tensor, B: Tensor, rank: int, where: str) -> tuple[Tensor, Tensor]:
-    """Inverse of :func:`to_peft`: rankwise's (A, B) of the whole weight, shapes checked against ``spec``."""
+    """Inverse of :func:`to_peft`: rankwise's (A, B) of the whole weight, shapes checked against ``spec``.
+
+    Args:
+        spec: of the whole weight.
+        A: PEFT's lora_A.
+        B: PEFT's lora_B.
+        rank: what the config says.
+        where: what to call the file in messages.
+    """
     if spec.kind == "conv":
         return _conv_from_peft(spec, A, B, rank, where)
     E = spec.stack or 1
@@ -83,7 +91,14 @@ def from_peft(spec: SiteSpec, A: Tensor, B: Tensor, rank: int, where: str) -> tu
 
 
 def expect(tensor: Tensor, shape: tuple[int, ...], what: str, spec: SiteSpec) -> None:
-    """ArtefactError where a tensor does not fit its place."""
+    """ArtefactError where a tensor does not fit its place.
+
+    Args:
+        tensor: what the file has.
+        shape: what it must be.
+        what: its name in the message.
+        spec: of the site.
+    """
     if tuple(tensor.shape) != shape:
         raise ArtefactError(
             f"{what} is {'×'.join(map(str, tensor.shape))}; site {spec.name!r} ({'×'.join(map(str, spec.shape))}) with this "

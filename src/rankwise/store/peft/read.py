@@ -62,7 +62,14 @@ def read_peft(
 
 
 class PeftReader:
-    """The work of one reading: keys → modules → sites."""
+    """The work of one reading: keys → modules → sites.
+
+    Args:
+        config: checked (:func:`~rankwise.store.peft.config.parse_config`).
+        tensors: by the file's keys; on "meta" for their shapes alone.
+        specs: every site of the model, in module order; None: made up from the shapes.
+        where: what to call the file in messages.
+    """
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], specs: Mapping[str, Any] | None, where: str):
         self.config, self.tensors, self.where = config, tensors, where

@@ -1,4 +1,4 @@
-"""The functional forward and the oracle: gradients to what made the tensors, nothing written, everything as it was."""
+"""The functional forward and the evaluator: gradients to what made the tensors, nothing written, everything as it was."""
 
 from __future__ import annotations
 
