@@ -35,7 +35,13 @@ class AdaLoRA(Budget):
     scale α/r₀.
 
     Scores here read p and its gradient both from before the step; published code takes p from after it.  Steps are
-    optimiser steps, whatever the accumulation.  ``warmup`` and ``final`` are counts, or shares of the run below 1.
+    optimiser steps, whatever the accumulation.
+
+    Args:
+        target_r: the mean rank a layer ends with.
+        warmup, final: first steps without pruning, last ones with the final budget: counts, or shares of the run below 1.
+        every: steps between two masks.
+        beta1, beta2: of the running means Ī and Ū.
 
     Source: QingruZhang/AdaLoRA.  Errors: target_r above r₀; warm-up and final phase longer than the run; sharded parameters (FSDP2).
     """

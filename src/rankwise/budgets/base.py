@@ -22,10 +22,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Run:
-    """What a budget or loss sees of the run: the adapter, its optimiser, the length of the run, and a place for logs.
+    """What a budget or loss sees of the run.
 
-    ``step`` is the number of the optimiser step being taken (the first is 1, from its ``step_begin`` on); ``ddp`` is True where
-    ``requires_grad`` must not be touched and masks are used instead.
+    Args:
+        adapter: in training.
+        optimizer: its optimiser.
+        total_steps: optimiser steps of the whole run.
+        seed: of the budget's draws.
+        step: the optimiser step being taken (the first is 1, from its ``step_begin`` on).
+        ddp: True where ``requires_grad`` must not be touched and masks are used instead.
+        logs: figures that are logged beside the loss.
     """
 
     adapter: Adapter

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from rankwise.delta.base import Delta
 
 
-@register(
-    "budget", "lt_sft", title="LT-SFT: lottery-ticket sparse fine-tuning", paper="ACL 2022, 2110.07560", reference="177", requires=("weight",)
-)  # fmt: skip
+PAPER = "ACL 2022, 2110.07560"
+
+
+@register("budget", "lt_sft", title="LT-SFT: lottery-ticket sparse fine-tuning", paper=PAPER, reference="177", requires=("weight",))
 @dataclasses.dataclass(kw_only=True)
 class LTSFT(Budget):
     """M = the k entries with the largest |θ_F − θ_0| over all weights of the form ``full`` together; then θ ← θ_0 and

@@ -55,12 +55,14 @@ def _one(adapter: str, model: str | None, picture: str | None, json: bool) -> No
         S = torch.linalg.svdvals(dense.reshape(-1, *dense.shape[-2:]).double()).mean(0)
         share = (S.square().cumsum(0) / S.square().sum().clamp_min(1e-30)).tolist()
         spectra[name] = S[: max(delta.component_count() * 2, 8)].tolist()
-        rows.append(
-            {
-                "site": name, "role": delta.site.spec.role, "shape": "×".join(map(str, delta.site.spec.shape)), "rank": d.exact_rank,
-                "effective_rank": 1 + sum(1 for s in share if s < 0.9), "norm": float(dense.norm()), "relative": float(dense.norm() / W.norm()), "spectrum": spectra[name],
-            }
-        )  # fmt: skip
+        what = {
+            "site": name,
+            "role": delta.site.spec.role,
+            "shape": "×".join(map(str, delta.site.spec.shape)),
+            "rank": d.exact_rank,
+        }
+        norms = {"norm": float(dense.norm()), "relative": float(dense.norm() / W.norm())}
+        rows.append({**what, "effective_rank": 1 + sum(1 for s in share if s < 0.9), **norms, "spectrum": spectra[name]})
     head = {"adapter": adapter, "form": loaded.recipe.form, "trainable": loaded.numel(), "sites": rows}
     if picture:
         _draw(spectra, rows, picture)

@@ -96,6 +96,13 @@ def recipe_from(
     """A Recipe from ``--recipe`` and the flags that override it; ``--set form.r=16`` reaches any field.
 
     A field after a dot is an option of the part before it (``form.shards=2``) or the part's own (``form.r``).
+
+    Args:
+        file: a recipe's file.
+        form: a form's or preset's name.
+        init: an init's name.
+        settings: field=value each.
+        fields: of the recipe; those that say nothing are left out.
     """
     from rankwise.recipe import PRESETS, Recipe, catalogue
 
@@ -164,7 +171,14 @@ def picture_path(path: str | None) -> str | None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print rows as a table; numbers to the right."""
+    """Print rows as a table.
+
+    Args:
+        title: above it.
+        columns: their heads.
+        rows: cells, in the order of the columns.
+        right: heads of the columns that are set to the right.
+    """
     out.print(title, style="italic", highlight=False, markup=False)  # a title of the table's own is folded to its width
     t = Table(header_style="bold", box=None, pad_edge=False)
     for c in columns:

@@ -113,8 +113,22 @@ def run(
     samples: Callable[[list[Any]], list[tuple[str, str, str]]] | None = None,
     test_chars: int = 24_000,
 ) -> tuple[list[Any], list[str], Path]:
-    """Compare, with a progress bar, and write the report."""
-    import torch
+    """Compare, with a progress bar, and write the report.
+
+    Args:
+        net: the base.
+        tokenizer: its tokenizer.
+        recipes: name → (recipe, peak learning rate).
+        train, test: texts to learn, and held out.
+        folder: for the report.
+        steps: optimiser steps of each.
+        tokens, batch: tokens a row, rows a step.
+        with_peft: run PEFT's twins too.
+        base, data: what they are, in words.
+        keep: folder for the adapters; None: they are not kept.
+        samples: rows → (prompt, before, after) texts for the report.
+        test_chars: characters of the held-out texts that are scored.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from rankwise.assets.tasks import bits_per_byte
@@ -137,13 +151,24 @@ def run(
         rows, refused = compare_recipes(
             net, recipes, batches, score, steps=steps, with_peft=with_peft, keep=keep, progress=progress
         )
-    info = {
-        "what": f"{base} on {data}: {steps} steps of {batch} × {tokens} tokens; score on {sum(map(len, held)):,} held-out characters.",
-        "score": "bits per byte", "base": base, "data": data, "steps": steps, "tokens a step": batch * tokens,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
+    info = _info(base, data, steps, (batch, tokens), sum(map(len, held)))
     shown = samples(rows) if samples and rows else []
     return rows, refused, report.write(folder, rows, info, shown, refused)
+
+
+def _info(base: str, data: str, steps: int, shape: tuple[int, int], characters: int) -> dict[str, Any]:
+    """What was run, for the report."""
+    import torch
+
+    batch, tokens = shape
+    scored = f"score on {characters:,} held-out characters."
+    info: dict[str, Any] = {
+        "what": f"{base} on {data}: {steps} steps of {batch} × {tokens} tokens; {scored}",
+        "score": "bits per byte",
+    }
+    info |= {"base": base, "data": data, "steps": steps, "tokens a step": batch * tokens}
+    info |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return info
 
 
 def _head(texts: list[str], limit: int) -> list[str]:

@@ -17,7 +17,7 @@ Truncating = Annotated[
         "auto (texts are split, others refused)."
     ),
 ]
-Overlong = Annotated[str | None, typer.Option("--overlong", hidden=True)]
+Overlong = Annotated[str | None, typer.Option("--overlong", hidden=True, help="The old spelling of --truncation.")]
 _VALUES: dict[str, Any] = {"auto": "auto", "split": "split", "true": True, "false": False}
 _OLD = {"truncate": "true", "error": "false"}
 

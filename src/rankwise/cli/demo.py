@@ -95,7 +95,14 @@ def _tell(lines: dict[str, Any], adapters: Path) -> None:
 
 
 def finish(net: Any, tokenizer: Any, rows: list[Any], folder: Path) -> dict[str, Any]:
-    """Merge the best adapter that can be merged, write the whole model, and export the adapter for PEFT."""
+    """Merge the best adapter that can be merged, write the whole model, and export the adapter for PEFT.
+
+    Args:
+        net: the base.
+        tokenizer: its tokenizer.
+        rows: of the comparison.
+        folder: the demo's, which holds the adapters.
+    """
     import rankwise as rw
     from rankwise.cli.merge import write_merged
     from rankwise.train.compare import best
@@ -123,7 +130,15 @@ def prompts_of(texts: list[str], count: int = 2, length: int = 60) -> list[str]:
 
 
 def generate(net: Any, tokenizer: Any, prompt: str, tokens: int = 60, seed: int = 0) -> str:
-    """A sampled continuation (nucleus 0.9, temperature 0.7): greedy text of a model this small runs in circles."""
+    """A sampled continuation (nucleus 0.9, temperature 0.7): greedy text of a model this small runs in circles.
+
+    Args:
+        net: the model, under the view in force.
+        tokenizer: its tokenizer.
+        prompt: to go on from.
+        tokens: new ones, at most.
+        seed: of the sampling.
+    """
     import torch
 
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]

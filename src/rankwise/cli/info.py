@@ -50,10 +50,9 @@ def methods(
 
 
 def _row(m: Any) -> dict[str, Any]:
-    return {
-        "name": m.name, "kind": m.kind, "title": m.title, "paper": m.paper, "reference": m.reference, "requires": list(m.requires),
-        "mergeable": m.mergeable, "exports_to_peft": m.exports_to_peft, "options": {k: str(v) for k, v in m.options.items()},
-    }  # fmt: skip
+    names = ["name", "kind", "title", "paper", "reference", "requires", "mergeable", "exports_to_peft", "options"]
+    row = {n: getattr(m, n) for n in names}
+    return row | {"requires": list(m.requires), "options": {k: str(v) for k, v in m.options.items()}}
 
 
 def _page(m: Any) -> None:

@@ -115,11 +115,9 @@ def foresee(model: Any, recipe: Any, batch: int, tokens: int) -> dict[str, Any]:
     }
     gflops = _measured_gflops()
     flops = 4 * base * batch * tokens  # forward and the gradient of the input: no gradient of frozen weights
-    return {
-        "form": " + ".join(str(p.form if isinstance(p.form, str) else (p.form or {}).get("name")) for p in recipe.all_parts()),
-        "roles": rows, "tensors": tensors, "product": product, "trainable": trainable, "base": base, "memory": memory,
-        "gflops": gflops, "seconds_per_step": flops / gflops / 1e9,
-    }  # fmt: skip
+    form = " + ".join(str(p.form if isinstance(p.form, str) else (p.form or {}).get("name")) for p in recipe.all_parts())
+    counts = {"form": form, "roles": rows, "tensors": tensors, "product": product, "trainable": trainable, "base": base}
+    return {**counts, "memory": memory, "gflops": gflops, "seconds_per_step": flops / gflops / 1e9}
 
 
 def _rank(delta: Any) -> int | None:

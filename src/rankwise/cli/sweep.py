@@ -98,11 +98,9 @@ def _run(
         outcomes = sweep(net, jobs, shared, folder, progress=progress, tell=_tell, **keep)
     chosen = {name: {k: v for k, v in p.items() if k in axes} for name, p in points.items()}
     top = best(outcomes)
-    report = {
-        "base": model, "data": data, "scored_on": shared.scored, "together": keep["together"], "grid": axes,
-        "best": top and top.name, "next": advice(outcomes, axes, chosen),
-        "jobs": [{**dataclasses.asdict(o), "chosen": chosen[o.name]} for o in outcomes],
-    }  # fmt: skip
+    report = {"base": model, "data": data, "scored_on": shared.scored, "together": keep["together"], "grid": axes}
+    report |= {"best": top and top.name, "next": advice(outcomes, axes, chosen)}
+    report["jobs"] = [{**dataclasses.asdict(o), "chosen": chosen[o.name]} for o in outcomes]
     picture = _write(folder, report, outcomes)
     if json:
         emit_json(report)

@@ -40,6 +40,12 @@ class BALoRA(LossTerm):
     R_d and R_s are undefined: R_d (classification) and R_s are then left out.
 
     Source: cyp-jlu-ai/BA-LoRA, train.py.
+
+    Args:
+        consistency, diversity, spectrum: the weights λ₁, λ₂, λ₃; 0 or more.
+        k: singular values in the numerator of R_s.
+        task: generation or classification.
+        per: token or batch, what the KL is a mean over.
     """
 
     needs_reference: ClassVar[bool] = True

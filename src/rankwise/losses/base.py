@@ -28,7 +28,15 @@ class LossTerm:
         """Refuse what this term cannot live with beyond its declared needs."""
 
     def term(self, outputs: Any, reference: Any | None, batch: Mapping[str, Any], adapter: Adapter, step: int) -> dict[str, Tensor]:
-        """Named scalars whose sum is added to the task's loss; each is reported apart."""
+        """Named scalars whose sum is added to the task's loss; each is reported apart.
+
+        Args:
+            outputs: the model's, of this micro-batch.
+            reference: the original model's, where ``needs_reference``; else None.
+            batch: the micro-batch.
+            adapter: in training.
+            step: the optimiser step being taken, from 1.
+        """
         raise NotImplementedError(f"The loss {type(self).__name__} must give its terms.")
 
     def grad_extra(self, adapter: Adapter, step: int) -> Mapping[str, Tensor]:

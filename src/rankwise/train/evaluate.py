@@ -17,7 +17,15 @@ from rankwise.train.data.tokens import IGNORED, Example
 def evaluate(
     model: nn.Module, examples: Sequence[Example], *, pad_id: int = 0, batch: int = 8, bytes_: int | None = None
 ) -> dict[str, float]:
-    """Mean loss a learnt token (nats), perplexity, and bits a byte where the number of bytes is given."""
+    """Mean loss a learnt token (nats), perplexity, and bits a byte where the number of bytes is given.
+
+    Args:
+        model: under the view in force.
+        examples: one or more.
+        pad_id: the token of padding.
+        batch: examples in a forward.
+        bytes_: of the texts, for bits a byte; None: not told.
+    """
     if not examples:
         raise DataError("There is nothing to evaluate on.")
     device = next(model.parameters()).device
@@ -45,7 +53,9 @@ def classify(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, ba
     """Mean loss (nats) of the labels, the share whose logit is the largest, and the number of images.
 
     Args:
+        model: under the view in force.
         pixels, labels: (N, C, H, W) floats and (N,) int64, on any device.
+        batch: images in a forward.
     """
     if not len(labels):
         raise DataError("There is nothing to evaluate on.")
@@ -64,5 +74,11 @@ def classify(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, ba
 
 
 def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, *, batch: int = 128) -> float:
-    """Share of images whose largest logit is their label's."""
+    """Share of images whose largest logit is their label's.
+
+    Args:
+        model: under the view in force.
+        pixels, labels: (N, C, H, W) floats and (N,) int64, on any device.
+        batch: images in a forward.
+    """
     return classify(model, pixels, labels, batch=batch)["accuracy"]

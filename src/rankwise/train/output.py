@@ -55,10 +55,9 @@ def earlier_run(out: Path, resume: bool | str, overwrite: bool) -> list[Path]:
         return []
     if not overwrite:
         names = ", ".join(p.name for p in earlier[:3])
-        raise OptionError(
-            f"{str(out)!r} already holds a run ({names}); go on from it with ", Option("resume", True),
-            ", choose another folder, or give it up with ", Option("overwrite", True), ".",
-        )  # fmt: skip
+        go_on, give_up = Option("resume", True), Option("overwrite", True)
+        what = f"{str(out)!r} already holds a run ({names}); go on from it with "
+        raise OptionError(what, go_on, ", choose another folder, or give it up with ", give_up, ".")
     return earlier
 
 

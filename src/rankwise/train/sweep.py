@@ -33,9 +33,15 @@ DONE = "job.json"
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What every job sees: rows to learn, examples held out, their bytes (of texts), and how to batch them.
+    """What every job sees.
 
-    ``mark`` is a digest of all token ids, so that a resumed sweep cannot mix data.
+    Args:
+        rows: to learn.
+        held: examples held out.
+        bytes_: of the held-out texts; None where they are no texts.
+        scored: what the held-out examples are, in words.
+        collator: makes batches.
+        mark: a digest of all token ids, so that a resumed sweep cannot mix data.
     """
 
     rows: Sequence[Example | Packed]
@@ -60,9 +66,12 @@ def prepare(
     truncation: Truncation = "auto",
     packing: bool = True,
 ) -> Shared:
-    """Read and tokenise the data once for all jobs; the arguments are those of ``rw.train``.
+    """Read and tokenise the data once for all jobs.
 
     Without held-out data the last tenth of the records is kept aside, or of the text where there is one.
+
+    Args:
+        model, tokenizer, data, eval_data, fmt, split, eval_split, max_length, truncation, packing: as of ``rw.train``.
 
     Raises:
         DataError, OptionError: the data cannot be read, or the model cannot keep packed documents apart.
@@ -109,6 +118,13 @@ def settings_of(job: AdapterJob, shared: Shared) -> dict[str, Any]:
 
 def earlier(out: Path, jobs: Sequence[AdapterJob], shared: Shared, resume: bool, overwrite: bool) -> dict[str, JobResult]:
     """The jobs that are finished in ``out`` and are to be kept; nothing is removed yet.
+
+    Args:
+        out: the sweep's folder.
+        jobs: of this sweep.
+        shared: its data.
+        resume: keep the finished jobs.
+        overwrite: train them anew.
 
     Raises:
         OptionError: jobs stand there and neither ``resume`` nor ``overwrite`` was said, or both; one stands there that was
@@ -181,6 +197,17 @@ def sweep(
 
     What cannot share a batch is trained afterwards, one after another, and ``tell`` says so with the reason.  A job that
     diverges, or whose recipe does not fit the model, is told of by name and the others go on.
+
+    Args:
+        model: the base; left as it was.
+        jobs: each of a name of its own.
+        shared: their data, of :func:`prepare`.
+        out: folder for a folder a job.
+        together: jobs in one batch.
+        resume: keep the jobs that are finished in ``out``.
+        overwrite: train them anew.
+        progress: called with a job's name and its steps so far.
+        tell: called with a sentence on a job.
 
     Raises:
         OptionError: see :func:`earlier`; two jobs of one name.

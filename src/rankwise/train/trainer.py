@@ -41,10 +41,20 @@ class SessionEvents:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the adapter and read it back, before the first step.
+
+        Args:
+            args, state, control, kwargs: as transformers calls a TrainerCallback.
+        """
         if state.global_step == 0 and args.should_save and args.save_strategy != "no":
             check_saves(self.trainer.adapter, args.output_dir)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Session's step begins.
+
+        Args:
+            args, state, control, kwargs: as transformers calls a TrainerCallback.
+        """
         session = self.trainer.session
         session._begun = session.routed = False  # the Trainer counts micro-batches itself
         session.routed = self.trainer._routed
@@ -52,6 +62,11 @@ class SessionEvents:
         session._stop_recording()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing stays switched.
+
+        Args:
+            args, state, control, kwargs: as transformers calls a TrainerCallback.
+        """
         self.trainer.session.close()
 
 
@@ -104,6 +119,11 @@ class SessionMixin(_Trainer):
 
     # --- loss, penalty and checks -----------------------------------------------------------------------
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task's loss and what the recipe's losses and routers add; refused where it is not finite.
+
+        Args:
+            model, inputs, args, kwargs: as of transformers' Trainer.
+        """
         session = self.session
         if session is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)

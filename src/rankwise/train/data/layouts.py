@@ -28,9 +28,13 @@ _MEANINGFUL = ("system", "history", "weight", "label", "images", "tools")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example as read: what it is, its fields, and where it came from (``file:line``).
+    """One example as read.
 
-    ``extra`` are the columns that the layout has no use for (ids, sources); the reader warns of them.
+    Args:
+        kind: text, completion, messages or preference.
+        fields: of that kind.
+        where: it came from (``file:line``).
+        extra: columns that the layout has no use for (ids, sources); the reader warns of them.
     """
 
     kind: Kind

@@ -17,6 +17,12 @@ class Sampler:
     A pass to its end starts the next epoch.  ``state_dict()`` counts the indices handed out, so a loader that fetches
     ahead should be asked for the state at the step it has reached: ``state_dict(seen)``.
 
+    Args:
+        n: rows.
+        seed: of the orders.
+        epoch: the first, from 0.
+        shuffle: False: in the rows' own order.
+
     Raises:
         OptionError: no rows, or a negative epoch.
         ArtefactError: a state of other data or another seed.
