@@ -38,7 +38,7 @@ _LLAMA = dict(
 _IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=2)
 
-#: family → (maker, targets that reach every sort of place it has)
+#: family → (maker, targets that reach every kind of layer it has)
 FAMILIES: dict[str, tuple[Callable[[], Any], Any]] = {
     "llama": (_text("LlamaForCausalLM", "LlamaConfig", **_LLAMA, **_IDS), "all-linear"),
     "qwen3": (_text("Qwen3ForCausalLM", "Qwen3Config", **_LLAMA, **_IDS, head_dim=8), "all-linear"),

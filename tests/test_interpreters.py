@@ -16,7 +16,7 @@ from tests.test_wheel import ROOT, copied, environment, run
 
 #: those that pyproject's requires-python allows; the running one is tested by everything else
 VERSIONS = [v for v in ("3.11", "3.12", "3.13", "3.14") if v != f"{sys.version_info.major}.{sys.version_info.minor}"]
-#: what an interpreter could break: values, places, forms, training's parts, merging, the plug-in; under three minutes
+#: what an interpreter could break: values, targets, forms, training's parts, merging, the plug-in; under three minutes
 SUBSET = [
     "tests/delta", "tests/sites", "tests/forms", "tests/inits", "tests/optim", "tests/budgets", "tests/losses", "tests/routers",
     "tests/calibration", "tests/merge", "tests/test_docstrings.py", "tests/test_project_files.py", "tests/test_first_method.py",
@@ -26,17 +26,19 @@ SUBSET = [
 def interpreter(version: str) -> str | None:
     """A working Python of this version with venv: on the path, of the system, or of pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-    places = [
+    candidates = [
         shutil.which(f"python{version}"),
         f"/usr/bin/python{version}",
         *sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True),
     ]
     asks = "import sys, venv, ensurepip, ssl; print('%d.%d' % sys.version_info[:2])"
-    for place in map(str, filter(None, places)):
-        if Path(place).exists():
-            done = subprocess.run([place, "-c", asks], env=environment(), capture_output=True, text=True)  # a shim may lead nowhere
+    for candidate in map(str, filter(None, candidates)):
+        if Path(candidate).exists():
+            done = subprocess.run(
+                [candidate, "-c", asks], env=environment(), capture_output=True, text=True
+            )  # a shim may lead nowhere
             if done.returncode == 0 and done.stdout.strip() == version:
-                return place
+                return candidate
     return None
 
 

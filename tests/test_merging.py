@@ -69,7 +69,7 @@ def test_an_interrupt_while_the_outputs_are_checked_undoes_it(monkeypatch: pytes
     assert same(model, kept)
 
 
-def test_tied_places_adapted_apart_are_not_merged() -> None:
+def test_tied_weights_adapted_apart_are_not_merged() -> None:
     for targets in (["embed_tokens", "lm_head"], ["lm_head"]):
         model = llama(tie=True)
         kept = bits(model)
@@ -155,8 +155,8 @@ def test_every_family_is_probed_and_a_nan_is_never_merged(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_place_written_wrongly_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of fourteen places is left as it was, and the write says it was done."""
+def test_one_weight_written_wrongly_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of fourteen weights is left as it was, and the write says it was done."""
     model = llama().to(dtype)
     kept = bits(model)
     adapter = rw.attach(model, {"r": 2})

@@ -13,7 +13,7 @@ from rankwise import catalogue
 from tests.forms.helpers import one
 from tests.models import llama
 
-#: (out, in, r) → numbers a linear place trains
+#: (out, in, r) → parameters that it trains in a linear layer
 COUNTS: dict[str, Callable[[int, int, int], int]] = {
     "lora": lambda m, n, r: r * (m + n),
     "rslora": lambda m, n, r: r * (m + n),
@@ -27,7 +27,7 @@ COUNTS: dict[str, Callable[[int, int, int], int]] = {
 
 
 @pytest.mark.parametrize("form", COUNTS)
-def test_trained_numbers_are_those_of_the_formula(form: str) -> None:
+def test_trained_parameters_are_as_many_as_the_formula_says(form: str) -> None:
     model = llama()
     targets = ["q_proj", "k_proj", "down_proj"]
     shapes = [m.weight.shape for n, m in model.named_modules() if n.rpartition(".")[2] in targets and isinstance(m, nn.Linear)]

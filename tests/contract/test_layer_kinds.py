@@ -1,4 +1,4 @@
-"""The laws at every sort of place a model has, in fp32 and bf16: what a form says it can do there holds, the rest is refused."""
+"""The laws at every kind of layer a model has, in fp32 and bf16: what a form says it can do there holds, the rest is refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rankwise.errors import RankwiseError
 from tests.contract.cases import example, methods, with_rank
 from tests.models import FAMILIES, batch_for, llama, logits, move
 
-#: sort of place → (model, targets, what names its sites)
-PLACES: dict[str, tuple[Any, Any]] = {
+#: kind of layer → (a model that has it, targets)
+LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: llama(), ["q_proj", "down_proj"]),
     "Conv1D-style": (FAMILIES["gpt2"][0], ["c_attn", "c_fc"]),
     "convolution": (FAMILIES["vit"][0], ["projection"]),
@@ -32,11 +32,11 @@ GAP = {torch.float32: 2e-5, torch.bfloat16: 0.15}
 _MADE: dict[tuple[str, str], Any] = {}
 
 
-def model_at(place: str, dtype: str) -> Any:
+def model_at(layer: str, dtype: str) -> Any:
     """A fresh frozen model; the first one made is kept and copied."""
-    key = (place, dtype)
+    key = (layer, dtype)
     if key not in _MADE:
-        _MADE[key] = PLACES[place][0]().to(DTYPES[dtype]).requires_grad_(False)
+        _MADE[key] = LAYERS[layer][0]().to(DTYPES[dtype]).requires_grad_(False)
     return copy.deepcopy(_MADE[key])
 
 
@@ -45,20 +45,20 @@ def inputs(model: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("info", FORMS, ids=[m.name for m in FORMS])
-def test_a_whole_life_or_a_refusal(info: Any, place: str, dtype: str, tmp_path: Any) -> None:
-    model = model_at(place, dtype)
+def test_a_whole_life_or_a_refusal(info: Any, layer: str, dtype: str, tmp_path: Any) -> None:
+    model = model_at(layer, dtype)
     kind = DTYPES[dtype]
     batch = inputs(model, kind)
     bits = {k: v.clone() for k, v in model.state_dict().items()}
     base = logits(model, batch)
-    recipe = with_rank({**{k: v for k, v in example(info).items() if k != "r"}, "targets": PLACES[place][1]}, 2)
+    recipe = with_rank({**{k: v for k, v in example(info).items() if k != "r"}, "targets": LAYERS[layer][1]}, 2)
     try:
         adapter = rw.attach(model, recipe)
     except RankwiseError as refusal:
         assert len(str(refusal)) > 30 and not hasattr(model, "rankwise"), "a refusal says why and leaves nothing behind"
-        assert info.name != "lora", f"plain LoRA must work at every place: {refusal}"
+        assert info.name != "lora", f"plain LoRA must work at every kind of layer: {refusal}"
         return
     start = (logits(model, batch).float() - base.float()).abs().max().item()
     assert start <= max(GAP[kind], getattr(info.cls, "start_gap", 0.0)), f"starts {start:.1e} away"
@@ -84,13 +84,13 @@ def test_a_whole_life_or_a_refusal(info: Any, place: str, dtype: str, tmp_path: 
     with rw.view(model, {}):
         assert torch.equal(logits(model, batch), base), "the empty view is not the base"
     adapter.save(tmp_path / "a")
-    again = rw.load(model_at(place, dtype), tmp_path / "a")
+    again = rw.load(model_at(layer, dtype), tmp_path / "a")
     assert torch.equal(logits(again.model, batch), moved), "saved and loaded differ"
     if info.mergeable:
         try:
             report = adapter.merge()
         except RankwiseError as refusal:  # bf16 may round a change away; then it must say so and leave the weights
-            assert kind is torch.bfloat16 or place == "read", refusal
+            assert kind is torch.bfloat16 or layer == "read", refusal
         else:
             assert (logits(model, batch).float() - moved.float()).abs().max() <= max(50 * GAP[kind], 1e-3), report
     adapter.detach()
