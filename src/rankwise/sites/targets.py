@@ -53,17 +53,7 @@ def resolve(
         hits = _match(sites, word, single=isinstance(targets, str), plain="plain" in kinds)
         if not hits:
             raise TargetError(f"The target {word!r} matches no module in this model; {nearest(word, _names(sites))}")
-        foreign = next((s for s in hits if s.spec.refusal), None)
-        if foreign is not None:
-            raise TargetError(f"The target {word!r} matches {foreign.name!r}: {foreign.spec.refusal}")
-        usable = [s for s in hits if s.spec.kind in kinds]
-        if not usable:
-            found = hits[0]
-            raise TargetError(
-                f"The target {word!r} matches {found.name!r}, of kind {found.spec.kind} ({found.spec.parent}), which "
-                f"{part or 'this form'} cannot adapt; it adapts: {', '.join(kinds)}."
-            )
-        chosen.update((s.name, s) for s in usable)
+        chosen.update((s.name, s) for s in _usable(hits, word, kinds, part))
     for word in exclude:
         hits = _match(sites, word, single=False, plain="plain" in kinds)
         if not hits:
@@ -83,6 +73,21 @@ def resolve(
     out = [s for n, s in sites.items() if n in chosen]
     _refuse_overlap(out)
     return out
+
+
+def _usable(hits: list[Site], word: str, kinds: Collection[str], part: str) -> list[Site]:
+    """Those of a target's sites that a form of ``kinds`` can adapt; TargetError if there is none."""
+    foreign = next((s for s in hits if s.spec.refusal), None)
+    if foreign is not None:
+        raise TargetError(f"The target {word!r} matches {foreign.name!r}: {foreign.spec.refusal}")
+    usable = [s for s in hits if s.spec.kind in kinds]
+    if not usable:
+        found = hits[0]
+        raise TargetError(
+            f"The target {word!r} matches {found.name!r}, of kind {found.spec.kind} ({found.spec.parent}), which "
+            f"{part or 'this form'} cannot adapt; it adapts: {', '.join(kinds)}."
+        )
+    return usable
 
 
 def _match(sites: Mapping[str, Site], word: str, *, single: bool, plain: bool) -> list[Site]:
