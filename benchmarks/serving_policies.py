@@ -24,7 +24,8 @@ from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
 from rankwise.serve.simulate.pool import SharedBlockPool, split
 from rankwise.serve.simulate.score import Report
-from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator, sent
+from rankwise.serve.simulate.sent import Sent, SimOptions, sent
+from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.simulate.trace import TraceOptions, generate, setting
 
 SLOW = 1.45

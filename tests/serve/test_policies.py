@@ -18,7 +18,8 @@ from rankwise.serve.policies.early_abort import EarlyAbort
 from rankwise.serve.policies.fcfs import Fcfs
 from rankwise.serve.policies.lorax import Lorax
 from rankwise.serve.simulate.merge_mode import MergeMode
-from rankwise.serve.simulate.simulator import Sent, SimOptions, Simulator
+from rankwise.serve.simulate.sent import Sent, SimOptions
+from rankwise.serve.simulate.simulator import Simulator
 from tests.serve.traffic import OPTIONS, Spy, flood, job, make_pool, simulator, state, trace
 
 ALL = sorted(names())

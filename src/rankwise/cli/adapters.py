@@ -16,12 +16,18 @@ def add(app: typer.Typer) -> None:
 
 def inspect(
     adapter: Annotated[list[str], typer.Argument(help="Adapter folder; several are compared with each other.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base of the adapter; several plain LoRAs of one base do without.")] = None,
-    picture: Annotated[str | None, typer.Option(help="Write the spectra and norms (of several: what they share) as a PNG or SVG.")] = None,
-    source_rank: Annotated[int | None, typer.Option(help="Several: cut them to this rank first (needed for DoRA and the like).")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base of the adapter; several plain LoRAs of one base do without.")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(help="Write the spectra and norms (of several: what they share) as a PNG or SVG.")
+    ] = None,
+    source_rank: Annotated[
+        int | None, typer.Option(help="Several: cut them to this rank first (needed for DoRA and the like).")
+    ] = None,
     match: Annotated[float, typer.Option(help="Several: how alike two components are that count as one.")] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show an adapter: layers, ranks, spectra, norms. Of several: what they share, and where they pull apart.
 
     Example: rankwise inspect run/a run/b --picture overlap.png

@@ -186,7 +186,17 @@ def _head(texts: list[str], limit: int) -> list[str]:
 def show(rows: list[Any]) -> None:
     columns = ["method", "by", "before", "after", "change", "trained", "stored", "memory", "ms/step"]
     body = [
-        (r.name, r.by, f"{r.before:.4f}", f"{r.after:.4f}", f"{(r.after - r.before) / r.before:+.1%}", count(r.trainable), size(r.stored_bytes), size(r.peak_bytes), f"{r.seconds * 1000:.0f}")
+        (
+            r.name,
+            r.by,
+            f"{r.before:.4f}",
+            f"{r.after:.4f}",
+            f"{(r.after - r.before) / r.before:+.1%}",
+            count(r.trainable),
+            size(r.stored_bytes),
+            size(r.peak_bytes),
+            f"{r.seconds * 1000:.0f}",
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     table("held-out bits per byte", columns, body, right=columns[2:])

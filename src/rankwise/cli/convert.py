@@ -24,12 +24,20 @@ def convert(
     to: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
     format: Annotated[str | None, typer.Option(help="peft (the default), native, diffusers, kohya or gguf.")] = None,
     rank: Annotated[int | None, typer.Option(help="Cut every place to this rank first.")] = None,
-    codec: Annotated[str | None, typer.Option(help="Write natively, its matrices coded: compeft, ternary, intk, nf4, lossless or delta.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="option=value of the codec (density=0.2, k=8, inner=intk, inner.k=4).")] = None,
-    reference: Annotated[str | None, typer.Option(help="The other adapter, of codec delta: to write it, or to read a folder so coded.")] = None,
-    search_data: Annotated[str | None, typer.Option(help="compeft, ternary: choose alpha by the loss on this file or shipped domain.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Write natively, its matrices coded: compeft, ternary, intk, nf4, lossless or delta.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="option=value of the codec (density=0.2, k=8, inner=intk, inner.k=4).")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The other adapter, of codec delta: to write it, or to read a folder so coded.")
+    ] = None,
+    search_data: Annotated[
+        str | None, typer.Option(help="compeft, ternary: choose alpha by the loss on this file or shipped domain.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Turn an adapter into another library's format, into ours, or into a small coded file; a coded one back into either.
 
     Example: rankwise convert run/adapter --model base --codec compeft --set density=0.2 --out run/small

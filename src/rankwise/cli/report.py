@@ -83,9 +83,16 @@ def _table(rows: Sequence[Row], unit: str) -> str:
     for r in rows:
         cls = "best" if r is top else "peer" if r.by != "rankwise" else ""
         cells = [
-            r.name, r.by, f"{r.before:.4f}", f"{r.after:.4f}", f"{(r.after - r.before) / r.before:+.1%}", f"{r.trainable:,}", size(r.stored_bytes),
-            size(r.peak_bytes), f"{r.seconds * 1000:.0f} ms",
-        ]  # fmt: skip
+            r.name,
+            r.by,
+            f"{r.before:.4f}",
+            f"{r.after:.4f}",
+            f"{(r.after - r.before) / r.before:+.1%}",
+            f"{r.trainable:,}",
+            size(r.stored_bytes),
+            size(r.peak_bytes),
+            f"{r.seconds * 1000:.0f} ms",
+        ]
         body.append(f"<tr class='{cls}'>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>" + "".join(body) + "</table>"
 

@@ -48,9 +48,8 @@ class ServeCommand(TyperCommand):
         name, sep, value = arg.partition("=")
         if name not in RENAMED:
             return arg
-        err.print(
-            f"rankwise: {name} is now {RENAMED[name]}; the old spelling goes in rankwise 0.3.", highlight=False, soft_wrap=True
-        )
+        line = f"rankwise: {name} is now {RENAMED[name]}; the old spelling goes in rankwise 0.3."
+        err.print(line, highlight=False, soft_wrap=True)
         return RENAMED[name] + sep + value
 
 

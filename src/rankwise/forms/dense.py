@@ -11,7 +11,8 @@ from torch import nn
 
 from rankwise.catalogue import register
 from rankwise.delta.dense import Dense
-from rankwise.forms.base import AdapterLayer, Form, Plan, takes_foreign
+from rankwise.forms.base import AdapterLayer, Form, Plan
+from rankwise.forms.foreign import takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.sites.site import Site

@@ -15,7 +15,8 @@ from rankwise.delta.affine import Scale
 from rankwise.delta.dense import Sum
 from rankwise.delta.lowrank import LowRank
 from rankwise.errors import RecipeError
-from rankwise.forms.base import AdapterLayer, Form, Plan, lead, takes_foreign
+from rankwise.forms.base import AdapterLayer, Form, Plan, lead
+from rankwise.forms.foreign import takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.delta.base import Delta

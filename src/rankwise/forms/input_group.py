@@ -89,9 +89,14 @@ class InputGroup:
         self._local = threading.local()
 
     def down(
-        self, x: Tensor, own: Sequence[Tensor], siblings: Callable[[], Sequence[Sequence[Tensor]]], *,
-        widen: bool = False, dtype: torch.dtype | None = None,
-    ) -> list[Tensor]:  # fmt: skip
+        self,
+        x: Tensor,
+        own: Sequence[Tensor],
+        siblings: Callable[[], Sequence[Sequence[Tensor]]],
+        *,
+        widen: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
         """x·Aᵀ for each A in ``own``.
 
         Args:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankwise._renamed import old_names
 from rankwise.catalogue import register
 from rankwise.delta.lowrank import LowRank
-from rankwise.forms.base import AdapterLayer, Form, Plan, factor, lead, takes_foreign
+from rankwise.forms.base import AdapterLayer, Form, Plan, factor, lead
+from rankwise.forms.foreign import takes_foreign
 
 if TYPE_CHECKING:
     from rankwise.sites.site import Site

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArtefactError, nearest
-from rankwise.forms.base import foreign_form
+from rankwise.forms.foreign import foreign_form
 from rankwise.recipe import Part, Recipe, build
 from rankwise.runtime.build import choose_sites, make_deltas
 from rankwise.runtime.install import install, uninstall

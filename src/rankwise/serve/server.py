@@ -66,6 +66,11 @@ class Sizes:
         if self.kv_tokens % self.page:
             raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
 
+    @property
+    def copies(self) -> int:
+        """Tokens of keys and values that decoding rows may keep side by side."""
+        return 2 * self.kv_tokens if self.decode_cache_tokens is None else self.decode_cache_tokens
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Server:
@@ -124,11 +129,9 @@ def build_server(
         limits = Limits(rank=min(Limits().rank, WIDTH * sizes.max_lora_blocks))  # told when resolved, not when it is to run
     loader = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
     counts = _counts(model, loader.layout, sizes)
-    copies = 2 * sizes.kv_tokens if sizes.decode_cache_tokens is None else sizes.decode_cache_tokens
-    build = Build(counts[KV], sizes.page, options.max_num_seqs, counts[ADAPTER], adapter_split, op, native, pack, loop, copies)
-    pages, runner = (
-        _one_device(model, loader.layout, counts[ADAPTER], build) if team is None else lead(team, model, loader.layout, build)
-    )
+    rows = options.max_num_seqs
+    build = Build(counts[KV], sizes.page, rows, counts[ADAPTER], adapter_split, op, native, pack, loop, sizes.copies)
+    pages, runner = _one_device(model, loader.layout, build) if team is None else lead(team, model, loader.layout, build)
     units = {KV: PoolUnit(runner.store.block_bytes, counts[KV]), ADAPTER: PoolUnit(pages.page_bytes, counts[ADAPTER])}
     pool = BlockPool(units, sizes.memory)
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
@@ -143,9 +146,9 @@ def build_server(
     return Server(engine, cache, table, pool, runner, loader.layout)
 
 
-def _one_device(model: nn.Module, layout: Layout, lora_blocks: int, build: Build) -> tuple[PageStore, NativeRunner]:
+def _one_device(model: nn.Module, layout: Layout, build: Build) -> tuple[PageStore, NativeRunner]:
     """The LoRA pages and the runner where the model is whole."""
-    pages = LoraPages(layout.groups, lora_blocks, _dtype(model))
+    pages = LoraPages(layout.groups, build.lora_pages, _dtype(model))
     ops = (make_op(build.op, pages, build.native) for _ in range(2))
     runner = NativeRunner(
         model,

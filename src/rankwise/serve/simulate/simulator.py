@@ -7,7 +7,6 @@ what is left; where the cache has no room the most recent request is preempted a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,80 +23,7 @@ from rankwise.serve.types import Outcome
 if TYPE_CHECKING:
     from rankwise.serve.simulate.admission import PeakTest
     from rankwise.serve.simulate.pool import SharedBlockPool
-    from rankwise.serve.simulate.trace import Arrival
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sent:
-    """A request that a client sends ``at`` a time: it makes ``output`` tokens of the ``bound`` it asked for (None: all).
-
-    ``leaves``: when the client goes away, if it has not ended by then.
-    """
-
-    id: str
-    at: float
-    prompt: int
-    output: int
-    tenant: str = ""
-    adapter: str | None = None
-    rank: int = 0
-    bound: int | None = None
-    deadline: float | None = None
-    leaves: float = math.inf
-
-
-def sent(trace: Sequence[Arrival], tenants: int = 0) -> list[Sent]:
-    """The requests of a trace; adapters belong to ``tenants`` tenants in turn (0: one tenant)."""
-    return [
-        Sent(f"r{i}", a.at, a.prompt, a.output, f"t{a.adapter % tenants}" if tenants else "", f"a{a.adapter}", a.rank)
-        for i, a in enumerate(trace)
-    ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SimOptions:
-    """Limits of the simulated engine.
-
-    Attributes:
-        page: tokens of a block; ``max_num_seqs``: requests in a step; ``max_num_batched_tokens``: most tokens of a step.
-        slo: seconds to the first token, for the figures (a request's own deadline comes first).
-        step_slo: seconds of a step that prompts and training are cut to, None for no limit.
-        admit_every: steps between admissions where nobody has come or gone since the last.
-        fetch_seconds: until an adapter asked for the first time is on the host; ``page_seconds``: to put a LoRA page of it in a slot.
-        train: whether training fills what is left of each step.
-    """
-
-    page: int = 16
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
-    slo: float = 6.0
-    step_slo: float | None = None
-    admit_every: int = 8
-    fetch_seconds: float = 0.0
-    page_seconds: float = 0.0
-    train: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("page", "max_num_seqs", "max_num_batched_tokens", "admit_every"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"The simulator got {name} = {getattr(self, name)}; it is at least 1.")
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Live:
-    sent: Sent
-    job: RequestInfo
-    record: RequestRecord
-    computed: int = 0
-    last: float = 0.0
-
-    @property
-    def pending(self) -> int:
-        return self.job.prompt + self.job.generated - self.computed
-
-    @property
-    def decoding(self) -> bool:
-        return self.job.generated > 0 and self.pending == 1
+from rankwise.serve.simulate.sent import DEFAULTS, LiveRequest, Sent, SimOptions
 
 
 class Simulator:
@@ -116,7 +42,7 @@ class Simulator:
         policy: Policy,
         pool: SharedBlockPool,
         true: Coefficients,
-        options: SimOptions = SimOptions(),
+        options: SimOptions = DEFAULTS,
         peak: PeakTest | None = None,
         on_step: Callable[[Simulator], None] | None = None,
     ):
@@ -124,8 +50,8 @@ class Simulator:
         self.model = StepTime()
         self.budget = StepBudget(self.model.predict, options.max_num_batched_tokens)
         self.now = 0.0
-        self.waiting: dict[str, _Live] = {}
-        self.running: dict[str, _Live] = {}
+        self.waiting: dict[str, LiveRequest] = {}
+        self.running: dict[str, LiveRequest] = {}
         self.idle: dict[str, None] = {}  # resident adapters that no one uses, the longest so first
         self.fetched: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
@@ -170,7 +96,7 @@ class Simulator:
         bound = s.output if s.bound is None else s.bound
         self._check(s, lora_pages, bound)
         job = RequestInfo(s.id, s.at, s.prompt, bound, s.tenant, s.adapter, s.adapter is None, lora_pages, s.deadline)
-        live = _Live(
+        live = LiveRequest(
             s, job, RequestRecord(s.id, s.tenant, s.at, s.prompt, s.deadline - s.at if s.deadline is not None else self.options.slo)
         )
         self.records.append(live.record)
@@ -206,7 +132,7 @@ class Simulator:
     def _ready_at(self, job: RequestInfo) -> float:
         return -math.inf if job.adapter is None else self.fetched[job.adapter]
 
-    def _end(self, live: _Live, outcome: Outcome) -> None:
+    def _end(self, live: LiveRequest, outcome: Outcome) -> None:
         live.record.outcome, live.record.end = outcome, self.now
         self.policy.finished(live.job, self.now)
 
@@ -320,7 +246,7 @@ class Simulator:
         self._advance(rows, chunks)
         return True
 
-    def _load(self, rows: Sequence[_Live], chunks: dict[str, int]) -> StepLoad:
+    def _load(self, rows: Sequence[LiveRequest], chunks: dict[str, int]) -> StepLoad:
         active = [*rows, *(x for x in self.running.values() if chunks.get(x.job.id))]
         ranks = {x.job.adapter: x.sent.rank for x in active if x.job.adapter is not None}
         return StepLoad(len(rows) + sum(chunks.values()), sum(x.computed for x in active), sum(ranks.values()))
@@ -333,7 +259,7 @@ class Simulator:
         self.counts["steps"] += 1
         self._rows += len(self.running)
 
-    def _advance(self, rows: Sequence[_Live], chunks: dict[str, int]) -> None:
+    def _advance(self, rows: Sequence[LiveRequest], chunks: dict[str, int]) -> None:
         produced: dict[str, int] = {}
         jobs = [x.job for x in self.running.values()]
         for x in list(self.running.values()):
@@ -345,7 +271,7 @@ class Simulator:
         if self.on_step is not None:
             self.on_step(self)
 
-    def _publish(self, x: _Live) -> None:
+    def _publish(self, x: LiveRequest) -> None:
         if x.record.first is None:
             x.record.first = self.now
         else:
@@ -359,7 +285,7 @@ class Simulator:
             if self.peak is not None:
                 self.peak.finished(x.job)
 
-    def _leave(self, x: _Live) -> None:
+    def _leave(self, x: LiveRequest) -> None:
         self._moved = True
         del self.running[x.job.id]
         self.pool.release(self._key(x.job))
@@ -367,7 +293,7 @@ class Simulator:
         if adapter is not None and all(y.job.adapter != adapter for y in self.running.values()):
             self.idle[adapter] = None
 
-    def _grow(self, x: _Live) -> None:
+    def _grow(self, x: LiveRequest) -> None:
         """A block for its next token; the most recent request is preempted where there is none."""
         key = self._key(x.job)
         while self.pool.count(key, KV) * self.options.page < x.job.prompt + x.job.generated:
@@ -388,7 +314,7 @@ def simulate(
     requests: Sequence[Sent],
     pool: SharedBlockPool,
     true: Coefficients,
-    options: SimOptions = SimOptions(),
+    options: SimOptions = DEFAULTS,
     peak: PeakTest | None = None,
     rate: float | None = None,
 ) -> Report:

@@ -10,5 +10,16 @@ from rankwise.train.data.sampler import Sampler
 from rankwise.train.data.tokens import Example, tokenize
 
 __all__ = [
-    "Collator", "Example", "Packed", "Record", "Sampler", "attention_for", "check_isolation", "pack", "read", "read_images", "tokenize", "tokens_of_loss",
-]  # fmt: skip
+    "Collator",
+    "Example",
+    "Packed",
+    "Record",
+    "Sampler",
+    "attention_for",
+    "check_isolation",
+    "pack",
+    "read",
+    "read_images",
+    "tokenize",
+    "tokens_of_loss",
+]
