@@ -66,6 +66,11 @@ class Sizes:
         if self.kv_tokens % self.page:
             raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
 
+    @property
+    def copied_tokens(self) -> int:
+        """``decode_cache_tokens``, or its default."""
+        return 2 * self.kv_tokens if self.decode_cache_tokens is None else self.decode_cache_tokens
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Server:
@@ -124,11 +129,10 @@ def build_server(
         limits = Limits(rank=min(Limits().rank, WIDTH * sizes.max_lora_blocks))  # told when resolved, not when it is to run
     loader = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
     counts = _counts(model, loader.layout, sizes)
-    copies = 2 * sizes.kv_tokens if sizes.decode_cache_tokens is None else sizes.decode_cache_tokens
-    build = Build(counts[KV], sizes.page, options.max_num_seqs, counts[ADAPTER], adapter_split, op, native, pack, loop, copies)
-    pages, runner = (
-        _one_device(model, loader.layout, counts[ADAPTER], build) if team is None else lead(team, model, loader.layout, build)
+    build = Build(
+        counts[KV], sizes.page, options.max_num_seqs, counts[ADAPTER], adapter_split, op, native, pack, loop, sizes.copied_tokens
     )
+    pages, runner = _devices(model, loader.layout, counts[ADAPTER], build, team)
     units = {KV: PoolUnit(runner.store.block_bytes, counts[KV]), ADAPTER: PoolUnit(pages.cell_bytes, counts[ADAPTER])}
     pool = BlockPool(units, sizes.memory)
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
@@ -143,8 +147,10 @@ def build_server(
     return Server(engine, cache, table, pool, runner, loader.layout)
 
 
-def _one_device(model: nn.Module, layout: Layout, lora_blocks: int, build: Build) -> tuple[CellStore, NativeRunner]:
-    """The LoRA pages and the runner where the model is whole."""
+def _devices(model: nn.Module, layout: Layout, lora_blocks: int, build: Build, team: Team | None) -> tuple[CellStore, NativeRunner]:
+    """The LoRA pages and the runner, of this device alone or of a team."""
+    if team is not None:
+        return lead(team, model, layout, build)
     pages = LoraPages(layout.groups, lora_blocks, _dtype(model))
     ops = (make_op(build.op, pages, build.native) for _ in range(2))
     runner = NativeRunner(

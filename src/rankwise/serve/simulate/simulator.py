@@ -18,69 +18,16 @@ from rankwise.serve.cache.block_pool import ADAPTER, KV
 from rankwise.serve.engine.step_time import Coefficients, StepBudget, StepLoad, StepTime
 from rankwise.serve.ops.base import WIDTH
 from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, tried
+from rankwise.serve.simulate.requests import Sent, SimOptions
 from rankwise.serve.simulate.score import Report, RequestRecord, report
 from rankwise.serve.types import Outcome
 
 if TYPE_CHECKING:
     from rankwise.serve.simulate.admission import PeakTest
     from rankwise.serve.simulate.pool import SharedBlockPool
-    from rankwise.serve.simulate.trace import Arrival
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sent:
-    """A request that a client sends ``at`` a time: it makes ``output`` tokens of the ``bound`` it asked for (None: all).
-
-    ``leaves``: when the client goes away, if it has not ended by then.
-    """
-
-    id: str
-    at: float
-    prompt: int
-    output: int
-    tenant: str = ""
-    adapter: str | None = None
-    rank: int = 0
-    bound: int | None = None
-    deadline: float | None = None
-    leaves: float = math.inf
-
-
-def sent(trace: Sequence[Arrival], tenants: int = 0) -> list[Sent]:
-    """The requests of a trace; adapters belong to ``tenants`` tenants in turn (0: one tenant)."""
-    return [
-        Sent(f"r{i}", a.at, a.prompt, a.output, f"t{a.adapter % tenants}" if tenants else "", f"a{a.adapter}", a.rank)
-        for i, a in enumerate(trace)
-    ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SimOptions:
-    """Limits of the simulated engine.
-
-    Attributes:
-        page: tokens of a block; ``max_num_seqs``: requests in a step; ``max_num_batched_tokens``: most tokens of a step.
-        slo: seconds to the first token, for the figures (a request's own deadline comes first).
-        step_slo: seconds of a step that prompts and training are cut to, None for no limit.
-        admit_every: steps between admissions where nobody has come or gone since the last.
-        fetch_seconds: until an adapter asked for the first time is on the host; ``cell_seconds``: to put a cell of it in a slot.
-        train: whether training fills what is left of each step.
-    """
-
-    page: int = 16
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
-    slo: float = 6.0
-    step_slo: float | None = None
-    admit_every: int = 8
-    fetch_seconds: float = 0.0
-    cell_seconds: float = 0.0
-    train: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("page", "max_num_seqs", "max_num_batched_tokens", "admit_every"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"The simulator got {name} = {getattr(self, name)}; it is at least 1.")
+OPTIONS = SimOptions()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -116,7 +63,7 @@ class Simulator:
         policy: Policy,
         pool: SharedBlockPool,
         true: Coefficients,
-        options: SimOptions = SimOptions(),
+        options: SimOptions = OPTIONS,
         peak: PeakTest | None = None,
         on_step: Callable[[Simulator], None] | None = None,
     ):
@@ -388,7 +335,7 @@ def simulate(
     requests: Sequence[Sent],
     pool: SharedBlockPool,
     true: Coefficients,
-    options: SimOptions = SimOptions(),
+    options: SimOptions = OPTIONS,
     peak: PeakTest | None = None,
     rate: float | None = None,
 ) -> Report:
