@@ -23,8 +23,8 @@ from rankwise.serve.engine.step_time import Coefficients
 from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
 from rankwise.serve.simulate.pool import SharedBlockPool, split
+from rankwise.serve.simulate.requests import Sent, SimOptions, sent
 from rankwise.serve.simulate.score import Report
-from rankwise.serve.simulate.sent import Sent, SimOptions, sent
 from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.simulate.trace import TraceOptions, generate, setting
 

@@ -15,7 +15,7 @@ from rankwise.serve.policies.lorax import Lorax
 from rankwise.serve.policies.pets import Pets
 from rankwise.serve.policies.vtc import VirtualTokenCounter
 from rankwise.serve.simulate.merge_mode import MergeMode
-from rankwise.serve.simulate.sent import Sent
+from rankwise.serve.simulate.requests import Sent
 from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.types import Outcome
 from tests.serve.traffic import OPTIONS, Spy, flood, make_pool, simulator

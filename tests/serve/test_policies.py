@@ -10,7 +10,7 @@ import pytest
 from rankwise import catalogue
 from rankwise.errors import OptionError, RankwiseError, UnknownName
 from rankwise.serve.cache.block_pool import ADAPTER, KV
-from rankwise.serve.policies.base import Rule, Verdict, tried
+from rankwise.serve.policies.base import Policy, Verdict, tried
 from rankwise.serve.policies.chain import make, names
 from rankwise.serve.policies.cluster import Cluster
 from rankwise.serve.policies.default import Default
@@ -18,7 +18,7 @@ from rankwise.serve.policies.early_abort import EarlyAbort
 from rankwise.serve.policies.fcfs import Fcfs
 from rankwise.serve.policies.lorax import Lorax
 from rankwise.serve.simulate.merge_mode import MergeMode
-from rankwise.serve.simulate.sent import Sent, SimOptions
+from rankwise.serve.simulate.requests import Sent, SimOptions
 from rankwise.serve.simulate.simulator import Simulator
 from tests.serve.traffic import OPTIONS, Spy, flood, job, make_pool, simulator, state, trace
 
@@ -64,7 +64,7 @@ def test_under_light_load_it_is_first_come_first_served_and_nobody_is_let_go(nam
 
 
 @pytest.mark.parametrize("policy", [Lorax(), MergeMode()], ids=["lorax", "merge_mode"])
-def test_others_let_nobody_go_either(policy: Rule) -> None:
+def test_others_let_nobody_go_either(policy: Policy) -> None:
     got = simulator(policy).run(LIGHT)
     assert got.finished == got.requests and got.attainment > 0.95
 
@@ -74,7 +74,7 @@ def test_others_let_nobody_go_either(policy: Rule) -> None:
     [(Cluster(d=10**6), None), (EarlyAbort(slo=None), None), (EarlyAbort(slo=1e9), None), (Default(d=10**6, max_wait=1e9), None)],
     ids=["cluster d=∞", "abort without limit", "abort with an infinite limit", "default without tenants"],
 )
-def test_without_its_limit_a_policy_is_first_come_first_served(free: Rule, limited: None) -> None:
+def test_without_its_limit_a_policy_is_first_come_first_served(free: Policy, limited: None) -> None:
     requests = [dataclasses.replace(s, tenant="") for s in HEAVY]
     spy, plain = Spy(free), Spy(Fcfs())
     got, expected = simulator(spy, make_pool(budget=60)).run(requests), simulator(plain, make_pool(budget=60)).run(requests)
@@ -98,7 +98,7 @@ def test_a_head_that_does_not_fit_blocks_only_under_strict_order() -> None:
 
 
 def test_a_request_that_does_not_fit_is_passed_over_and_one_let_go_takes_no_room() -> None:
-    class Picky(Rule):
+    class Picky(Policy):
         def verdict(self, job, state):  # type: ignore[no-untyped-def]
             return {"late": Verdict.ABORT, "later": Verdict.DEFER}.get(job.id, Verdict.ADMIT)
 
@@ -151,7 +151,7 @@ def test_wrong_names_and_options_are_one_sentence(given: object, error: type, sa
 
 
 def test_the_simulator_refuses_what_can_never_fit_and_a_policy_that_lets_nobody_in() -> None:
-    class Never(Rule):
+    class Never(Policy):
         def order(self, state):  # type: ignore[no-untyped-def]
             return []
 

@@ -16,7 +16,7 @@ from rankwise.serve.engine.sampler import SamplerState
 from rankwise.serve.engine.scheduler import SWEPT, WINDOW
 from rankwise.serve.engine.sequence import Sequence
 from rankwise.serve.engine.waiting import Waiting
-from rankwise.serve.policies.base import RequestInfo, Rule
+from rankwise.serve.policies.base import Policy, RequestInfo
 from rankwise.serve.simulate.drive import collect, run_until_idle
 from rankwise.serve.types import Event, Outcome, Request, Sampling, UnknownAdapter
 from tests.serve.rig import configure, server
@@ -109,7 +109,7 @@ def test_kept_runs_give_the_guesses_of_a_search(seed: int) -> None:
         tokens += [rnd.randrange(alphabet) for _ in range(rnd.choice([0, 1, 1, 3]))]
 
 
-class Counting(Rule):
+class Counting(Policy):
     """First come, first served; counts what it is shown and asked."""
 
     def __init__(self) -> None:

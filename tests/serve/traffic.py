@@ -10,7 +10,7 @@ from rankwise.serve.policies.base import Policy, RequestInfo, State
 from rankwise.serve.policies.chain import ChainPolicy
 from rankwise.serve.simulate.admission import PeakTest
 from rankwise.serve.simulate.pool import SharedBlockPool
-from rankwise.serve.simulate.sent import Sent, SimOptions
+from rankwise.serve.simulate.requests import Sent, SimOptions
 from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.simulate.trace import TraceOptions, generate
 
@@ -50,7 +50,7 @@ def simulator(
 
 def trace(rate: float, seconds: float = 10.0, seed: int = 42, tenants: int = 3, cv: float = 2.0, alpha: float = 0.5) -> list[Sent]:
     """Short requests of 12 adapters of ranks 8 … 64."""
-    from rankwise.serve.simulate.sent import sent
+    from rankwise.serve.simulate.requests import sent
 
     o = TraceOptions(12, alpha, rate, cv, seconds, (4, 64), (4, 48), (64, 32, 16, 8), seed)
     return sent(generate(o), tenants)

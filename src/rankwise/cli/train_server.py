@@ -83,9 +83,18 @@ def refuse(given: Mapping[str, Any]) -> None:
 
 
 def train_on_server(
-    url: str, data: str, name: str, recipe: Mapping[str, Any], *, model: str | None, stage: str, format: str, split: str | None,
-    as_json: bool, fields: Mapping[str, Any],
-) -> None:  # fmt: skip
+    url: str,
+    data: str,
+    name: str,
+    recipe: Mapping[str, Any],
+    *,
+    model: str | None,
+    stage: str,
+    format: str,
+    split: str | None,
+    as_json: bool,
+    fields: Mapping[str, Any],
+) -> None:
     """Submit, show the progress, and say under which name the adapter is served.
 
     Raises:
@@ -94,9 +103,12 @@ def train_on_server(
     """
     client = Client(url, os.environ.get("RANKWISE_API_KEY"))
     body = {
-        "model": model or client.base(), "suffix": name, "training_data": _records(data, stage, format, split), "recipe": dict(recipe),
+        "model": model or client.base(),
+        "suffix": name,
+        "training_data": _records(data, stage, format, split),
+        "recipe": dict(recipe),
         **{k: v for k, v in fields.items() if v is not None},
-    }  # fmt: skip
+    }
     job = client.call("POST", "/fine_tuning/jobs", body)
     try:
         _show(client, job, as_json)

@@ -67,8 +67,8 @@ class Sizes:
             raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
 
     @property
-    def copies(self) -> int:
-        """Tokens of keys and values that decoding rows may keep side by side."""
+    def copied_tokens(self) -> int:
+        """``decode_cache_tokens``, or its default."""
         return 2 * self.kv_tokens if self.decode_cache_tokens is None else self.decode_cache_tokens
 
 
@@ -129,9 +129,9 @@ def build_server(
         limits = Limits(rank=min(Limits().rank, WIDTH * sizes.max_lora_blocks))  # told when resolved, not when it is to run
     loader = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
     counts = _counts(model, loader.layout, sizes)
-    rows = options.max_num_seqs
-    build = Build(counts[KV], sizes.page, rows, counts[ADAPTER], adapter_split, op, native, pack, loop, sizes.copies)
-    pages, runner = _one_device(model, loader.layout, build) if team is None else lead(team, model, loader.layout, build)
+    rows, copies = options.max_num_seqs, sizes.copied_tokens
+    build = Build(counts[KV], sizes.page, rows, counts[ADAPTER], adapter_split, op, native, pack, loop, copies)
+    pages, runner = _devices(model, loader.layout, build, team)
     units = {KV: PoolUnit(runner.store.block_bytes, counts[KV]), ADAPTER: PoolUnit(pages.page_bytes, counts[ADAPTER])}
     pool = BlockPool(units, sizes.memory)
     index = PrefixIndex(pool, sizes.page, tag=KV, share=share_prefixes)
@@ -146,8 +146,10 @@ def build_server(
     return Server(engine, cache, table, pool, runner, loader.layout)
 
 
-def _one_device(model: nn.Module, layout: Layout, build: Build) -> tuple[PageStore, NativeRunner]:
-    """The LoRA pages and the runner where the model is whole."""
+def _devices(model: nn.Module, layout: Layout, build: Build, team: Team | None) -> tuple[PageStore, NativeRunner]:
+    """The LoRA pages and the runner, of this device alone or of a team."""
+    if team is not None:
+        return lead(team, model, layout, build)
     pages = LoraPages(layout.groups, build.lora_pages, _dtype(model))
     ops = (make_op(build.op, pages, build.native) for _ in range(2))
     runner = NativeRunner(

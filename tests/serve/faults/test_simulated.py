@@ -12,7 +12,7 @@ from rankwise.serve.policies.base import Policy
 from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
 from rankwise.serve.simulate.merge_mode import MergeMode
-from rankwise.serve.simulate.sent import Sent
+from rankwise.serve.simulate.requests import Sent
 from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.types import Outcome
 from tests.serve.faults.tools import FailingAt

@@ -10,21 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rankwise.errors import RankwiseError
 
-
-class Pool(Protocol):
-    """Where blocks come from: ids of one tag, each with one owner here."""
-
-    def allocate(self, n: int, tag: str) -> Sequence[int] | None: ...
-
-    def free(self, ids: Sequence[int], tag: str) -> object: ...
-
-    def room(self, tag: str) -> int: ...
-
-    def ids(self, tag: str) -> int: ...
+if TYPE_CHECKING:
+    from rankwise.serve.cache.block_pool import BlockPool
 
 
 def salt(fields: Mapping[str, str]) -> bytes:
@@ -48,7 +39,7 @@ class PrefixIndex:
     last use) or the pool's.
     """
 
-    def __init__(self, pool: Pool, page: int, *, tag: str = "kv", share: bool = True):
+    def __init__(self, pool: BlockPool, page: int, *, tag: str = "kv", share: bool = True):
         self.pool, self.page, self.tag, self.share = pool, page, tag, share
         self.refs: dict[int, int] = {}
         self.hash_of: dict[int, bytes] = {}

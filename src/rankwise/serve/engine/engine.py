@@ -174,8 +174,8 @@ class Engine:
         """Everything of one step; True where there was something to compute."""
         self.inbox.run_all()
         self.scheduler.admit()
-        for seconds in self.scheduler.take_queued():
-            self._observe("queue_seconds", seconds)
+        while self.scheduler.queued:
+            self._observe("queue_seconds", self.scheduler.queued.pop(0))
         spans = self.scheduler.spans()
         if spans:
             self._serve(spans)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from rankwise.errors import OptionError, RankwiseError
-from rankwise.serve.batch import BASE, Role, Span
+from rankwise.serve.batch import BASE
 from rankwise.serve.engine.kv_cache_manager import KVCacheManager
 from rankwise.serve.engine.memory_pressure import TRIES, OomBackoff
 from rankwise.serve.engine.prompt_lookup import PromptLookup
@@ -27,6 +27,7 @@ from rankwise.serve.types import Event, Outcome, Overloaded, Request, ServeError
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
     from rankwise.serve.adapters.residency import AdapterResidency
+    from rankwise.serve.batch import Span
     from rankwise.serve.cache.prefix import PrefixIndex
     from rankwise.serve.engine.options import EngineOptions
     from rankwise.serve.engine.pacing import Pace
@@ -76,11 +77,6 @@ class Scheduler:
         self._asked = self._spare = 0
         self.queued: list[float] = []  # seconds in the queue of those let in since it was last read
 
-    def take_queued(self) -> list[float]:
-        """Seconds in the queue of those let in since the last call."""
-        taken, self.queued = self.queued, []
-        return taken
-
     # --- arrival --------------------------------------------------------------------------------------------------
     def add_request(self, request: Request, emit: Callable[[Event], None]) -> Sequence | None:
         """Have its adapter read and let it wait; None where that fails, which ends it alone."""
@@ -119,9 +115,8 @@ class Scheduler:
             self.finish(seq, Outcome.ERROR, "The engine could not queue the request.", None)
 
     # --- admission ------------------------------------------------------------------------------------------------
-    def _state(self, shown: Iterable[Sequence]) -> State:
+    def _state(self, shown: Collection[Sequence]) -> State:
         """What a policy sees; ``shown``: of those that wait."""
-        shown = list(shown)
         for s in shown:
             s.job.resident = s.request.adapter is None or self.adapters.resident(s.request.adapter)
             s.job.ready = s.fetched is None or s.fetched.done()
@@ -252,11 +247,9 @@ class Scheduler:
     def _waits_for_sibling(self, seq: Sequence) -> bool:
         """A sample of the same prompt is being computed, whose blocks this one will share."""
         group = seq.request.group
-        return (
-            group is not None
-            and self.index.share
-            and any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
-        )
+        if group is None or not self.index.share:
+            return False
+        return any(s.request.group == group and s.computed < s.prompt - 1 for s in self.running.values())
 
     def _lost(self, seq: Sequence) -> bool:
         """Whether its adapter could not be read, which ends it."""
@@ -272,7 +265,7 @@ class Scheduler:
         spans: list[Span] = []
         for seq in [s for s in self.running.values() if s.decoding]:
             if seq.request.id in self.running and self._grow(seq, len(seq.tokens)):
-                spans.append(self._span(seq, 1, self._guesses(seq)))
+                spans.append(seq.span(1, self._guesses(seq)))
         # preemption may have taken one that is in the list already
         spans = [s for s in spans if s.request in self.running]
         waiting = sum(s.pending for s in self.running.values() if not s.decoding)
@@ -282,13 +275,12 @@ class Scheduler:
             n = min(seq.pending, budget) if seq.request.id in self.running else 0  # else it was preempted for an earlier one
             grow = self.kv.grow if spans else self._grow  # a prompt preempts nobody in a step that has work already
             if n and grow(seq, seq.computed + n):
-                spans.append(self._span(seq, n))
+                spans.append(seq.span(n))
                 budget -= n
         return [s for s in spans if s.request in self.running]
 
-    def load(self, spans: Iterable[Span]) -> StepLoad:
+    def load(self, spans: list[Span]) -> StepLoad:
         """What a step of these spans computes, as the step-time model sees it."""
-        spans = list(spans)
         ranks = sum(self.adapters.slots[i].served.manifest.rank for i in {s.slot for s in spans} if i != BASE)
         return StepLoad(sum(len(s.tokens) for s in spans), sum(s.end for s in spans), ranks)
 
@@ -300,13 +292,6 @@ class Scheduler:
         seq.prompt_lookup = seq.prompt_lookup or PromptLookup()
         guesses = seq.prompt_lookup.guess(seq.tokens, most)
         return guesses if guesses and self.kv.grow(seq, len(seq.tokens) + len(guesses)) else ()
-
-    def _span(self, seq: Sequence, n: int, guesses: tuple[int, ...] = ()) -> Span:
-        at = seq.computed
-        tokens = (*seq.tokens[at : at + n], *guesses)
-        role = Role.VERIFY if guesses else Role.DECODE if seq.decoding else Role.PREFILL
-        samples = 1 + len(guesses) if n == seq.pending else 0
-        return Span(seq.request.id, tokens, at, tuple(seq.blocks), seq.slot, role, samples, seq.serial)
 
     def _grow(self, seq: Sequence, tokens: int) -> bool:
         """Blocks for ``tokens`` tokens of ``seq``; the most recent requests are preempted for them, ``seq`` last (False)."""
@@ -333,9 +318,8 @@ class Scheduler:
             seq.slot = BASE
 
     # --- when memory runs out -------------------------------------------------------------------------------------
-    def make_way(self, seqs: Iterable[Sequence], tokens: int) -> None:
+    def make_way(self, seqs: list[Sequence], tokens: int) -> None:
         """A step of ``seqs`` and ``tokens`` found no memory: what is idle goes, the more recent half is preempted, and steps are smaller."""
-        seqs = list(seqs)
         log.warning("memory ran out in a step of %d requests and %d tokens; the next are smaller", len(seqs), tokens)
         self.oom_backoff.failed(len(seqs), tokens)
         if len(seqs) == 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from rankwise.serve.batch import BASE
+from rankwise.serve.batch import BASE, Role, Span
 
 if TYPE_CHECKING:
     from rankwise.serve.adapters.base import LoadedAdapter
@@ -68,3 +68,11 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         return self.generated > 0 and self.pending == 1
+
+    def span(self, n: int, guesses: tuple[int, ...] = ()) -> Span:
+        """Its next ``n`` tokens in a step, and the guesses that are verified behind them."""
+        at = self.computed
+        tokens = (*self.tokens[at : at + n], *guesses)
+        role = Role.VERIFY if guesses else Role.DECODE if self.decoding else Role.PREFILL
+        samples = 1 + len(guesses) if n == self.pending else 0
+        return Span(self.request.id, tokens, at, tuple(self.blocks), self.slot, role, samples, self.serial)

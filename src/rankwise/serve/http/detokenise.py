@@ -6,25 +6,13 @@ import codecs
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 REPLACEMENT = "�"
 #: tokens of the prompt looked back at where a tokenizer's decoder needs neighbours
 LOOK_BACK = 6
 #: tokens that wait for a character to become whole; more are no character (one has four bytes), and go out as they are
 PATIENCE = 16
-
-
-class TextStream(Protocol):
-    """One sequence on its way to text."""
-
-    def push(self, token: int) -> str:
-        """The text that ``token`` completes; empty while a character is not whole."""
-        ...
-
-    def flush(self) -> str:
-        """What is left: an unfinished character shows as the replacement character."""
-        ...
 
 
 class Detokeniser:
@@ -36,7 +24,7 @@ class Detokeniser:
         self.exact = _is_byte_level(tokenizer)
         self._vocabulary = len(tokenizer)
 
-    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, prompt: Sequence[int] = ()) -> _Bytes | _Window:
         """A new sequence after ``prompt``, whose last tokens decide whether a first blank is kept."""
         return _Bytes(self) if self.exact else _Window(self, prompt)
 
@@ -59,7 +47,11 @@ class Detokeniser:
 
 
 class _Bytes:
-    """Byte-level vocabularies: text is the concatenation of the tokens' bytes, so decoding them one by one is exact."""
+    """Byte-level vocabularies: text is the concatenation of the tokens' bytes, so decoding them one by one is exact.
+
+    Not tokenizers' DecodeStream: it has no end (:meth:`flush`), keeps bytes that are no character for ever, and the bytes of
+    a token are wanted anyway (:meth:`Detokeniser.raw`).
+    """
 
     def __init__(self, owner: Detokeniser):
         self.owner = owner
@@ -73,7 +65,10 @@ class _Bytes:
 
 
 class _Window:
-    """Any other tokenizer: the difference of two decodings that share their beginning, which is a whole character's."""
+    """Any other tokenizer: the difference of two decodings that share their beginning, which is a whole character's.
+
+    DecodeStream does the same, and raises where a run of byte tokens turns out to be no character.
+    """
 
     def __init__(self, owner: Detokeniser, prompt: Sequence[int]):
         self.owner = owner

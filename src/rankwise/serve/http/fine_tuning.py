@@ -169,13 +169,10 @@ def _spec(body: Create, samples: tuple[Sample, ...]) -> TrainSpec:
         if lr is not None:
             raise bad("Give either lr or hyperparameters.learning_rate_multiplier.", "lr")
         lr = RATE * h.learning_rate_multiplier
-    return TrainSpec(
-        body.suffix, samples, body.recipe,
-        epochs=TrainSpec.epochs if h.n_epochs == "auto" else h.n_epochs, steps=body.steps,
-        batch_size=TrainSpec.batch_size if h.batch_size == "auto" else h.batch_size,
-        lr=RATE if lr is None else lr, schedule=body.schedule, warmup=body.warmup, weight_decay=body.weight_decay,
-        max_grad_norm=body.max_grad_norm, seed=body.seed, checkpoint_every=body.checkpoint_every,
-    )  # fmt: skip
+    same = ("recipe", "steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "seed", "checkpoint_every")
+    given: dict[str, Any] = {name: getattr(body, name) for name in same}
+    given |= {name: value for name, value in (("epochs", h.n_epochs), ("batch_size", h.batch_size)) if value != "auto"}
+    return TrainSpec(body.suffix, samples, lr=RATE if lr is None else lr, **given)
 
 
 def _page(rows: list[Any], ids: list[str], request: Request) -> tuple[list[Any], bool]:

@@ -188,9 +188,8 @@ class Metrics:
         yield self._one(CounterMetricFamily, "steps", "Steps of the engine.", stats.steps)
 
     def _adapters(self, adapters: Sequence[Listed]) -> Iterable[Metric]:
-        resident = GaugeMetricFamily(
-            "rankwise_adapter_resident", "Adapters in a tier (labelled ones, and how many others).", labels=["model", "tier", "adapter", "pinned"]
-        )  # fmt: skip
+        text, labels = "Adapters in a tier (labelled ones, and how many others).", ["model", "tier", "adapter", "pinned"]
+        resident = GaugeMetricFamily("rankwise_adapter_resident", text, labels=labels)
         held = GaugeMetricFamily("rankwise_adapter_bytes", "Bytes of the adapters in a tier.", labels=["model", "tier"])
         counts: dict[tuple[str, str, str], int] = {}
         sizes: dict[str, int] = {}

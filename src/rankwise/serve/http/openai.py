@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -31,22 +32,25 @@ if TYPE_CHECKING:
 
 async def completions(request: HttpRequest, service: Service, caller: Caller) -> Response:
     body, ignored = await read(request, Completion, service.settings)
-    return await _answer(request, service, caller, body, ignored, "cmpl-", TextReply, lambda: prompts.of_completion(
-        body, service.tokenizer, service.settings
-    ))  # fmt: skip
+    encode = functools.partial(prompts.of_completion, body, service.tokenizer, service.settings)
+    return await _answer(request, service, caller, body, ignored, TextReply, encode)
 
 
 async def chat(request: HttpRequest, service: Service, caller: Caller) -> Response:
     body, ignored = await read(request, Chat, service.settings)
-    return await _answer(request, service, caller, body, ignored, "chatcmpl-", ChatReply, lambda: prompts.of_chat(
-        body, service.tokenizer, service.settings
-    ))  # fmt: skip
+    encode = functools.partial(prompts.of_chat, body, service.tokenizer, service.settings)
+    return await _answer(request, service, caller, body, ignored, ChatReply, encode)
 
 
 async def _answer(
-    request: HttpRequest, service: Service, caller: Caller, body: Generate, ignored: list[str], prefix: str,
-    form: type[Reply], encode: Callable[[], list[prompts.Prompt]],
-) -> Response:  # fmt: skip
+    request: HttpRequest,
+    service: Service,
+    caller: Caller,
+    body: Generate,
+    ignored: list[str],
+    form: type[Reply],
+    encode: Callable[[], list[prompts.Prompt]],
+) -> Response:
     service.require_ready()
     if body.stream_options is not None and not body.stream:
         raise bad("stream_options says nothing without stream: true; add it.", "stream_options")
@@ -54,7 +58,7 @@ async def _answer(
     target = await service.target(caller, body)
     given = await service.write(encode)
     digest = target.digest
-    reply = form(prefix + uuid.uuid4().hex, int(time.time()), body.model, f"rankwise-{digest[:16] if digest else 'base'}")
+    reply = form(form.prefix + uuid.uuid4().hex, int(time.time()), body.model, f"rankwise-{digest[:16] if digest else 'base'}")
     work = RequestWork(service, target, reply, _requests(reply.id, given, n, body, caller, digest, service), given, cut, n, body)
     headers = {"x-request-id": reply.id} | noted(ignored)
     return await (work.streamed(request, headers) if body.stream else work.whole(request, headers))
@@ -63,13 +67,14 @@ async def _answer(
 def _requests(
     stem: str, given: list[prompts.Prompt], n: int, body: Generate, caller: Caller, digest: str | None, service: Service
 ) -> list[Request]:
-    made, latest = [], None if body.deadline is None else time.monotonic() + body.deadline  # the engine's clock
+    latest = None if body.deadline is None else time.monotonic() + body.deadline  # the engine's clock
+    common: dict[str, Any] = {"adapter": digest, "tenant": caller.name, "deadline": latest, "salt": body.cache_salt or ""}
+    made = []
     for p, (ids, _) in enumerate(given):
+        group = f"{stem}-{p}" if n > 1 else None
         for i in range(n):
             drawn = sampling(body, len(ids), i, service.settings)
-            made.append(Request(
-                f"{stem}-{p * n + i}", ids, drawn, digest, caller.name, latest, body.cache_salt or "", f"{stem}-{p}" if n > 1 else None
-            ))  # fmt: skip
+            made.append(Request(f"{stem}-{p * n + i}", ids, drawn, group=group, **common))
     return made
 
 

@@ -45,8 +45,7 @@ class Reply:
     created: int
     model: str
     fingerprint: str
-    object = ""
-    chunk_object = ""
+    prefix = object = chunk_object = ""  # of the id, and the kinds of answer
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
         return {
@@ -90,6 +89,7 @@ class Reply:
 
 
 class ChatReply(Reply):
+    prefix = "chatcmpl-"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -107,6 +107,7 @@ class ChatReply(Reply):
 
 
 class TextReply(Reply):
+    prefix = "cmpl-"
     object = "text_completion"
     chunk_object = "text_completion"
 

@@ -77,11 +77,10 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: Starlette, host: str, port: int, opened: Callable[[], None] = lambda: None):
         self.service: Service = app.state.service
         self.opened = opened
-        super().__init__(uvicorn.Config(
-            app, host, port, http=Protocol, ws="none", lifespan="on", access_log=False, log_level="warning", server_header=False,
-            h11_max_incomplete_event_size=HEADER_BYTES, timeout_keep_alive=30, backlog=2048,
-            timeout_graceful_shutdown=int(self.service.settings.drain_seconds) + 5,
-        ))  # fmt: skip
+        quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+        bounds: dict[str, Any] = {"h11_max_incomplete_event_size": HEADER_BYTES, "timeout_keep_alive": 30, "backlog": 2048}
+        bounds["timeout_graceful_shutdown"] = int(self.service.settings.drain_seconds) + 5
+        super().__init__(uvicorn.Config(app, host, port, http=Protocol, ws="none", lifespan="on", **quiet, **bounds))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.phase = Phase.DRAINING

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from rankwise.errors import OptionError
 
@@ -84,58 +83,34 @@ class State:
         return {j.adapter for j in self.running if j.adapter is not None}
 
 
-class Policy(Protocol):
-    """One rule of admission.
+class Policy:
+    """One rule of admission.  The defaults: in order of arrival, everybody let in, nothing remembered.
 
     ``blocking``: a request that does not fit keeps those behind it waiting (strict order); otherwise they are tried.
     It is read after each :meth:`order`, which may set it: a request that has waited too long is given what becomes free.
     """
 
-    name: str
-    blocking: bool
-    #: what an engine would have to do for it and does not ("": nothing); such a policy is for the simulator alone
-    unserved: str
-
-    def order(self, state: State) -> list[RequestInfo]:
-        """The waiting jobs in the order in which they are to be tried (a subset where some must wait)."""
-        ...
-
-    def verdict(self, job: RequestInfo, state: State) -> Verdict:
-        """What becomes of ``job`` now.  Asked at arrival too, before it is among ``state.waiting``."""
-        ...
-
-    def admitted(self, job: RequestInfo, now: float) -> None:
-        """``job`` has entered the running batch."""
-        ...
-
-    def stepped(self, produced: Mapping[str, int], jobs: Sequence[RequestInfo], now: float) -> None:
-        """After a step: new tokens of each running request."""
-        ...
-
-    def finished(self, job: RequestInfo, now: float) -> None: ...
-
-
-class Rule:
-    """Defaults of a policy: in order of arrival, everybody let in, nothing remembered."""
-
-    name = "rule"
+    name = "policy"
     blocking = False
+    #: what an engine would have to do for it and does not ("": nothing); such a policy is for the simulator alone
     unserved = ""
 
     def order(self, state: State) -> list[RequestInfo]:
+        """The waiting jobs in the order in which they are to be tried (a subset where some must wait)."""
         return list(state.waiting)
 
     def verdict(self, job: RequestInfo, state: State) -> Verdict:
+        """What becomes of ``job`` now.  Asked at arrival too, before it is among ``state.waiting``."""
         return Verdict.ADMIT
 
     def admitted(self, job: RequestInfo, now: float) -> None:
-        """Nothing is remembered."""
+        """``job`` has entered the running batch."""
 
     def stepped(self, produced: Mapping[str, int], jobs: Sequence[RequestInfo], now: float) -> None:
-        """Nothing is remembered."""
+        """After a step: new tokens of each running request."""
 
     def finished(self, job: RequestInfo, now: float) -> None:
-        """Nothing is remembered."""
+        """``job`` has ended, in whatever way."""
 
 
 def tried(policy: Policy, state: State, fits: Callable[[RequestInfo], bool | None]) -> Iterator[tuple[RequestInfo, Verdict]]:

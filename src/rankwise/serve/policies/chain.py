@@ -9,12 +9,12 @@ from typing import Any
 from rankwise import catalogue
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.serve.policies.base import SIMULATED, Policy, RequestInfo, Rule, State, Verdict, refuse_unserved
+from rankwise.serve.policies.base import SIMULATED, Policy, RequestInfo, State, Verdict, refuse_unserved
 
 
 @register("policy", "chain", title="Policies composed, innermost first")
 @dataclasses.dataclass
-class ChainPolicy(Rule):
+class ChainPolicy(Policy):
     """Applies ``rules``, innermost first, each to the order (or subset) that the one before gave.
 
     Rules are names, mappings with a ``name`` and options, or policies.  Every rule here rearranges stably, so an inner

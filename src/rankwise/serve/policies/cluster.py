@@ -6,12 +6,12 @@ import dataclasses
 import math
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need, oldest_first
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need, oldest_first
 
 
 @register("policy", "cluster", title="Adapter clustering", paper="S-LoRA, arXiv:2311.03285", reference="001")
 @dataclasses.dataclass
-class Cluster(Rule):
+class Cluster(Policy):
     """Bounds the distinct adapters of a batch, so that memory goes to the cache and weights are read by many.
 
     With ``d`` or more adapters running, requests of those (and of the base) are tried before the others, each group in

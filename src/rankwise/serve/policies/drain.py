@@ -6,12 +6,12 @@ import dataclasses
 from collections import defaultdict
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need
 
 
 @register("policy", "drain", title="Draining an adapter for one that starves", reference="001")
 @dataclasses.dataclass
-class Drain(Rule):
+class Drain(Policy):
     """Ends the starvation of adapters that find every LoRA page in use by adapters that never pause.
 
     A request starves once it has waited ``max_wait`` seconds.  If its adapter is not in the batch and its LoRA pages are not

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, Verdict, need
+from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, need
 
 
 @register(
     "policy", "early_abort", title="Early abort, newest first under overload", paper="S-LoRA, arXiv:2311.03285", reference="001"
 )
 @dataclasses.dataclass
-class EarlyAbort(Rule):
+class EarlyAbort(Policy):
     """Serving the oldest first under overload makes everybody late; so those who cannot be on time are let go.
 
     A request is hopeless when now + t̂(prompt) passes its deadline (its own, else arrival + ``slo``), t̂ being the

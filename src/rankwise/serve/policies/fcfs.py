@@ -6,12 +6,12 @@ import dataclasses
 import math
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need, oldest_first
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need, oldest_first
 
 
 @register("policy", "fcfs", title="First come, first served")
 @dataclasses.dataclass
-class Fcfs(Rule):
+class Fcfs(Policy):
     """In order of arrival.
 
     ``strict``: a request that does not fit holds up those behind it, always; otherwise they are tried, until it has

@@ -6,12 +6,12 @@ import dataclasses
 from collections import defaultdict
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need
 
 
 @register("policy", "lorax", title="Queues of adapters with an active time", reference="001")
 @dataclasses.dataclass
-class Lorax(Rule):
+class Lorax(Policy):
     """Queues by adapter, as LoRAX's router has them: at most ``slots`` adapters are active, the others pend in a row.
 
     The next request is the oldest head among the queues that have been active less than ``max_active`` seconds, else the

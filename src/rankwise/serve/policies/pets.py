@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from rankwise.catalogue import register
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need
 
 
 def partition(lengths: Sequence[int], cost: Callable[[int, int], float], most: int) -> list[tuple[int, int]]:
@@ -29,7 +29,7 @@ def partition(lengths: Sequence[int], cost: Callable[[int, int], float], most: i
 
 @register("policy", "pets", title="Planned batches (offline)", paper="PetS, USENIX ATC 2022", reference="001")
 @dataclasses.dataclass
-class Pets(Rule):
+class Pets(Policy):
     """Batch after batch, each planned over all that wait, for engines or work where batches are padded.
 
     Within an adapter, requests sorted by prompt are cut into mini-batches of least Σ β, β(n, longest) = ``launch`` +

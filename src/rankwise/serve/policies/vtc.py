@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from rankwise.catalogue import register
 from rankwise.errors import OptionError
-from rankwise.serve.policies.base import RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import Policy, RequestInfo, State, need
 
 
 @register("policy", "vtc", title="Virtual token counter (fairness of tenants)", paper="VTC, arXiv:2401.00588", reference="001")
 @dataclasses.dataclass
-class VirtualTokenCounter(Rule):
+class VirtualTokenCounter(Policy):
     """Each tenant u has a counter c_u of service over weight w_u; the waiting tenant with the least goes next.
 
     Letting in adds ``prompt_price``·prompt/w_u (once, also where a request is preempted), each new token ``token_price``/w_u.

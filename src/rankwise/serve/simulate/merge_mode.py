@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rankwise.serve.policies.base import SIMULATED, RequestInfo, Rule, State, need
+from rankwise.serve.policies.base import SIMULATED, Policy, RequestInfo, State, need
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class ModeSwitch:
 
 
 @dataclasses.dataclass
-class MergeMode(Rule):
+class MergeMode(Policy):
     """dLoRA (OSDI 2024): says in ``mode`` which adapter to merge (None: none), and holds the others back while one is.
 
     Costs in steps of the plain base: unmerged 1 + ``delta``; merged(n) serves n's requests alone at cost 1, so giving all q

@@ -7,6 +7,7 @@ what is left; where the cache has no room the most recent request is preempted a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,13 +18,33 @@ from rankwise.serve.cache.block_pool import ADAPTER, KV
 from rankwise.serve.engine.step_time import Coefficients, StepBudget, StepLoad, StepTime
 from rankwise.serve.ops.base import WIDTH
 from rankwise.serve.policies.base import Policy, RequestInfo, State, Verdict, tried
+from rankwise.serve.simulate.requests import Sent, SimOptions
 from rankwise.serve.simulate.score import Report, RequestRecord, report
 from rankwise.serve.types import Outcome
 
 if TYPE_CHECKING:
     from rankwise.serve.simulate.admission import PeakTest
     from rankwise.serve.simulate.pool import SharedBlockPool
-from rankwise.serve.simulate.sent import DEFAULTS, LiveRequest, Sent, SimOptions
+
+
+OPTIONS = SimOptions()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Live:
+    sent: Sent
+    job: RequestInfo
+    record: RequestRecord
+    computed: int = 0
+    last: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        return self.job.prompt + self.job.generated - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.job.generated > 0 and self.pending == 1
 
 
 class Simulator:
@@ -42,7 +63,7 @@ class Simulator:
         policy: Policy,
         pool: SharedBlockPool,
         true: Coefficients,
-        options: SimOptions = DEFAULTS,
+        options: SimOptions = OPTIONS,
         peak: PeakTest | None = None,
         on_step: Callable[[Simulator], None] | None = None,
     ):
@@ -50,8 +71,8 @@ class Simulator:
         self.model = StepTime()
         self.budget = StepBudget(self.model.predict, options.max_num_batched_tokens)
         self.now = 0.0
-        self.waiting: dict[str, LiveRequest] = {}
-        self.running: dict[str, LiveRequest] = {}
+        self.waiting: dict[str, _Live] = {}
+        self.running: dict[str, _Live] = {}
         self.idle: dict[str, None] = {}  # resident adapters that no one uses, the longest so first
         self.fetched: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
@@ -96,7 +117,7 @@ class Simulator:
         bound = s.output if s.bound is None else s.bound
         self._check(s, lora_pages, bound)
         job = RequestInfo(s.id, s.at, s.prompt, bound, s.tenant, s.adapter, s.adapter is None, lora_pages, s.deadline)
-        live = LiveRequest(
+        live = _Live(
             s, job, RequestRecord(s.id, s.tenant, s.at, s.prompt, s.deadline - s.at if s.deadline is not None else self.options.slo)
         )
         self.records.append(live.record)
@@ -132,7 +153,7 @@ class Simulator:
     def _ready_at(self, job: RequestInfo) -> float:
         return -math.inf if job.adapter is None else self.fetched[job.adapter]
 
-    def _end(self, live: LiveRequest, outcome: Outcome) -> None:
+    def _end(self, live: _Live, outcome: Outcome) -> None:
         live.record.outcome, live.record.end = outcome, self.now
         self.policy.finished(live.job, self.now)
 
@@ -246,7 +267,7 @@ class Simulator:
         self._advance(rows, chunks)
         return True
 
-    def _load(self, rows: Sequence[LiveRequest], chunks: dict[str, int]) -> StepLoad:
+    def _load(self, rows: Sequence[_Live], chunks: dict[str, int]) -> StepLoad:
         active = [*rows, *(x for x in self.running.values() if chunks.get(x.job.id))]
         ranks = {x.job.adapter: x.sent.rank for x in active if x.job.adapter is not None}
         return StepLoad(len(rows) + sum(chunks.values()), sum(x.computed for x in active), sum(ranks.values()))
@@ -259,7 +280,7 @@ class Simulator:
         self.counts["steps"] += 1
         self._rows += len(self.running)
 
-    def _advance(self, rows: Sequence[LiveRequest], chunks: dict[str, int]) -> None:
+    def _advance(self, rows: Sequence[_Live], chunks: dict[str, int]) -> None:
         produced: dict[str, int] = {}
         jobs = [x.job for x in self.running.values()]
         for x in list(self.running.values()):
@@ -271,7 +292,7 @@ class Simulator:
         if self.on_step is not None:
             self.on_step(self)
 
-    def _publish(self, x: LiveRequest) -> None:
+    def _publish(self, x: _Live) -> None:
         if x.record.first is None:
             x.record.first = self.now
         else:
@@ -285,7 +306,7 @@ class Simulator:
             if self.peak is not None:
                 self.peak.finished(x.job)
 
-    def _leave(self, x: LiveRequest) -> None:
+    def _leave(self, x: _Live) -> None:
         self._moved = True
         del self.running[x.job.id]
         self.pool.release(self._key(x.job))
@@ -293,7 +314,7 @@ class Simulator:
         if adapter is not None and all(y.job.adapter != adapter for y in self.running.values()):
             self.idle[adapter] = None
 
-    def _grow(self, x: LiveRequest) -> None:
+    def _grow(self, x: _Live) -> None:
         """A block for its next token; the most recent request is preempted where there is none."""
         key = self._key(x.job)
         while self.pool.count(key, KV) * self.options.page < x.job.prompt + x.job.generated:
@@ -314,7 +335,7 @@ def simulate(
     requests: Sequence[Sent],
     pool: SharedBlockPool,
     true: Coefficients,
-    options: SimOptions = DEFAULTS,
+    options: SimOptions = OPTIONS,
     peak: PeakTest | None = None,
     rate: float | None = None,
 ) -> Report:

@@ -1,4 +1,4 @@
-"""What the simulator is given: requests with their arrival times, and its limits."""
+"""What the simulator is sent, and its limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from rankwise.errors import OptionError
 
 if TYPE_CHECKING:
-    from rankwise.serve.policies.base import RequestInfo
-    from rankwise.serve.simulate.score import RequestRecord
     from rankwise.serve.simulate.trace import Arrival
 
 
@@ -51,7 +49,7 @@ class SimOptions:
         slo: seconds to the first token, for the figures (a request's own deadline comes first).
         step_slo: seconds of a step that prompts and training are cut to, None for no limit.
         admit_every: steps between admissions where nobody has come or gone since the last.
-        fetch_seconds: until an adapter asked for the first time is on the host; ``page_seconds``: to put a LoRA page of it in a slot.
+        fetch_seconds: until an adapter asked for the first time is on the host; ``page_seconds``: to put a cell of it in a slot.
         train: whether training fills what is left of each step.
     """
 
@@ -69,24 +67,3 @@ class SimOptions:
         for name in ("page", "max_num_seqs", "max_num_batched_tokens", "admit_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"The simulator got {name} = {getattr(self, name)}; it is at least 1.")
-
-
-#: a simulator that was not told otherwise
-DEFAULTS = SimOptions()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class LiveRequest:
-    sent: Sent
-    job: RequestInfo
-    record: RequestRecord
-    computed: int = 0
-    last: float = 0.0
-
-    @property
-    def pending(self) -> int:
-        return self.job.prompt + self.job.generated - self.computed
-
-    @property
-    def decoding(self) -> bool:
-        return self.job.generated > 0 and self.pending == 1
