@@ -97,6 +97,13 @@ def train_on_server(
 ) -> None:
     """Submit, show the progress, and say under which name the adapter is served.
 
+    Args:
+        url: of the server; ``model``: its base's name, None: asked of it.
+        data, stage, format, split: as of ``rankwise train``.
+        name: under which the adapter is served.
+        recipe, fields: of the job; fields that are None are left to the server.
+        as_json: print the finished job as JSON and no progress.
+
     Raises:
         OptionError, DataError: no server, or one that refuses; data of another kind.
         TrainingError: the job failed, or was cancelled.

@@ -67,6 +67,11 @@ class Sizes:
             raise OptionError(f"kv_tokens = {self.kv_tokens} is no multiple of the page of {self.page} tokens.")
 
     @property
+    def limits(self) -> Limits | None:
+        """What the LoRA pages can hold, so that a larger adapter is refused when it is resolved, not when it is to run."""
+        return Limits(rank=min(Limits().rank, WIDTH * self.max_lora_blocks)) if self.memory is None else None
+
+    @property
     def copied_tokens(self) -> int:
         """``decode_cache_tokens``, or its default."""
         return 2 * self.kv_tokens if self.decode_cache_tokens is None else self.decode_cache_tokens
@@ -74,7 +79,12 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Server:
-    """An engine and what it stands on."""
+    """An engine and what it stands on.
+
+    Attributes:
+        engine, cache, runner: steps, adapters on the host, the model.
+        table, pool, layout: adapters on the device, cache blocks and LoRA pages, the modules that adapters may change.
+    """
 
     engine: Engine
     cache: AdapterCache
@@ -125,8 +135,7 @@ def build_server(
         AttachError, OptionError, UnknownName: a model that cannot be served; sizes, names or options that cannot be.
     """
     sizes, options = sizes or Sizes(), options or EngineOptions()
-    if limits is None and sizes.memory is None:
-        limits = Limits(rank=min(Limits().rank, WIDTH * sizes.max_lora_blocks))  # told when resolved, not when it is to run
+    limits = limits or sizes.limits
     loader = AdapterLoader(model, limits=limits)  # before anything is hooked: it reads the plain base
     counts = _counts(model, loader.layout, sizes)
     rows, copies = options.max_num_seqs, sizes.copied_tokens

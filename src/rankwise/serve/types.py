@@ -57,10 +57,16 @@ class Overloaded(ServeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn.  ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all.
+    """How tokens are drawn.
 
-    ``logprobs``: how many alternatives are reported beside the chosen token's log-probability (None: neither).
-    A request with a ``seed`` draws the same tokens whatever else is in its batch.
+    Attributes:
+        max_tokens: most new tokens.
+        temperature: 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all.
+        seed: with one a request draws the same tokens whatever else is in its batch.
+        stop_ids: ids that end it; ``ignore_eos``: whether the model's own do not.
+        logprobs: alternatives reported beside the chosen token's log-probability (None: neither).
+        logit_bias: token id → added to its logit.
+        presence_penalty, frequency_penalty: taken off a token's logit once, and each time it was made.
 
     Raises:
         OptionError: a value out of its range.
@@ -132,7 +138,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a request: its id, its log-probability where asked for, and the likeliest alternatives."""
+    """One token of a request.
+
+    Attributes:
+        request, id: the request's id, the token's.
+        index: among the request's new tokens.
+        logprob, top: its log-probability and the likeliest alternatives, where asked for.
+    """
 
     request: str
     id: int
@@ -143,9 +155,13 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request; ``message`` says why where the outcome is an error's.
+    """The last event of a request.
 
-    ``reused``: prompt tokens whose keys and values came from the prefix index.
+    Attributes:
+        request, outcome: id; how it ended.
+        prompt_tokens, generated_tokens: counts.
+        reused: prompt tokens whose keys and values came from the prefix index.
+        message, error: why, where the outcome is an error's.
     """
 
     request: str

@@ -37,6 +37,11 @@ class PrefixIndex:
 
     A block is *held* (some request refers to it), *idle* (nobody does, but its hash is known; it is given up in the order of
     last use) or the pool's.
+
+    Args:
+        pool: gives and takes blocks, by the tag ``tag``.
+        page: tokens of a block.
+        share: whether full blocks are entered and found; False keeps every request to itself.
     """
 
     def __init__(self, pool: BlockPool, page: int, *, tag: str = "kv", share: bool = True):

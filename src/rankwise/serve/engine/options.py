@@ -67,7 +67,15 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine; ``counters`` only grow.  ``copies_bytes``: keys and values kept a second time for decoding rows."""
+    """A look at the engine.
+
+    Attributes:
+        running, waiting: requests; ``steps``: taken so far; ``step_seconds``: of the last one.
+        kv_used, kv_total: cache blocks; ``cells_used``, ``cells_total``: LoRA pages.
+        healthy: False once a step has failed, until the next that does not; ``error``: why.
+        counters: they only grow.
+        copies_bytes: keys and values kept a second time for sequences that decode.
+    """
 
     running: int
     waiting: int

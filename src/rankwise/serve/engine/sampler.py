@@ -40,7 +40,12 @@ class SamplerState:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token, or why there is none (``fault``): what a request asks for that its vocabulary or generator cannot give."""
+    """A token, or why there is none.
+
+    Attributes:
+        id: the token, -1 with a fault; ``logprob``, ``top``: where asked for, ``top`` as (id, log-probability).
+        fault: what a request asks for that its vocabulary or generator cannot give.
+    """
 
     id: int
     logprob: float | None = None

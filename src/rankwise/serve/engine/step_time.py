@@ -37,7 +37,13 @@ class StepLoad:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Seconds: a step, a token below and above the ``knee``, a cached token, a unit of rank, the presence of adapters."""
+    """What the parts of a step cost, in seconds.
+
+    Attributes:
+        step, adapters: of a step; of the presence of adapters.
+        token, token_above: of a token below and above the ``knee`` (tokens).
+        context, rank: of a cached token; of a unit of rank.
+    """
 
     step: float = 0.0
     token: float = 0.0
@@ -161,6 +167,11 @@ class StepBudget:
         """(prompt tokens, training tokens) beside ``decode``, prompts first, the step within ``slo`` seconds (None: no limit).
 
         Training takes what then is left, s = max{s : t(c + s) ≤ slo}; it gets nothing of a step that is late already.
+
+        Args:
+            decode: the load of the decoding rows.
+            prefill_waiting, train_waiting: tokens that could join.
+            slo: seconds, or None for no limit.
         """
         room = max(self.max_num_batched_tokens - decode.tokens, 0)
         least = min(prefill_waiting, self.least_prefill, max(room, 1 if decode.tokens == 0 else 0))

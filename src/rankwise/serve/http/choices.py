@@ -19,7 +19,13 @@ log = logging.getLogger("rankwise.serve")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its log-probability, where in the text it begins (characters), and the likeliest others."""
+    """A token with its log-probability.
+
+    Attributes:
+        raw, logprob: the token's bytes, its log-probability.
+        offset: characters before it in the text.
+        top: the likeliest tokens, in the same form.
+    """
 
     raw: bytes
     logprob: float
@@ -29,7 +35,13 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """What of one answer can go out now; ``finish`` ("stop", "length") comes with the last one."""
+    """What of one answer can go out now.
+
+    Attributes:
+        index: of the choice.
+        text, logged: new text, and the log-probabilities of its tokens.
+        finish: "stop" or "length" with the last one, None before.
+    """
 
     index: int
     text: str
@@ -45,6 +57,11 @@ class OutputStream:
         generated: tokens that belong to it, also an end-of-text token.
         reused: prompt tokens that were in the cache already.
         parts: the pieces so far.
+
+    Args:
+        index: of the choice; ``start``: characters before its text (an echo).
+        detokeniser, prompt: the text of ids, and those that come before.
+        stops: stop strings; ``ends``: ids that end the answer without text.
     """
 
     def __init__(

@@ -26,7 +26,14 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class Refusal(ServeError):
-    """A request refused by the HTTP side; ``param`` names the field, ``headers`` go out with the answer."""
+    """A request refused by the HTTP side.
+
+    Args:
+        status, code: of HTTP; the word that OpenAI's clients read.
+        message: one sentence for the user.
+        param: the field at fault, or None.
+        headers: sent with the answer.
+    """
 
     def __init__(self, status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None):
         super().__init__(message)

@@ -19,6 +19,12 @@ class EventStream(Response):
     """Frames as they come.  Whatever ends it, the stack is closed: its sequences leave the engine.
 
     A write that hangs for ``stall`` seconds ends the answer; the connection is closed without the last event.
+
+    Args:
+        frames: what is sent.
+        stack: closed at the end.
+        headers: beside those of an event stream.
+        stall: seconds.
     """
 
     media_type = "text/event-stream"

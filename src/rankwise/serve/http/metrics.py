@@ -99,7 +99,13 @@ class Metrics:
         self.observe("adapter_load_seconds", seconds, {"from": source})
 
     def served(self, adapter: str, outcome: str, prompt: int, generated: int) -> None:
-        """One sequence ended.  ``adapter``: its name, "" for the base, "mix" for a mix."""
+        """One sequence ended.
+
+        Args:
+            adapter: its name, "" for the base, "mix" for a mix.
+            outcome: how it ended.
+            prompt, generated: tokens.
+        """
         with self._lock:
             label = self._labels.of(adapter) if adapter else ""
             self._requests.labels(self.model, label, outcome).inc()

@@ -80,7 +80,14 @@ def _requests(
 
 @dataclasses.dataclass(slots=True)
 class RequestWork:
-    """One HTTP request on its way: its sequences, and what they have said so far."""
+    """One HTTP request on its way: its sequences, and what they have said so far.
+
+    Attributes:
+        service, target, reply: the server, what answers, the form of the answer.
+        requests: the sequences, ``n`` for each of ``given`` (the prompts: ids, and text or None).
+        stops: stop strings; ``body``: the request as it came.
+        choices, echoes: by request id what was said so far; the text before each.
+    """
 
     service: Service
     target: Target

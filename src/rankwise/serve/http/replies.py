@@ -39,7 +39,13 @@ def usage(prompts: Sequence[int], choices: Sequence[OutputStream]) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """What all parts of one answer carry.  ``fingerprint`` names the weights that answered."""
+    """What all parts of one answer carry.
+
+    Attributes:
+        id, created: of the answer; seconds since 1970.
+        model: as it was asked for.
+        fingerprint: names the weights that answered.
+    """
 
     id: str
     created: int
@@ -61,9 +67,25 @@ class Reply:
         return None
 
     def choice(self, text: str, pieces: Sequence[OutputDelta], index: int, finish: str | None) -> dict[str, Any]:
+        """One choice of the whole answer.
+
+        Args:
+            text: all of it.
+            pieces: as they came.
+            index: of the choice.
+            finish: why it ended.
+        """
         raise NotImplementedError
 
     def delta(self, text: str, logged: Sequence[TokenLogprob], index: int, finish: str | None) -> dict[str, Any]:
+        """One choice of an event.
+
+        Args:
+            text: new text.
+            logged: log-probabilities of its tokens.
+            index: of the choice.
+            finish: why it ended, None before the end.
+        """
         raise NotImplementedError
 
     def whole(self, choices: Sequence[OutputStream], echoes: Sequence[str], prompts: Sequence[int]) -> dict[str, Any]:

@@ -66,6 +66,12 @@ def max_tokens(body: Generate, prompt: int, settings: Settings) -> int:
 def sampling(body: Generate, prompt: int, index: int, settings: Settings) -> Sampling:
     """How choice ``index`` of a prompt of so many tokens is drawn.  Choice i of a seeded request is drawn with seed + i.
 
+    Args:
+        body: the request.
+        prompt: tokens of the prompt.
+        index: of the choice.
+        settings: the server's bounds.
+
     Raises:
         Refusal, OptionError: a value out of its range.
     """

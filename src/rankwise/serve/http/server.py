@@ -71,7 +71,10 @@ class Protocol(H11Protocol):
 class HttpServer(uvicorn.Server):
     """Serves one application until a signal; then no new requests, what runs is finished or told within the drain time.
 
-    ``opened`` is called once the port takes connections.
+    Args:
+        app: of :func:`~rankwise.serve.http.app.make_app`.
+        host, port: to listen on.
+        opened: called once the port takes connections.
     """
 
     def __init__(self, app: Starlette, host: str, port: int, opened: Callable[[], None] = lambda: None):

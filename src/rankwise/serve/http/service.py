@@ -58,6 +58,11 @@ class Service:
     """The engine, the adapters, the tokenizer and the keys behind one port.
 
     ``workers`` read files; ``scribe`` is the one thread on which the tokenizer runs, for some are not safe on several.
+
+    Args:
+        engine, cache, tokenizer: what answers.
+        settings, keys: bounds and limits; who may call.
+        training: the stream of fine-tuning jobs, None where there is none.
     """
 
     def __init__(

@@ -95,6 +95,12 @@ class Generation:
     """The sequences of one HTTP request: submitted together, cancelled together.
 
     Use as a context manager: whatever ends it, nothing of it stays in the engine.
+
+    Args:
+        engine: what serves.
+        requests: its sequences.
+        buffer: events kept unread.
+        quiet: seconds without an event, after which the engine is asked whether it lives.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request], *, buffer: int, quiet: float):

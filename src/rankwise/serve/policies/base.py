@@ -59,7 +59,12 @@ class RequestInfo:
 class State:
     """The engine as a policy sees it at an admission.
 
-    ``waiting`` is in order of arrival.  ``chunk``: most prompt tokens that join one step (0: no limit).
+    Attributes:
+        now: seconds on the engine's clock.
+        running, waiting: requests, the waiting ones in order of arrival.
+        free_blocks, total_blocks, page: of the cache, ``page`` tokens each; ``free_cells``: LoRA pages.
+        step_seconds, seconds_per_prompt_token: of a step as it is, and predicted for each token more.
+        chunk: most prompt tokens that join one step (0: no limit).
     """
 
     now: float

@@ -18,9 +18,12 @@ from rankwise.serve.policies.vtc import VirtualTokenCounter
 class Default(ChainPolicy):
     """Early abort's order within clustering, within fairness of tenants, and a drain for who has waited ``max_wait`` seconds.
 
-    ``slo``: seconds to the first token for requests without a deadline of their own (None: they are never let go);
-    ``d``: adapters in a batch above which clustering begins; ``weights``: of the tenants (1 where not named);
-    ``slots``: most adapters in a batch, where the engine has such a limit.
+    Attributes:
+        slo: seconds to the first token for requests without a deadline of their own (None: they are never let go).
+        d: adapters in a batch above which clustering begins.
+        weights: of the tenants (1 where not named).
+        max_wait: seconds.
+        slots: most adapters in a batch, where the engine has such a limit.
     """
 
     rules: tuple[()] = dataclasses.field(default=(), init=False)

@@ -26,6 +26,12 @@ class EarlyAbort(Policy):
     meets more limits (1: oldest first always, nothing but the abort), less makes the first tokens that are in time earlier.
     Every request with a deadline is let in or let go by then; one without follows in order of arrival and is
     never let go.  Without deadlines this is first come, first served.
+
+    Attributes:
+        slo: seconds to the first token where a request has no deadline of its own; None: no limit.
+        margin: seconds added to the prediction.
+        patience: share of its time.
+        every: steps of a period.
     """
 
     slo: float | None = 6.0

@@ -38,6 +38,11 @@ class Pets(Policy):
     nothing runs.  With ``least`` or fewer waiting: order of arrival.
     The published code runs the last macro-batch; here it is the one with the oldest request, which costs the same and
     starves none.
+
+    Attributes:
+        step, launch, token, cell: of the costs above, in any unit.
+        max_batch: requests of a macro-batch.
+        least: waiting requests up to which nothing is planned.
     """
 
     step: float = 100.0

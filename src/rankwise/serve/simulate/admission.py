@@ -42,6 +42,12 @@ class PeakTest:
     blocks, and this test would leave room empty for bounds (``max_tokens``) that most requests do not reach.
     A prompt that is not computed yet comes late by as many steps as the pending prompts take in chunks, and is counted as
     having that many tokens more.
+
+    Attributes:
+        page: tokens of a block.
+        learn: the quantile; None: bounds are trusted.
+        window: requests that are remembered.
+        least: remembered requests from which on they count.
     """
 
     page: int

@@ -25,7 +25,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 class CutLinear:
-    """The forward of one module of a cut model, with one adapter's pair (None: the base alone)."""
+    """The forward of one module of a cut model, with one adapter's pair (None: the base alone).
+
+    Args:
+        m: the cut module.
+        comm, rank: the devices; the pair's rank.
+        pair: A and B, this device's part.
+        split: whether A is cut over its rank.
+        outputs: columns of y that B makes here, None for a column-parallel module.
+    """
 
     def __init__(
         self, m: nn.Module, comm: Communicator, pair: Pair | None, rank: int, split: bool, outputs: tuple[int, int] | None
@@ -60,7 +68,11 @@ class CutLinear:
 def install(local: nn.Module, share: Share, comm: Communicator, pairs: Mapping[str, Pairs], split: bool) -> None:
     """Give every cut linear of ``local`` (:func:`~rankwise.serve.parallel.experimental.cutting.cut_model`) its forward by the definition.
 
-    ``pairs``: one adapter, as the whole base has it; A is split over its own rank here, not over LoRA pages.
+    Args:
+        local: the cut model.
+        share, comm: this device's part, the devices.
+        pairs: one adapter, as the whole base has it; A is split over its own rank here, not over LoRA pages.
+        split: whether A is cut.
     """
     for name, g in share.whole.items():
         mine = pairs.get(name) or (None,) * len(g.modules)

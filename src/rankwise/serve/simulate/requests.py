@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sent:
-    """A request that a client sends ``at`` a time: it makes ``output`` tokens of the ``bound`` it asked for (None: all).
+    """A request that a client sends.
 
-    ``leaves``: when the client goes away, if it has not ended by then.
+    Attributes:
+        id, tenant, adapter, rank: of the request; rank 0 for the base.
+        at, leaves: seconds when it comes, and when its client goes away.
+        prompt, output: tokens it has and makes; ``bound``: asked for (None: ``output``).
+        deadline: seconds on the clock, or None.
     """
 
     id: str

@@ -22,6 +22,12 @@ def routing_cost(
 
     CaraServe's step time: β + α·Σr, or β + α·b·max r where kernels pad to the largest rank.  A limit that is broken
     already is not counted again.
+
+    Args:
+        replica: what runs there.
+        rank, slo: of the request; seconds of a step.
+        alpha, beta: seconds a unit of rank, seconds a step.
+        padded: whether kernels pad to the largest rank.
     """
 
     def step(ranks: tuple[int, ...]) -> float:
@@ -33,6 +39,13 @@ def routing_cost(
 
 
 def route(replicas: Sequence[ReplicaLoad], rank: int, slo: float, alpha: float, beta: float, *, padded: bool = False) -> int | None:
-    """Index of the replica that breaks fewest limits, then adds least time; None where none has room."""
+    """Index of the replica that breaks fewest limits, then adds least time; None where none has room.
+
+    Args:
+        replicas: to choose from.
+        rank, slo: of the request.
+        alpha, beta: of a step's time.
+        padded: see :func:`routing_cost`.
+    """
     able = [i for i, r in enumerate(replicas) if r.room]
     return min(able, key=lambda i: (*routing_cost(replicas[i], rank, slo, alpha, beta, padded=padded), i), default=None)

@@ -14,7 +14,15 @@ from rankwise.serve.types import Outcome
 
 @dataclasses.dataclass(slots=True)
 class RequestRecord:
-    """One request: when it came, its first token and its end (seconds; None: never), the gaps between its tokens."""
+    """What became of one request.
+
+    Attributes:
+        id, tenant, prompt: of the request; tokens of its prompt.
+        at, first, end: when it came, its first token, its end (seconds; None: never).
+        slo: seconds to the first token.
+        outcome, tokens: how it ended, tokens made.
+        gaps: seconds between its tokens.
+    """
 
     id: str
     tenant: str
@@ -74,7 +82,14 @@ class Report:
 
 
 def report(records: Sequence[RequestRecord], wall: float, rate: float | None = None, **counts: float) -> Report:
-    """The figures of ``records`` over ``wall`` seconds; ``rate``: requests a second offered, for the stripped throughput."""
+    """The figures of a run.
+
+    Args:
+        records: of all requests.
+        wall: seconds.
+        rate: requests a second offered, for the stripped throughput.
+        counts: further fields of :class:`Report`.
+    """
     outcomes = Counter(r.outcome for r in records)
     finished = outcomes[Outcome.LENGTH] + outcomes[Outcome.STOP]
     first = [r.ttft for r in records if r.first is not None]

@@ -339,5 +339,11 @@ def simulate(
     peak: PeakTest | None = None,
     rate: float | None = None,
 ) -> Report:
-    """One run of ``policy`` over ``requests``: see :class:`Simulator`."""
+    """One run of ``policy`` over ``requests``.
+
+    Args:
+        policy, pool, true, options, peak: see :class:`Simulator`.
+        requests: in any order.
+        rate: requests a second offered, for the report.
+    """
     return Simulator(policy, pool, true, options, peak).run(requests, rate)

@@ -41,7 +41,13 @@ def setting(name: str) -> Setting:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a trace: seconds from its start, index and rank of its adapter, tokens of prompt and answer."""
+    """One request of a trace.
+
+    Attributes:
+        at: seconds from the start.
+        adapter, rank: its index, its rank.
+        prompt, output: tokens.
+    """
 
     at: float
     adapter: int
