@@ -364,7 +364,7 @@ def test_a_chunk_that_is_not_finite_is_never_shared(made: Server, monkeypatch: p
             if s.request == "ill" and not s.samples:
                 with torch.inference_mode():
                     for _, V in self.store.layers.values():
-                        V[plan.page[first : first + len(s.tokens)]] = torch.nan
+                        V[plan.kv_slots[first : first + len(s.tokens)]] = torch.nan
         return logits
 
     monkeypatch.setattr(type(made.runner), "run", poisoned)
