@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rankwise.serve.adapters.layout import Layout
-from rankwise.serve.parallel.experimental.comm import PeerLost, attention_traffic, ring_all_gather, ring_all_reduce
+from rankwise.serve.parallel.experimental.comm import PeerLost
 from rankwise.serve.parallel.experimental.shares import shares
-from rankwise.serve.simulate.ring import Ring
+from rankwise.serve.simulate.ring import Ring, attention_traffic, ring_all_gather, ring_all_reduce
 from tests.models import _LLAMA, _text, llama
 from tests.serve.parallel.rig import forward, merge, pairs_for, wide
 

@@ -18,12 +18,13 @@ from rankwise.serve.adapters.non_lora_changes import Constant, Offset, Weighted
 from rankwise.serve.adapters.source import FolderSource
 from rankwise.serve.batch import BASE, Role, Span, make_plan
 from rankwise.serve.engine.options import EngineOptions
-from rankwise.serve.parallel.experimental.comm import Alone, PeerLost, attention_traffic
+from rankwise.serve.parallel.experimental.comm import PeerLost
 from rankwise.serve.parallel.experimental.device import DevicePages
 from rankwise.serve.parallel.experimental.non_lora_changes import local
 from rankwise.serve.parallel.experimental.shares import shares
 from rankwise.serve.server import Sizes, build_server
 from rankwise.serve.simulate.drive import run_until_idle
+from rankwise.serve.simulate.ring import Alone, attention_traffic
 from rankwise.serve.types import AdapterRefused, Outcome
 from tests.serve import rig
 from tests.serve.parallel.team import Threads

@@ -2,7 +2,7 @@
 
 Each collective is the textbook ring: numbers are cut in N chunks, and in N−1 rounds every device hands one chunk to the
 next (twice for a reduction: once adding, once passing on).  What is counted is what went into a mailbox, so that the
-cost formulas (:mod:`rankwise.serve.parallel.experimental.comm`) are checked and not assumed.  Errors: PeerLost after ``timeout``
+cost formulas (:func:`attention_traffic`) are checked and not assumed.  Errors: PeerLost after ``timeout``
 seconds without a chunk, or once any device's program failed.
 """
 
@@ -12,6 +12,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -103,3 +104,39 @@ class RingDevice:
             except queue.Empty:
                 waited += 0.1
         raise PeerLost(f"Device {self.rank} of {self.size} got nothing from the one before it for {waited:.0f} s.")
+
+
+# --- what collectives cost ------------------------------------------------------------------------------------
+class Alone:
+    """One device: nothing is sent."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor, whose: Whose = "base") -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, whose: Whose = "adapter") -> Tensor:
+        return x[None]
+
+
+def ring_all_reduce(numbers: int, size: int) -> Fraction:
+    """Numbers a device sends to reduce so many, on average over the ring."""
+    return Fraction(2 * (size - 1) * numbers, size)
+
+
+def ring_all_gather(numbers: int, size: int) -> Fraction:
+    """Numbers a device sends so that all have these ``numbers``, a part of each."""
+    return Fraction((size - 1) * numbers, size)
+
+
+def attention_traffic(tokens: int, hidden: int, rank: int, size: int) -> tuple[Fraction, Fraction]:
+    """(base, adapter): numbers a device sends for one attention block.
+
+    Args:
+        tokens, hidden: of the input, T×h.
+        rank: of the adapter, rounded up to a multiple of ``size`` at q, k, v.
+        size: how many devices.
+    """
+    padded = -(-rank // size) * size
+    gathers = 3 * ring_all_gather(tokens * padded, size)
+    return ring_all_reduce(tokens * hidden, size), gathers + ring_all_reduce(tokens * rank, size)

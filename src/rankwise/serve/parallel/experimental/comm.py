@@ -11,7 +11,6 @@ All devices call the same collectives in the same order.  Errors: PeerLost, wher
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -38,38 +37,3 @@ class Communicator(Protocol):
     def all_gather(self, x: Tensor, whose: Whose = "adapter") -> Tensor:
         """(N, *x.shape): what each device gave, in order of rank."""
         ...
-
-
-class Alone:
-    """One device: nothing is sent."""
-
-    rank, size = 0, 1
-
-    def all_reduce(self, x: Tensor, whose: Whose = "base") -> Tensor:
-        return x
-
-    def all_gather(self, x: Tensor, whose: Whose = "adapter") -> Tensor:
-        return x[None]
-
-
-def ring_all_reduce(numbers: int, size: int) -> Fraction:
-    """Numbers a device sends to reduce so many, on average over the ring."""
-    return Fraction(2 * (size - 1) * numbers, size)
-
-
-def ring_all_gather(numbers: int, size: int) -> Fraction:
-    """Numbers a device sends so that all have these ``numbers``, a part of each."""
-    return Fraction((size - 1) * numbers, size)
-
-
-def attention_traffic(tokens: int, hidden: int, rank: int, size: int) -> tuple[Fraction, Fraction]:
-    """(base, adapter): numbers a device sends for one attention block.
-
-    Args:
-        tokens, hidden: of the input, T×h.
-        rank: of the adapter, rounded up to a multiple of ``size`` at q, k, v.
-        size: how many devices.
-    """
-    padded = -(-rank // size) * size
-    gathers = 3 * ring_all_gather(tokens * padded, size)
-    return ring_all_reduce(tokens * hidden, size), gathers + ring_all_reduce(tokens * rank, size)
