@@ -26,7 +26,7 @@ from rankwise.store.peft import pack as packing
 
 if TYPE_CHECKING:
     from rankwise.delta.state import AdapterState
-    from rankwise.store.peft.read import PeftInfo
+    from rankwise.store.peft.info import PeftInfo
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"

@@ -14,10 +14,11 @@ from rankwise.store.gguf import read_gguf
 from rankwise.store.interchange import find_file
 from rankwise.store.kohya import is_kohya, read_kohya
 from rankwise.store.peft import config as cfg
-from rankwise.store.peft.read import PeftInfo, read_peft
+from rankwise.store.peft.read import read_peft
 
 if TYPE_CHECKING:
     from rankwise.delta.state import AdapterState
+    from rankwise.store.peft.info import PeftInfo
 
 
 def read_foreign(path: str | os.PathLike[str], specs: Mapping[str, Any], config: Any = None) -> tuple[AdapterState, PeftInfo]:

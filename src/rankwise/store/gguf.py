@@ -28,7 +28,7 @@ from rankwise.store.interchange import Factors
 if TYPE_CHECKING:
     from rankwise.delta.state import AdapterState
     from rankwise.sites.spec import SiteSpec
-    from rankwise.store.peft.read import PeftInfo
+    from rankwise.store.peft.info import PeftInfo
 
 FILE = "adapter.gguf"
 #: transformers' model_type → (GGUF's architecture, whether q and k are permuted)

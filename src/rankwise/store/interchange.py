@@ -23,7 +23,7 @@ from rankwise.store import tensorfile
 from rankwise.store.atomic import replace_file
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft import pack as packing
-from rankwise.store.peft.read import PeftInfo
+from rankwise.store.peft.info import PeftInfo
 
 #: a pipeline's parts, by the names that diffusers gives them
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")

@@ -28,7 +28,7 @@ from rankwise.store.sgm import layout, old_names
 
 if TYPE_CHECKING:
     from rankwise.delta.state import AdapterState
-    from rankwise.store.peft.read import PeftInfo
+    from rankwise.store.peft.info import PeftInfo
 
 FILE = "lora.safetensors"
 #: component → the prefixes that files use for it, the one written first

@@ -20,7 +20,8 @@ from rankwise.store import tensorfile
 from rankwise.store.atomic import FILES, Files, write_folder
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft import pack as packing
-from rankwise.store.peft.read import PeftInfo, read_peft
+from rankwise.store.peft.info import PeftInfo
+from rankwise.store.peft.read import read_peft
 
 if TYPE_CHECKING:
     from rankwise.delta.state import AdapterState

@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from rankwise.store.hub import local_folder
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft import pack as packing
 from rankwise.store.peft.folder import read_pair
+from rankwise.store.peft.info import PeftInfo
 from rankwise.store.peft.keys import guess_specs, join, sort_keys
 
 if TYPE_CHECKING:
@@ -28,24 +29,6 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"^(?P<stack>.*\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)$")
 _FUSED = {name: ("gate_up_proj", half) for half, names in enumerate((("gate_proj", "w1"), ("up_proj", "w3"))) for name in names}
 _FUSED |= dict.fromkeys(("down_proj", "w2"), ("down_proj", -1))
-
-
-class PeftInfo(TypedDict):
-    """What a PEFT folder holds besides low-rank changes and whole tensors.
-
-    ``magnitude`` and ``bias`` (the change of a bias, scale included) by site; ``base_layers`` the base weights that
-    PEFT saves with an adapted embedding; ``untied`` the sites of a tie of which only this end was adapted.
-    """
-
-    config: dict[str, Any]
-    base_model: str | None
-    task_type: str | None
-    dropout: float
-    magnitude: dict[str, Tensor]
-    bias: dict[str, Tensor]
-    base_layers: dict[str, Tensor]
-    untied: list[str]
-    modules_to_save: list[str]
 
 
 def read_peft(
