@@ -37,6 +37,7 @@ class ComPEFT(AdapterCodec):
     density, and constant tensors (std 0); decoding raises ArtefactError.
     """
 
+    searchable: ClassVar[bool] = True
     density: float = 0.2
     alpha: float = 1.0
     per_tensor: bool = False
