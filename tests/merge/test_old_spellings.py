@@ -66,7 +66,7 @@ def test_functions_that_score_take_oracle(function: Any, given: list[AdapterStat
 def test_models_take_oracle() -> None:
     judge = Norm()
     with pytest.warns(DeprecationWarning, match="oracle"):
-        assert Models(oracle=judge, folders=["a"], load=lambda f: judge.model).evaluator is judge
+        assert Models(oracle=judge, folders=["a"], load=lambda f: judge.model).evaluator is judge  # type: ignore[call-arg]
 
 
 def test_a_merge_that_says_needs_oracle() -> None:
@@ -86,6 +86,6 @@ def test_a_merge_that_says_needs_oracle() -> None:
 def test_fusion_takes_voices() -> None:
     one = {"base": DecodingModel(llama())}
     with pytest.warns(DeprecationWarning, match="voices"):
-        fusion = Fusion(voices=one, terms=[])
+        fusion = Fusion(voices=one, terms=[])  # type: ignore[call-arg]
     with pytest.warns(DeprecationWarning, match="models"):
         assert fusion.voices is fusion.models

@@ -68,7 +68,6 @@ def convert(
 
 def _codec(codec: str | None, settings: list[str], format: str | None, search_data: str | None) -> dict[str, Any] | None:
     """The codec as a mapping, checked before any model is loaded; None where none is asked for."""
-    from rankwise.codecs.compeft import ComPEFT
     from rankwise.codecs.weights import adapter_codec
 
     if codec is None:
@@ -85,7 +84,7 @@ def _codec(codec: str | None, settings: list[str], format: str | None, search_da
             raise OptionError(f"--set takes option=value of the codec (density=0.2); it got {setting!r}.")
         _put_option(named, key.strip(), _value(raw.strip()))
     made = adapter_codec(named)
-    if search_data is not None and not isinstance(made, ComPEFT):
+    if search_data is not None and not made.searchable:
         raise OptionError(f"--search-data chooses alpha, which {codec!r} does not have; it is for compeft and ternary.")
     if search_data is not None and "alpha" in named:
         raise OptionError("--search-data chooses alpha, and --set gives it; leave one of the two out.")

@@ -62,6 +62,7 @@ class AdapterCodec(ABC):
     info: ClassVar[MethodInfo]
     exact: bool = False
     relative: ClassVar[bool] = False  # True where a stream is a difference from another adapter, given by ``bind``
+    searchable: ClassVar[bool] = False  # True where its option ``alpha`` may be chosen by a score (:mod:`rankwise.codecs.search`)
 
     def bind(self, reference: Mapping[str, Tensor]) -> AdapterCodec:
         """The same codec against ``reference``, the tensors of another adapter; only a ``relative`` codec has one."""

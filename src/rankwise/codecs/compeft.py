@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,7 @@ class ComPEFT(AdapterCodec):
     density, and constant tensors (std 0); decoding raises ArtefactError.
     """
 
+    searchable: ClassVar[bool] = True
     density: float = 0.2
     alpha: float = 1.0
     per_tensor: bool = False

@@ -19,11 +19,11 @@ from rankwise.store.hub import local_folder
 from rankwise.store.peft import config as cfg
 from rankwise.store.peft import pack as packing
 from rankwise.store.peft.folder import read_pair
+from rankwise.store.peft.info import PeftInfo
 from rankwise.store.peft.keys import guess_specs, join, sort_keys
 
 if TYPE_CHECKING:
     from rankwise.sites.spec import SiteSpec
-from rankwise.store.peft.info import PeftInfo
 
 #: names of one expert's linears in files from before the experts were fused → (stack, half of its rows)
 _EXPERT = re.compile(r"^(?P<stack>.*\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)$")
