@@ -1,12 +1,3 @@
-<<<<<<< HEAD
-"""What a PEFT folder holds besides low-rank changes and whole tensors."""
-
-from __future__ import annotations
-
-from typing import Any, TypedDict
-
-from torch import Tensor
-=======
 """What a file of another library holds besides low-rank changes and whole tensors, told as PEFT has it."""
 
 from __future__ import annotations
@@ -15,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
->>>>>>> mrg
 
 
 class PeftInfo(TypedDict):
