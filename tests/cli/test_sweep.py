@@ -117,7 +117,7 @@ def test_what_diverges_is_named_and_what_cannot_share_a_batch_trains_apart(text:
         (["-g", "rank=2"], "no field 'rank'"),
         (["-r", "lara"], "lara"),
         (["-r", "lora", "-r", "lora"], "Two jobs would be called 'lora'"),
-        (["--resume", "--overwrite"], "say one of them"),
+        (["--resume", "--overwrite"], "--resume keeps the finished jobs and --overwrite gives them up"),
         (["--epochs", "0"], "nothing would be learnt"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--model", "digits"], "no tokenizer"),
