@@ -39,7 +39,6 @@ def dotted(path: Path) -> str:
 #: module without a test file of its name, whose names no test imports → the test file that reaches it another way, and why
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "_version.py": ("tests/test_project_files.py", "the number that CITATION.cff and CHANGELOG.md must have"),
-    "assets/export.py": ("tests/assets/test_pretrain.py", "the files that a pretraining run leaves"),
     "assets/measure.py": ("tests/assets/test_assets.py", "bits per byte against the naive sum"),
     "assets/tokenizer.py": ("tests/assets/test_pretrain.py", "the tokenizer that a pretraining run trains"),
     "cli/compare.py": ("tests/cli/test_terminal.py", "rankwise compare, from text to the report"),
@@ -55,7 +54,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "merge/engine/jobs.py": ("tests/merge/test_checkpoints.py", "whole models merged tensor by tensor"),
     "merge/judge/held_out.py": ("tests/cli/test_merge.py", "scores by held-out text and images"),
     "routers/blocks.py": ("tests/routers/test_mixlora.py", "experts over whole MLP blocks"),
-    "routers/gates.py": ("tests/routers/test_smora.py", "gates with and without noise, their top k"),
+    "routers/gates.py": ("tests/routers/test_mixlora.py", "gates with and without noise, their top k"),
     "runtime/build.py": ("tests/test_refusals.py", "recipes made into adapter layers, or refused"),
     "runtime/context.py": ("tests/test_view.py", "the view of a thread, and of calls inside calls"),
     "runtime/forward.py": ("tests/test_view.py", "rows, strengths and masks in one forward"),
@@ -64,7 +63,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "runtime/read.py": ("tests/test_families.py", "load: own files and PEFT's"),
     "runtime/record.py": ("tests/test_families.py", "what an attached adapter is known by"),
     "runtime/switch.py": ("tests/test_view.py", "rw.view and rw.activate"),
-    "runtime/tensors.py": ("tests/codecs/test_compeft.py", "tensors by name that a coded file refers to"),
+    "runtime/tensors.py": ("tests/serve/adapters/test_source.py", "tensors by name that a coded file refers to"),
     "serve/adapters/mix.py": ("tests/serve/adapters/test_cache.py", "mixes as one adapter"),
     "serve/adapters/read.py": ("tests/serve/adapters/test_source.py", "adapters in folders and files, or refused"),
     "serve/adapters/residency.py": ("tests/serve/test_engine.py", "adapters fetched, held and evicted while requests run"),
@@ -85,7 +84,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "serve/ops/triton_kernels.py": ("tests/serve/ops/test_triton.py", "the kernels, in Triton's interpreter"),
     "serve/parallel/gloo.py": ("tests/serve/parallel/test_processes.py", "the group of real processes"),
     "serve/parallel/leader.py": ("tests/serve/parallel/test_engine.py", "an engine over several devices"),
-    "store/coded.py": ("tests/codecs/test_compeft.py", "files whose tensors a codec has packed"),
+    "store/coded.py": ("tests/serve/adapters/test_source.py", "files whose tensors a codec has packed"),
     "store/foreign.py": ("tests/serve/adapters/test_source.py", "files of other formats, told apart"),
     "store/peft/config.py": ("tests/store/test_peft_read.py", "adapter_config.json, field by field"),
     "store/peft/pack.py": ("tests/store/test_peft_export.py", "adapters as PEFT's tensors"),
@@ -271,17 +270,14 @@ def deep_chain() -> list[str]:
     return longest_chain(importing())
 
 
-being_cut = pytest.mark.xfail(strict=False, reason="being cut")
 FIGURES: list[tuple[Callable[[], list[str]], int]] = [
     (files_loose_in_serve, 5), (long_files, 0), (long_functions, 0), (repeated_class_names, 10), (unformatted_lines, 40), (late_imports, 30),
-    (deep_chain, 13), (thread_locals, 1), (wide_layers, 0), (serving_lines, 12_887),
+    (deep_chain, 13), (thread_locals, 3), (wide_layers, 0), (serving_lines, 13_250),
 ]  # fmt: skip
-CUT = {long_files, long_functions, unformatted_lines, late_imports, deep_chain, thread_locals, wide_layers, serving_lines}
+# thread_locals: the context of a forward; beside it, what is no context: a switch of forms/fused.py, a cache of forms/input_group.py
 
 
-@pytest.mark.parametrize(
-    ("found", "limit"), [pytest.param(f, n, id=f.__name__, marks=being_cut if f in CUT else ()) for f, n in FIGURES]
-)
+@pytest.mark.parametrize(("found", "limit"), FIGURES, ids=[f.__name__ for f, _ in FIGURES])
 def test_no_figure_is_worse_than_its_limit(found: Callable[[], list[str]], limit: int) -> None:
     now = found()
     assert len(now) <= limit, f"{len(now)}, not {limit} or fewer:\n" + "\n".join(dict.fromkeys(now))
@@ -296,6 +292,6 @@ def test_the_chain_is_found_and_circles_count_once() -> None:
 
 def test_each_figure_sees_what_it_counts() -> None:
     """None of them is empty for looking in the wrong place."""
-    assert len(FILES) > 300 and len(list(functions())) > 3000 and all(f in dict(FIGURES) for f in CUT)
+    assert len(FILES) > 300 and len(list(functions())) > 3000
     assert "rankwise.runtime.view" in importing() and len(serving_lines()) > 8000 and len(deep_chain()) > 5
     assert {"serve/server.py", "serve/types.py"} <= set(files_loose_in_serve())

@@ -155,7 +155,14 @@ def _searched(named: dict[str, Any], net: Any, reader: Any, loaded: Any, model: 
 def write(net: Any, loaded: Any, to: str, named: dict[str, Any], reference: str | None = None) -> dict[str, Any]:
     """Code ``loaded`` (which is taken off the model) into folder ``to``, read it back, and say what it costs.
 
-    Returns bytes of the coded file, of the plain native file, of the bare tensors as fp32 and bf16, and each place's relative error.
+    Args:
+        net: the base.
+        loaded: the adapter's handle.
+        to: folder to write.
+        named: the codec, ``{"name": …, options…}``.
+        reference: of the codec ``delta``, the other adapter's folder.
+
+    Returns bytes of the coded file, of the plain native file, of the bare tensors as fp32 and bf16, and each layer's relative error.
     """
     import rankwise as rw
 

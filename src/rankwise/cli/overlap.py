@@ -20,7 +20,16 @@ _HEADS = ("cosine", "columns shared", "rows shared", "(by chance)", "matched of 
 def compare(
     folders: Sequence[str], model: str | None, picture: str | None, source_rank: int | None, match: float, json: bool
 ) -> None:
-    """Read, compare, show.  Without a model the folders must be plain LoRA of one base."""
+    """Read, compare, show.
+
+    Args:
+        folders: of the adapters.
+        model: of their base; None: the folders must be plain LoRA of one base.
+        picture: file to draw to, or None.
+        source_rank: cut each adapter to this rank first.
+        match: |cos| from which two components count as one.
+        json: print JSON in place of tables.
+    """
     from rankwise.merge.judge.overlap import compare_states
 
     if model is None:

@@ -137,7 +137,14 @@ def lora_linear(
 
 
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factor]) -> Tensor:
-    """:func:`lora_linear` in torch's own operators: its naive reference, and the faster way for small products."""
+    """:func:`lora_linear` in torch's own operators: its naive reference, and the faster way for small products.
+
+    Args:
+        x: …×in.
+        weight: out×in, frozen.
+        bias: (out,) or None.
+        factors: (A: r×in, B: out×r, scale) of each pair.
+    """
     return _reference(x, weight, bias, factors, None, out_dtype(x, weight))
 
 

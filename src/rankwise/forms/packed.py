@@ -124,7 +124,15 @@ def packable(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype, packed: PackedWeight | None) -> Tensor:
-    """x·Wᵀ + bias, all N×…, in ``compute``; W is cast in blocks where it is stored narrower."""
+    """x·Wᵀ + bias in ``compute``; W is cast in blocks where it is stored narrower.
+
+    Args:
+        x: N×in.
+        weight: out×in.
+        bias: (out,) or None.
+        compute: dtype of the product and of what is returned.
+        packed: W packed for fp32, used where it still holds ``weight``.
+    """
     x = x.to(compute)
     bias = bias if bias is None else bias.to(compute)
     if packed is not None and compute == torch.float32 and x.shape[0] and packed.holds(weight):
@@ -138,7 +146,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype,
 
 
 def dx(dy: Tensor, weight: Tensor, compute: torch.dtype, packed: PackedWeight | None) -> Tensor:
-    """dy·W for dy: N×out in ``compute``: the gradient of the input through the frozen weight."""
+    """dy·W, the gradient of the input through the frozen weight.
+
+    Args:
+        dy: N×out in ``compute``.
+        weight: out×in.
+        compute: dtype of the product.
+        packed: W packed for fp32, used where it still holds ``weight``.
+    """
     if packed is not None and compute == torch.float32 and dy.shape[0] and packed.holds(weight):
         return packed.dx(dy, weight)
     if weight.dtype == compute or weight.numel() <= WIDEN_BLOCK:
@@ -246,7 +261,14 @@ def _ratio(other: Any, plain: Any, most: int = 15, seconds: float = 0.6) -> floa
 
 
 def choose(weight: Tensor, dtype: torch.dtype, rows: int = 1024, *, training: bool = True) -> ProductChoice:
-    """:func:`probe` for a weight that will be multiplied in ``dtype``; plain for one that is not a plain frozen matrix."""
+    """:func:`probe` for one weight; plain for what is not a plain frozen matrix.
+
+    Args:
+        weight: out×in.
+        dtype: of the product.
+        rows: of x.
+        training: whether the input's gradient is needed too.
+    """
     if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2 or weight.requires_grad:
         return ProductChoice(PLAIN, 1.0, "not a plain frozen matrix")
     if weight.numel() < SMALL:
@@ -267,7 +289,14 @@ class Product:
         self.choices: dict[tuple[torch.dtype, int, bool], ProductChoice] = {}
 
     def how(self, weight: Tensor, dtype: torch.dtype, rows: int, training: bool) -> tuple[PackedWeight | None, bool]:
-        """(the packed weight or None, whether to widen) for :func:`rankwise.forms.fused.lora_linear`."""
+        """(the packed weight or None, whether to widen) for :func:`rankwise.forms.fused.lora_linear`.
+
+        Args:
+            weight: out×in.
+            dtype: of the product.
+            rows: of x.
+            training: whether the input's gradient is needed too.
+        """
         key = (dtype, _class(rows, ROWS), training)
         choice = self.choices.get(key)
         if choice is None:
