@@ -7,7 +7,7 @@ import torch
 
 from rankwise.catalogue import find
 from rankwise.errors import OptionError
-from rankwise.forms import base
+from rankwise.forms import foreign as base
 
 
 @pytest.mark.parametrize(

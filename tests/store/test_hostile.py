@@ -270,7 +270,7 @@ def test_the_gadgets_are_live(tmp_path: Path) -> None:
 
 
 #: a pipe between a server and the processes it started itself: no file and no client gives it a byte
-OWN_PIPE = ("serve/parallel/messages.py", {"import pickle", "return pickle.loads(source.recv_bytes())"})
+OWN_PIPE = ("serve/parallel/experimental/messages.py", {"import pickle", "return pickle.loads(source.recv_bytes())"})
 
 
 def scan(root: Path) -> list[str]:

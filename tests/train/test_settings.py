@@ -81,7 +81,7 @@ def test_the_old_spelling_of_truncation_is_taken_with_a_warning() -> None:
         old = tokenize(records, tokenizer, 8, overlong="truncate")  # type: ignore[call-arg]
     assert len(said) == 1 and said[0].filename == __file__
     assert old == tokenize(records, tokenizer, 8, truncation=True) and len(old[0]) == 8
-    with pytest.raises(TypeError, match="old spelling"):
+    with pytest.raises(TypeError, match="old name"):
         tokenize(records, tokenizer, 8, overlong="error", truncation=False)  # type: ignore[call-arg]
 
 

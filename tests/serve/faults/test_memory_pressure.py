@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankwise.serve.engine.engine import collect, run_until_idle
 from rankwise.serve.engine.sampler import SamplerState, sample
 from rankwise.serve.server import Server
+from rankwise.serve.simulate.drive import collect, run_until_idle
 from rankwise.serve.types import Event, Outcome, Overloaded, Request, Sampling
 from tests.serve.faults.tools import FailingAt
 from tests.serve.rig import check_greedy, configure, digest_of, nothing_is_held, server

@@ -10,9 +10,9 @@ import pytest
 
 from rankwise.errors import OptionError
 from rankwise.serve.adapters.source import FolderSource
-from rankwise.serve.engine.engine import collect, run_until_idle
 from rankwise.serve.engine.options import EngineOptions
 from rankwise.serve.server import Server, Sizes, build_server
+from rankwise.serve.simulate.drive import collect, run_until_idle
 from rankwise.serve.types import Event, Outcome, Request, Sampling
 from tests.serve.rig import base_model, check_greedy, folder, server
 

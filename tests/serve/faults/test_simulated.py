@@ -7,11 +7,12 @@ import random
 
 import pytest
 
-from rankwise.serve.cache.block_pool import ADAPTER, KV, BlockPool, PoolUnit
+from rankwise.serve.cache.block_pool import ADAPTER, KV, PoolUnit
 from rankwise.serve.policies.base import Policy
 from rankwise.serve.policies.chain import make
 from rankwise.serve.simulate.admission import PeakTest
 from rankwise.serve.simulate.merge_mode import MergeMode
+from rankwise.serve.simulate.pool import SharedBlockPool
 from rankwise.serve.simulate.requests import Sent
 from rankwise.serve.simulate.simulator import Simulator
 from rankwise.serve.types import Outcome
@@ -19,7 +20,11 @@ from tests.serve.faults.tools import FailingAt
 from tests.serve.traffic import OPTIONS, TRUE, make_pool, simulator, trace
 from tests.serve.traffic import job as make_job
 
-POLICIES = ["default", "lorax", {"name": "early_abort", "slo": 2.0}, MergeMode.name]
+POLICIES = ["default", "lorax", {"name": "early_abort", "slo": 2.0}, "merge_mode"]
+
+
+def policy_of(named: object) -> Policy:
+    return MergeMode() if named == "merge_mode" else make(named)  # type: ignore[arg-type]
 
 
 def crowd(n: int, seed: int) -> list[Sent]:
@@ -33,7 +38,7 @@ def crowd(n: int, seed: int) -> list[Sent]:
 @pytest.mark.parametrize("peak", [True, False])
 def test_a_crowd_with_cancellations_leaves_nothing_behind(policy: object, peak: bool) -> None:
     """Every request ends once, cancelled ones in any phase, and all memory comes back."""
-    made: Policy = make(policy)  # type: ignore[arg-type]
+    made = policy_of(policy)
     sim = simulator(made, make_pool(budget=60), peak=peak)
     requests = crowd(256, seed=3)
     report = sim.run(requests)
@@ -50,12 +55,12 @@ def test_a_crowd_with_cancellations_leaves_nothing_behind(policy: object, peak: 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("n", [2_000, 20_000])
 def test_a_large_crowd(policy: object, n: int) -> None:
-    sim = simulator(make(policy), make_pool(budget=60))  # type: ignore[arg-type]
+    sim = simulator(policy_of(policy), make_pool(budget=60))
     sim.run(crowd(n, seed=4))
     assert None not in {r.outcome for r in sim.records} and sim.pool.used(KV) == 0
 
 
-class FailingPool(BlockPool):
+class FailingPool(SharedBlockPool):
     """The ``k``-th call to allocate finds no room, whatever there is."""
 
     def __init__(self, k: int):
