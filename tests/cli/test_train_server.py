@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,14 @@ class Process:
         self.child = subprocess.Popen([*args, "--kv-tokens", "1024", "--step-seconds", "0.1"], stdout=subprocess.PIPE, text=True)
         assert self.child.stdout is not None
         self.url = next(line for line in self.child.stdout if " at http://" in line).split()[-1]
+        wait(self.ready)  # the port is open before the engine has started
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer:
+                return answer.status == 200
+        except urllib.error.HTTPError:
+            return False
 
     def end(self, how: int) -> None:
         self.child.send_signal(how)
