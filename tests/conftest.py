@@ -11,6 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import gc
 import logging
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +20,16 @@ import torch
 for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level() -> Iterator[None]:
+    """What a test (or a command that it calls) sets the package's loggers to is undone, or later tests would see no warnings."""
+    loggers = [logging.getLogger(name) for name in ("rankwise", "rankwise.serve")]
+    before = [log.level for log in loggers]
+    yield
+    for log, level in zip(loggers, before, strict=True):
+        log.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

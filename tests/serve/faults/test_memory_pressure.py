@@ -91,11 +91,14 @@ def failing(made: Server, what: str, fails: FailingAt, how: str = "error") -> It
 
 
 @pytest.fixture(scope="module")
-def made() -> Server:
+def made() -> Iterator[Server]:
     made = server(4, 14, 3, "bags", True, "fcfs")
     configure(made, max_num_seqs=3, max_num_batched_tokens=8)
-    logging.getLogger("rankwise.serve").setLevel(logging.ERROR)
-    return made
+    log = logging.getLogger("rankwise.serve")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    yield made
+    log.setLevel(level)
 
 
 def mixed(names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
